@@ -1,0 +1,158 @@
+"""Time in training: spans such as "3ep" or "0.5dur", and the clock that they are read against."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from attrs import field, frozen
+from typing_extensions import override
+
+from .errors import ArgumentError
+
+TIME_UNITS = {"ep": "epochs", "ba": "batches", "sp": "samples", "dur": "a share of the duration"}
+_TIME = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d+))?\s*(ep|ba|sp|dur)\s*")
+_FORMS = "a time: an int (epochs), '3ep', '200ba' (batches), '5000sp' (samples) or '0.5dur' (share of the duration)"
+# Fractions of a duration are floats: 3/10 divided by 0.1 is 2.9999999999999996 and means 3.
+_TOLERANCE = 1e-9
+
+
+@frozen(init=False, slots=True)
+class Time:
+    """A span of training: epochs, batches, samples, or a share of the fit's duration.
+
+    Args:
+        time: ``"3ep"``, ``"200ba"``, ``"5000sp"``, ``"0.5dur"``, an int (epochs), or another Time.
+
+    Raises:
+        ArgumentError: The text is none of these, the amount is negative or infinite, or
+            it is not whole where it counts epochs, batches or samples.
+
+    Example:
+        >>> Time("0.5dur").reached(Clock(epoch=5, batch=50, progress=0.5))
+        True
+        >>> Time(3) == Time("3ep"), str(Time("200ba"))
+        (True, '200ba')
+    """
+
+    value: int | float
+    unit: str
+
+    def __init__(self, time: str | int | Time) -> None:
+        value, unit = _parse(time)
+        object.__setattr__(self, "value", value)
+        object.__setattr__(self, "unit", unit)
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.value}{self.unit}"
+
+    @override
+    def __repr__(self) -> str:
+        return f"Time({str(self)!r})"
+
+    def elapsed(self, clock: Clock) -> float:
+        """Return how much has passed at ``clock``, in this time's unit.
+
+        Epochs count fractions of the running epoch where its length is known.
+        """
+        if self.unit == "ba":
+            return clock.batch
+        if self.unit == "sp":
+            return clock.sample
+        if self.unit == "dur":
+            return clock.progress
+        return clock.epoch + (clock.batch_in_epoch / clock.batches_per_epoch if clock.batches_per_epoch else 0.0)
+
+    def count(self, clock: Clock) -> int:
+        """Return how many whole spans of this length have passed at ``clock``."""
+        if not self.value:
+            raise ArgumentError("every", got=str(self), takes="a time above zero", example="every='1ep'")
+        return math.floor(self.elapsed(clock) / self.value + _TOLERANCE)
+
+    def reached(self, clock: Clock) -> bool:
+        """Return whether ``clock`` stands at this time or past it."""
+        return self.elapsed(clock) >= self.value - _TOLERANCE
+
+    def crossed(self, before: Clock, after: Clock) -> bool:
+        """Return whether a multiple of this time lies in the ticks from ``before`` to ``after``."""
+        return self.count(after) > self.count(before)
+
+
+def _parse(time: object) -> tuple[int | float, str]:
+    if isinstance(time, Time):
+        return time.value, time.unit
+    if isinstance(time, int) and not isinstance(time, bool):
+        if time < 0:
+            raise ArgumentError("Time", got=time, takes=_FORMS, example="Time('3ep')")
+        return time, "ep"
+    found = _TIME.fullmatch(time) if isinstance(time, str) and len(time) <= 64 else None
+    if found is None:
+        raise ArgumentError("Time", got=time, takes=_FORMS, example="Time('3ep')")
+    number, exponent, unit = found.groups()
+    try:
+        value = float(f"{number}e{exponent or 0}")
+    except OverflowError:  # pragma: no cover - float() of text saturates to inf instead
+        value = math.inf
+    if not math.isfinite(value):
+        raise ArgumentError("Time", got=time, takes="a finite time", example="Time('200ba')")
+    if unit == "dur":
+        return value, unit
+    if value != int(value):
+        takes = f"whole {TIME_UNITS[unit]}; a fraction of the fit is '0.5dur'"
+        raise ArgumentError("Time", got=time, takes=takes, example=f"Time('{max(1, round(value))}{unit}')")
+    return int(value), unit
+
+
+@frozen(slots=True)
+class Clock:
+    """Where training stands. Immutable: each tick makes a new one.
+
+    Args:
+        epoch: Epochs completed.
+        batch: Batches (optimizer steps) completed.
+        batch_in_epoch: Batches completed in the running epoch.
+        sample: Samples consumed.
+        progress: Share of the duration completed, 0 to 1; moves every batch whatever the duration's unit.
+        batches_per_epoch: Batches of one epoch, 0 where the loader does not say.
+
+    Example:
+        >>> clock = Clock(batches_per_epoch=2).after_batch(samples=8, duration=Time("2ep"))
+        >>> clock.batch, clock.sample, clock.progress
+        (1, 8, 0.25)
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    batch_in_epoch: int = 0
+    sample: int = 0
+    progress: float = 0.0
+    batches_per_epoch: int = field(default=0)
+
+    def after_batch(self, *, samples: int, duration: Time) -> Clock:
+        """Return the clock one batch of ``samples`` samples later."""
+        return Clock(
+            self.epoch,
+            batch := self.batch + 1,
+            inside := self.batch_in_epoch + 1,
+            sample := self.sample + samples,
+            self._progress(self.epoch, batch, inside, sample, duration),
+            self.batches_per_epoch,
+        )
+
+    def after_epoch(self, *, duration: Time) -> Clock:
+        """Return the clock with the running epoch counted as completed."""
+        progress = self._progress(self.epoch + 1, self.batch, 0, self.sample, duration)
+        return Clock(self.epoch + 1, self.batch, 0, self.sample, progress, self.batches_per_epoch or self.batch_in_epoch)
+
+    def _progress(self, epoch: int, batch: int, inside: int, sample: int, duration: Time) -> float:
+        if duration.unit == "ba":
+            done = batch / duration.value
+        elif duration.unit == "sp":
+            done = sample / duration.value
+        elif length := self.batches_per_epoch:
+            # One division of whole numbers, so that step k of n stands at exactly k / n.
+            done = (epoch * length + min(inside, length)) / (duration.value * length)
+        else:
+            done = epoch / duration.value
+        return min(1.0, done)

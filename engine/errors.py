@@ -1,0 +1,119 @@
+"""Every error that thawline raises on purpose.
+
+Each message says where it was, what it got, what it takes, and what to write instead.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class ThawlineError(Exception):
+    """Base of every error that thawline raises on purpose."""
+
+
+class ArgumentError(ThawlineError, ValueError):
+    """An argument of the wrong type or out of range.
+
+    Args:
+        argument: The argument with its owner, such as ``"GradClip(max_norm=)"``.
+        got: The value that was passed.
+        takes: What the argument takes, as a noun phrase.
+        example: A corrected call.
+
+    Example:
+        >>> raise ArgumentError("GradClip(max_norm=)", got=-1, takes="a number above 0", example="GradClip(max_norm=1.0)")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: GradClip(max_norm=) takes a number above 0, got -1. Write: GradClip(max_norm=1.0)
+    """
+
+    def __init__(self, argument: str, *, got: object, takes: str, example: str) -> None:
+        super().__init__(argument, got, takes, example)
+        self.argument = argument
+        self.got = got
+        self.takes = takes
+        self.example = example
+
+    def __str__(self) -> str:
+        return f"{self.argument} takes {self.takes}, got {shorten(self.got)}. Write: {self.example}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _argument_error, (self.argument, self.got, self.takes, self.example)
+
+
+def _argument_error(argument: str, got: object, takes: str, example: str) -> ArgumentError:
+    return ArgumentError(argument, got=got, takes=takes, example=example)
+
+
+class SelectorError(ThawlineError, LookupError):
+    """A selector that matches nothing, or names what the model does not have."""
+
+
+class LayerError(ThawlineError):
+    """A model that cannot be split into stem, blocks and head as asked."""
+
+
+class LedgerError(ThawlineError):
+    """A broken invariant of the ledger, or a call that would break one."""
+
+
+class LedgerClosedError(LedgerError):
+    """A change asked for during forward, backward, the optimizer's step or evaluation."""
+
+
+class SurgeryError(ThawlineError):
+    """A module that a surgery op cannot be attached to."""
+
+
+class OptimizerError(ThawlineError, ValueError):
+    """An optimizer that cannot serve: foreign parameters, a closure, an incomplete partition."""
+
+
+class DataError(ThawlineError, ValueError):
+    """A loader or batch that training cannot use."""
+
+
+class LossError(ThawlineError, ValueError):
+    """A loss that is not one number, or that no trainable parameter had a part in."""
+
+
+class NonFiniteError(ThawlineError, ArithmeticError):
+    """A loss or gradient norm that is NaN or infinite."""
+
+
+class CheckpointError(ThawlineError):
+    """A checkpoint that is damaged, missing, or belongs to another run."""
+
+
+class RunDirError(CheckpointError, FileExistsError):
+    """A run directory that already holds a run."""
+
+
+class DistributedError(ThawlineError, RuntimeError):
+    """Ranks that disagree, or a launch that is incomplete."""
+
+
+class RecompileError(ThawlineError, RuntimeError):
+    """A compiled block that would fall back to eager."""
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """Return ``repr(value)``, cut to ``limit`` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
+    """Return the names most like ``name``, joined by commas, for an error message.
+
+    Example:
+        >>> nearest("encoder.layr.0", ["encoder.layer.0", "head"])
+        "'encoder.layer.0'"
+    """
+    pool = list(names)
+    close = get_close_matches(name, pool, n=count, cutoff=0.3) or pool[:count]
+    return ", ".join(repr(each) for each in close) or "none: the model has no parameters"

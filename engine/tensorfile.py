@@ -1,0 +1,167 @@
+"""Tensors in a safetensors file: written in one pass and read in one pass, checked before anything is allocated.
+
+The package ``safetensors`` reads and writes the same files, and the tests hold the two against each other. Ours works
+on an open stream, so that bytes are hashed on their way to the disk and no name is followed twice on the way back;
+gives each tensor memory of its own, so that keeping one does not keep the file; and refuses what it cannot read with
+a typed error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from attrs import frozen
+
+from .codec import MEMORY, bytes_of, dump_json, load_json, shape_of
+from .errors import CheckpointError, shorten
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from .typing import Json
+
+MAX_HEADER = 32 << 20
+"""The longest header that is read or written, in bytes."""
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def write_tensors(tensors: Mapping[str, Tensor], write: Callable[[memoryview], object]) -> None:
+    """Write ``tensors`` in the safetensors format.
+
+    Args:
+        tensors: Contiguous tensors on the CPU, by name.
+        write: Takes the file's bytes, piece by piece. The pieces are the tensors' own memory, not copies.
+
+    Raises:
+        CheckpointError: A dtype that the format has no name for, or more tensors than a header may list.
+
+    Example:
+        >>> from io import BytesIO
+        >>> file = BytesIO()
+        >>> write_tensors({"weight": torch.ones(2)}, file.write)
+        >>> read_tensors(BytesIO(file.getvalue()), len(file.getvalue()))
+        {'weight': tensor([1., 1.])}
+    """
+    # The widest dtypes first, as the package does: every tensor then lies aligned.
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Json] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"The tensor {shorten(name)} is of {tensor.dtype}, which the format cannot name.")
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = dump_json(header)
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"{len(tensors)} tensors need a header of {len(text)} bytes, more than {MAX_HEADER}.")
+    write(memoryview(len(text).to_bytes(8, "little") + text))
+    for name in ordered:
+        if tensors[name].numel():
+            write(bytes_of(tensors[name]).numpy().data)
+
+
+def read_tensors(file: BinaryIO, size: int) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, each into memory of its own.
+
+    Args:
+        file: Stands at the beginning.
+        size: How long the file is, in bytes.
+
+    Returns:
+        The tensors by name, in the order in which they lie in the file.
+
+    Raises:
+        CheckpointError: The file is not what the format says: tensors that overlap, leave gaps or exceed the file,
+            sizes that do not fit the dtype, unknown dtypes, a header too long, or too many dimensions.
+        OSError: The file cannot be read.
+    """
+    length = int.from_bytes(_exactly(file, 8), "little")
+    if length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(f"A safetensors header of {length} bytes, in a file of {size} (at most {MAX_HEADER}).")
+    header = load_json(_exactly(file, length), budget=MEMORY + size)
+    if not isinstance(header, dict):
+        raise CheckpointError("A safetensors header that is not an object.")
+    entries = [_entry(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    at = 0
+    for entry in entries:
+        if entry.begin != at:
+            raise CheckpointError(f"The tensor {shorten(entry.name)} begins at byte {entry.begin}, not at {at}.")
+        at = entry.end
+    if 8 + length + at != size:
+        raise CheckpointError(f"The tensors end at byte {8 + length + at} of a file of {size}.")
+    return {entry.name: _tensor(file, entry) for entry in entries}
+
+
+@frozen
+class _Entry:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _entry(name: str, entry: Json) -> _Entry:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"The tensor {shorten(name)} is described by {shorten(entry)}.")
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    shape, offsets = shape_of(entry["shape"]), shape_of(entry["data_offsets"])
+    if dtype is None or shape is None or offsets is None or len(offsets) != 2:
+        raise CheckpointError(f"The tensor {shorten(name)} is described by {shorten(entry)}.")
+    begin, end = offsets
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise CheckpointError(f"The tensor {shorten(name)} of shape {shorten(shape)} has {end - begin} bytes.")
+    return _Entry(name, dtype, shape, begin, end)
+
+
+def _tensor(file: BinaryIO, entry: _Entry) -> Tensor:
+    raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+    _fill(file, raw.numpy().data)
+    if entry.dtype is torch.bool and raw.numel() and raw.max() > 1:
+        raise CheckpointError(f"The tensor {shorten(entry.name)} is of bool and holds neither true nor false.")
+    try:
+        return raw.view(entry.dtype).reshape(entry.shape)
+    except RuntimeError:  # sizes whose product overflows, hidden behind a zero
+        raise CheckpointError(f"The tensor {shorten(entry.name)} has the shape {shorten(entry.shape)}.") from None
+
+
+def _fill(file: BinaryIO, into: memoryview) -> None:
+    while len(into):
+        count = file.readinto(into)  # type: ignore[attr-defined]  # every binary file has it, typing.BinaryIO forgot
+        if not count:
+            raise CheckpointError("The file of the tensors is shorter than its header says.")
+        into = into[count:]
+
+
+def _exactly(file: BinaryIO, length: int) -> bytes:
+    found = bytearray(length)
+    _fill(file, memoryview(found))
+    return bytes(found)
