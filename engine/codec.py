@@ -7,7 +7,6 @@ for hostile: only these objects are known, every tensor must be used, and depth 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -19,6 +18,7 @@ import torch
 from attrs import Factory, define
 
 from .errors import CheckpointError, shorten
+from .tensorfile import DTYPES, bytes_of, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 64
 """How deep a tree may nest."""
-MAX_RANK = 64
-"""How many dimensions a tensor or array may have."""
-MAX_TEXT = 64 << 20
-"""The longest JSON text that is read or written, in bytes."""
-MEMORY = 192 << 20
-"""What parsing a JSON text may cost in bytes, beyond the size of the tensors that came with it."""
 
 _KINDS = (
     "dict (with str keys), list, tuple, None, bool, int, float, str, bytes, dense tensors, "
@@ -51,11 +45,6 @@ _BYTES_ONLY: dict[str, torch.dtype] = {
     name: _TORCH_DTYPES[name]
     for name in ("complex128", "complex32", "float8_e8m0fnu", "float4_e2m1fn_x2")
     if name in _TORCH_DTYPES
-}
-_UNKNOWN = {  # torch has them, but no operation that could restore them
-    dtype
-    for name, dtype in _TORCH_DTYPES.items()
-    if name.startswith(("bits", "quint", "qint")) or re.fullmatch(r"u?int[1-7]", name)
 }
 _ARRAY_DTYPES = {"|b1", "|i1", "|u1"} | {
     order + kind for order in "<>" for kind in ("i2", "i4", "i8", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
@@ -117,101 +106,6 @@ def unflatten(tensors: Mapping[str, Tensor], state: Json) -> Any:  # a checkpoin
     if unused := tensors.keys() - decoder.used:
         raise CheckpointError(f"{len(unused)} tensors are used nowhere in the state, such as {shorten(min(unused))}.")
     return tree
-
-
-def dump_json(value: Json, *, indent: int | None = None) -> bytes:
-    """Return ``value`` as strict JSON text in ASCII.
-
-    Raises:
-        CheckpointError: It would be longer than MAX_TEXT.
-
-    Example:
-        >>> dump_json({"step": 120})
-        b'{"step":120}'
-    """
-    separators = (",", ":") if indent is None else (",", ": ")
-    text = json.dumps(value, allow_nan=False, separators=separators, indent=indent).encode("ascii")
-    if len(text) > MAX_TEXT:
-        raise CheckpointError(
-            f"The state's JSON is {len(text) >> 20} MiB long, more than {MAX_TEXT >> 20}. "
-            "Keep long lists of numbers as tensors."
-        )
-    return text
-
-
-def load_json(text: bytes, *, budget: int = MEMORY) -> Json:
-    """Return what strict JSON ``text`` holds.
-
-    Args:
-        text: UTF-8.
-        budget: What parsing may cost, in bytes, estimated from above before anything is parsed.
-
-    Raises:
-        CheckpointError: It is not JSON, has a key twice, holds NaN or an infinity, or would cost more than ``budget``.
-
-    Example:
-        >>> load_json(b'{"step": 120}')
-        {'step': 120}
-        >>> load_json(b'{"step": NaN}')
-        Traceback (most recent call last):
-        thawline.engine.errors.CheckpointError: Not strict JSON: NaN is not in it.
-    """
-    if len(text) > MAX_TEXT or json_cost(text) > budget:
-        raise CheckpointError(
-            f"A JSON text of {len(text)} bytes would need about {json_cost(text) >> 20} MiB, "
-            f"more than the tensors beside it explain ({budget >> 20} MiB)."
-        )
-    try:
-        loaded: Json = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:  # ValueError also: too many digits, bad UTF-8
-        raise CheckpointError(f"Not JSON that thawline wrote: {shorten(str(error))}.") from None
-    return loaded
-
-
-def json_cost(text: bytes) -> int:
-    """Return about how many bytes parsing and decoding ``text`` takes at most.
-
-    Twice what CPython needs for each dict, list and element, as the decoded tree stands beside the parsed one.
-
-    Example:
-        >>> json_cost(b"[[],[],[]]")
-        628
-    """
-    return 2 * len(text) + 400 * text.count(b"{") + 128 * text.count(b"[") + 48 * text.count(b",")
-
-
-def shape_of(value: object) -> tuple[int, ...] | None:
-    """Return ``value`` as the shape of a tensor or array, or None if it cannot be one.
-
-    Example:
-        >>> shape_of([2, 3]), shape_of([2, -1]), shape_of([True])
-        ((2, 3), None, None)
-    """
-    if not isinstance(value, list) or len(value) > MAX_RANK:
-        return None
-    sizes = [each for each in value if type(each) is int and 0 <= each < _PLAIN_INT]
-    return tuple(sizes) if len(sizes) == len(value) else None
-
-
-def bytes_of(tensor: Tensor) -> Tensor:
-    """Return the memory of a contiguous ``tensor`` as a flat tensor of uint8 that shares it.
-
-    Example:
-        >>> bytes_of(torch.tensor([1.0]))
-        tensor([  0,   0, 128,  63], dtype=torch.uint8)
-    """
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise CheckpointError("Not strict JSON: an object has the same key twice.")
-    return found
-
-
-def _no_constant(name: str) -> float:
-    raise CheckpointError(f"Not strict JSON: {name} is not in it.")
 
 
 def _is_scalar(value: object) -> TypeGuard[np.generic]:
@@ -319,7 +213,7 @@ def _refuse(tensor: Tensor) -> str | None:
         return "sparse or nested"
     if tensor.is_meta:
         return "on the meta device, without data"
-    if tensor.dtype in _UNKNOWN:
+    if tensor.dtype not in (*DTYPES.values(), *_BYTES_ONLY.values()):
         return f"of {tensor.dtype}"
     return None
 

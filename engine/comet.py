@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ class CometTracker:
                 self._experiment = self._open()
                 self._unusable = False
             call(self._experiment)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever Comet raises, the run goes on
             self._report(error)
 
     def _open(self) -> CometExperiment:
@@ -183,7 +183,7 @@ class CometTracker:
 
         try:
             experiment = Experiment(project_name=self.project, workspace=self.workspace, **_NOTHING_AUTOMATIC)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever Comet raises, the run is recorded offline
             self._report(error)
         else:
             if experiment.alive:
@@ -226,7 +226,7 @@ def _log_asset(experiment: CometExperiment, path: Path, name: str | None) -> Non
 
 
 @contextmanager
-def _quiet_import() -> Iterator[None]:
+def _quiet_import() -> Generator[None]:
     """Keep the first import of comet_ml from patching libraries, hooking exceptions and reporting home."""
     if "comet_ml" in sys.modules:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import socket
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Self
 from weakref import WeakSet
 
 from attrs import define, field
-
 
 from .errors import CheckpointError, RunDirError
 from .log import get_logger
@@ -28,7 +28,6 @@ _log = get_logger(__name__)
 # A flock belongs to the open file, which a forked process (a DataLoader's worker) shares and can outlive us with. So a
 # child lets go at birth; otherwise a killed run could not be resumed before its orphans have noticed.
 _held: WeakSet[RunLock] = WeakSet()
-_fork_hooked = False
 
 
 @define(eq=False)
@@ -103,11 +102,9 @@ class RunLock:
         self.close()
 
 
+@functools.cache  # once a process
 def _hook_fork() -> None:
-    global _fork_hooked
-    if not _fork_hooked:
-        _fork_hooked = True
-        os.register_at_fork(after_in_child=_forget_all)
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def _forget_all() -> None:

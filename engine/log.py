@@ -79,11 +79,7 @@ class Log:
     def _emit(self, level: Level, event: str, fields: Mapping[str, object]) -> None:
         merged = {**self.fields, **fields}
         structlog = sys.modules.get("structlog")
-        if (
-            structlog is not None
-            and structlog.is_configured()
-            and not logging.getLogger(ROOT).handlers
-        ):
+        if structlog is not None and structlog.is_configured() and not logging.getLogger(ROOT).handlers:
             getattr(structlog.get_logger(self.name), level)(event, **merged)
             return
         logger = logging.getLogger(self.name)
@@ -109,11 +105,7 @@ class _Event(dict[str, object]):
 
     @override
     def __str__(self) -> str:
-        rest = (
-            f"{name}={value!r}"
-            for name, value in self.items()
-            if name not in ("event", "exc_info")
-        )
+        rest = (f"{name}={value!r}" for name, value in self.items() if name not in ("event", "exc_info"))
         return " ".join([str(self["event"]), *rest])
 
 
@@ -133,7 +125,7 @@ def get_logger(name: str | None = None) -> Log:
 
 
 def configure_logging(
-    format: Literal["console", "json"] | None = "console",
+    format: Literal["console", "json"] | None = "console",  # noqa: A002 - its name in logging, too
     level: Level = "info",
     stream: IO[str] | None = None,
 ) -> None:
@@ -162,35 +154,20 @@ def configure_logging(
     """
     if format not in ("console", "json", None):
         takes = "'console', 'json', or None to be silent"
-        raise ArgumentError(
-            "configure_logging(format=)",
-            got=format,
-            takes=takes,
-            example="configure_logging('json')",
-        )
-    if level not in LEVELS:
-        takes = f"one of {', '.join(map(repr, LEVELS))}"
-        raise ArgumentError(
-            "configure_logging(level=)",
-            got=level,
-            takes=takes,
-            example="configure_logging(level='info')",
-        )
+        raise ArgumentError("configure_logging(format=)", got=format, takes=takes, example="configure_logging('json')")
+    if not isinstance(level, str) or level not in LEVELS:
+        takes, example = f"one of {', '.join(map(repr, LEVELS))}", "configure_logging(level='info')"
+        raise ArgumentError("configure_logging(level=)", got=level, takes=takes, example=example)
     if stream is not None and not hasattr(stream, "write"):
-        takes = "a text stream, or None for the standard error stream"
-        raise ArgumentError(
-            "configure_logging(stream=)",
-            got=stream,
-            takes=takes,
-            example="configure_logging(stream=sys.stdout)",
-        )
+        takes, example = "a text stream, or None for the standard error stream", "configure_logging(stream=sys.stdout)"
+        raise ArgumentError("configure_logging(stream=)", got=stream, takes=takes, example=example)
     logger = logging.getLogger(ROOT)
     for old in [each for each in logger.handlers if isinstance(each, _Handler)]:
         logger.removeHandler(old)
     logger.propagate = format is None
     logger.setLevel(logging.NOTSET if format is None else LEVELS[level])
     if format is not None:
-        handler = _Handler(stream)
+        handler = _Handler(stream or sys.stderr)
         handler.setFormatter(_formatter(format, colors=_is_terminal(handler.stream)))
         logger.addHandler(handler)
 
@@ -199,23 +176,16 @@ class _Handler(logging.StreamHandler[IO[str]]):
     """The handler of configure_logging, known by its type when it is replaced."""
 
 
-def _formatter(
-    format: Literal["console", "json"], *, colors: bool
-) -> logging.Formatter:
+def _formatter(layout: Literal["console", "json"], *, colors: bool) -> logging.Formatter:
     import structlog
 
     render: list[Processor]
-    if format == "json":
-        render = [
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(_dumps),
-        ]
+    if layout == "json":
+        render = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_dumps)]
     else:
         # structlog's own choice shows the local variables of each frame, which may hold a key.
         plain = structlog.dev.plain_traceback
-        render = [
-            structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)
-        ]
+        render = [structlog.dev.ConsoleRenderer(colors=colors, exception_formatter=plain)]
     return structlog.stdlib.ProcessorFormatter(
         processors=[
             structlog.stdlib.add_log_level,

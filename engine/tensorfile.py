@@ -9,16 +9,17 @@ a typed error.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import torch
 from attrs import frozen
 
-from .codec import MEMORY, bytes_of, dump_json, load_json, shape_of
 from .errors import CheckpointError, shorten
+from .jsontext import MEMORY, dump_json, load_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from io import BufferedIOBase
 
     from torch import Tensor
 
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
 MAX_HEADER = 32 << 20
 """The longest header that is read or written, in bytes."""
 
-_DTYPES = {
+MAX_RANK = 64
+"""How many dimensions a tensor may have."""
+
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -47,7 +51,9 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""What the format calls each dtype."""
+_MAX_SIZE = 1 << 63
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_tensors(tensors: Mapping[str, Tensor], write: Callable[[memoryview], object]) -> None:
@@ -87,7 +93,7 @@ def write_tensors(tensors: Mapping[str, Tensor], write: Callable[[memoryview], o
             write(bytes_of(tensors[name]).numpy().data)
 
 
-def read_tensors(file: BinaryIO, size: int) -> dict[str, Tensor]:
+def read_tensors(file: BufferedIOBase, size: int) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, each into memory of its own.
 
     Args:
@@ -120,6 +126,29 @@ def read_tensors(file: BinaryIO, size: int) -> dict[str, Tensor]:
     return {entry.name: _tensor(file, entry) for entry in entries}
 
 
+def shape_of(value: object) -> tuple[int, ...] | None:
+    """Return ``value`` as the shape of a tensor or array, or None if it cannot be one.
+
+    Example:
+        >>> shape_of([2, 3]), shape_of([2, -1]), shape_of([True])
+        ((2, 3), None, None)
+    """
+    if not isinstance(value, list) or len(value) > MAX_RANK:
+        return None
+    sizes = [each for each in value if type(each) is int and 0 <= each < _MAX_SIZE]
+    return tuple(sizes) if len(sizes) == len(value) else None
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the memory of a contiguous ``tensor`` as a flat tensor of uint8 that shares it.
+
+    Example:
+        >>> bytes_of(torch.tensor([1.0]))
+        tensor([  0,   0, 128,  63], dtype=torch.uint8)
+    """
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 @frozen
 class _Entry:
     name: str
@@ -132,7 +161,7 @@ class _Entry:
 def _entry(name: str, entry: Json) -> _Entry:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"The tensor {shorten(name)} is described by {shorten(entry)}.")
-    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     shape, offsets = shape_of(entry["shape"]), shape_of(entry["data_offsets"])
     if dtype is None or shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError(f"The tensor {shorten(name)} is described by {shorten(entry)}.")
@@ -142,7 +171,7 @@ def _entry(name: str, entry: Json) -> _Entry:
     return _Entry(name, dtype, shape, begin, end)
 
 
-def _tensor(file: BinaryIO, entry: _Entry) -> Tensor:
+def _tensor(file: BufferedIOBase, entry: _Entry) -> Tensor:
     raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
     _fill(file, raw.numpy().data)
     if entry.dtype is torch.bool and raw.numel() and raw.max() > 1:
@@ -153,15 +182,15 @@ def _tensor(file: BinaryIO, entry: _Entry) -> Tensor:
         raise CheckpointError(f"The tensor {shorten(entry.name)} has the shape {shorten(entry.shape)}.") from None
 
 
-def _fill(file: BinaryIO, into: memoryview) -> None:
+def _fill(file: BufferedIOBase, into: memoryview) -> None:
     while len(into):
-        count = file.readinto(into)  # type: ignore[attr-defined]  # every binary file has it, typing.BinaryIO forgot
+        count = file.readinto(into)
         if not count:
             raise CheckpointError("The file of the tensors is shorter than its header says.")
         into = into[count:]
 
 
-def _exactly(file: BinaryIO, length: int) -> bytes:
+def _exactly(file: BufferedIOBase, length: int) -> bytes:
     found = bytearray(length)
     _fill(file, memoryview(found))
     return bytes(found)

@@ -305,7 +305,7 @@ class Trackers:
         for tracker in self.trackers:
             try:
                 call(tracker)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever a tracker raises, the run goes on
                 failures = self._failures[id(tracker)] = self._failures.get(id(tracker), 0) + 1
                 if failures == 1:
                     text = f"{type(error).__name__}: {error}"

@@ -1,0 +1,198 @@
+"""The contract of an algorithm, its stages, and the registry of names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+from typing import Any, ClassVar, Self, TypeVar, cast
+
+import attrs
+import torch
+
+from .clock import Time
+from .errors import ArgumentError, nearest
+from .events import Event
+from .state import State
+from .typing import Json
+
+ENTRY_POINTS = "thawline.algorithms"
+
+
+class Stage(IntEnum):
+    """The order in which algorithms act at one event; within a stage the order of the list."""
+
+    SURGERY = 0
+    TRAINABILITY = 1
+    DATA = 2
+    GRADIENTS = 3
+    WEIGHTS = 4
+    CONTROL = 5
+    OBSERVE = 6
+
+
+class Algorithm:
+    """Something that acts at events of a fit.
+
+    Subclasses say at which ``events`` and what they do; everything else has a default. Arguments come
+    through the constructor and stay; what changes during a fit is state, and :meth:`state_dict` saves it.
+    The engine gives each instance in its list an :attr:`owner` name of its own.
+
+    Example:
+        >>> class CountSteps(Algorithm):
+        ...     events = frozenset({Event.BATCH_END})
+        ...     def __init__(self, log_as="steps"):
+        ...         self.log_as, self.steps = log_as, 0
+        ...     def apply(self, event, state):
+        ...         self.steps += 1
+        ...         state.log({self.log_as: self.steps})
+        ...     def state_dict(self):
+        ...         return {"steps": self.steps}
+        >>> CountSteps("n").describe()
+        {'name': 'CountSteps', 'arguments': {'log_as': 'n'}}
+    """
+
+    events: frozenset[Event] = frozenset()
+    stage: ClassVar[Stage] = Stage.CONTROL
+    owner: str
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        # attrs classes may be frozen, and a copy brings its own arguments along in __dict__.
+        self.__dict__.setdefault("_arguments", (args, kwargs))
+        self.__dict__.setdefault("owner", cls.__name__)
+        return self
+
+    def match(self, event: Event, state: State) -> bool:
+        """Return whether to act now. Pure: it changes nothing."""
+        return True
+
+    def apply(self, event: Event, state: State) -> None:
+        """Act. The ledger is open at the events whose ``opens_ledger`` is true."""
+
+    def attach(self, state: State) -> None:
+        """Set up hooks and caches, on fresh and on resumed fits. Never changes the ledger."""
+
+    def close(self) -> None:
+        """Remove what :meth:`attach` set up. Always called, also after an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what changes during a fit: tensors and JSON."""
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned. The default sets attributes of those names."""
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+    def reset(self) -> None:
+        """Become as constructed, keeping the owner's name: what a fresh fit starts from."""
+        args, kwargs = self._arguments
+        cast("Any", self).__init__(*args, **kwargs)
+
+    def describe(self) -> dict[str, Json]:
+        """Return name and arguments as JSON; :meth:`from_description` inverts it.
+
+        Callable arguments are described by qualified name: such a description is compared, not rebuilt.
+        """
+        return {"name": name_of(type(self)), "arguments": {key: as_json(value) for key, value in self._bound().items()}}
+
+    @staticmethod
+    def from_description(description: Mapping[str, Any]) -> Algorithm:
+        """Build the algorithm that :meth:`describe` described.
+
+        Raises:
+            ArgumentError: The name is not registered, or an argument is a callable, which cannot be rebuilt.
+        """
+        name = description.get("name")
+        arguments = description.get("arguments", {})
+        for key, value in arguments.items():
+            if isinstance(value, dict) and "callable" in value:
+                raise ArgumentError(
+                    f"{name}({key}=)", got=value, takes="a callable, which a description only names", example=f"{name}({key}=…)"
+                )
+        return registered(str(name))(**arguments)
+
+    def _bound(self) -> dict[str, Any]:
+        args, kwargs = self._arguments
+        bound = inspect.signature(type(self)).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+
+Kind = TypeVar("Kind", bound=type[Algorithm])
+_REGISTRY: dict[str, type[Algorithm]] = {}
+
+
+def register(kind: Kind) -> Kind:
+    """Register an algorithm under its class name, by which recipes and checkpoints refer to it.
+
+    Raises:
+        ArgumentError: Another class has this name.
+    """
+    known = _REGISTRY.get(kind.__name__)
+    if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise ArgumentError(
+            "register()", got=kind, takes=f"a class whose name is free ({known.__module__} has it)", example="class MyEMA"
+        )
+    _REGISTRY[kind.__name__] = kind
+    return kind
+
+
+def registered(name: str) -> type[Algorithm]:
+    """Return the algorithm class registered under ``name``, also by an entry point of another package.
+
+    Raises:
+        ArgumentError: None is; an import path never is one.
+    """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    from importlib.metadata import entry_points
+
+    found = {each.name: each for each in entry_points(group=ENTRY_POINTS)}
+    if name in found:
+        loaded = found[name].load()
+        if isinstance(loaded, type) and issubclass(loaded, Algorithm):
+            return loaded
+    known = nearest(name, sorted({*_REGISTRY, *found}))
+    raise ArgumentError("algorithm name", got=name, takes=f"a registered one ({known})", example="@register above the class")
+
+
+def registered_names() -> tuple[str, ...]:
+    """Return the names of all algorithms registered in this process, in alphabetical order."""
+    return tuple(sorted(_REGISTRY))
+
+
+def name_of(kind: type[Algorithm]) -> str:
+    """Return the name that a class registers under."""
+    return kind.__name__
+
+
+def as_json(value: object) -> Json:
+    """Describe an argument as JSON: times as text, callables by qualified name, sets sorted."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (Time, torch.dtype, torch.device)):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((as_json(each) for each in value), key=str)
+    describe: Callable[[], Json] | None = getattr(value, "describe", None)
+    if callable(describe) and not isinstance(value, type):
+        return describe()
+    if attrs.has(type(value)):
+        return {each.name: as_json(getattr(value, each.name)) for each in attrs.fields(type(value)) if each.init}
+    return {"callable": _qualified(value)}
+
+
+def _qualified(value: Any) -> str:
+    inner = getattr(value, "func", value)  # functools.partial
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
+    text = f"{getattr(inner, '__module__', '?')}.{name}"
+    if inner is not value:
+        text += f"({', '.join([*map(repr, value.args), *(f'{key}={each!r}' for key, each in value.keywords.items())])})"
+    return text

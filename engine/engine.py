@@ -1,0 +1,225 @@
+"""The engine: compiles who listens, orders them, emits events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self, TypeAlias
+
+from attrs import frozen
+
+from .algorithm import Algorithm
+from .errors import ArgumentError, LedgerError
+from .events import Event
+from .log import get_logger
+from .state import State
+
+Handler: TypeAlias = Callable[[Event, State], object]
+log = get_logger(__name__)
+
+
+@frozen(slots=True)
+class TraceEntry:
+    """One call that the engine made, with ``trace=True``: the event, the batch, who acted."""
+
+    event: Event
+    batch: int
+    owner: str
+
+
+class Engine:
+    """Emits events over one state to the algorithms that subscribed to them.
+
+    Subscriptions are compiled into one tuple an event, ordered by stage and then by place in the list, so
+    an event that nobody listens to costs a lookup.
+
+    Args:
+        algorithms: The algorithms. Each is given a unique ``owner`` name: its class name, numbered
+            from the second on (``"EMA"``, ``"EMA#2"``).
+        state: The state they share.
+        debug: Verify the ledger after each algorithm's turn, and that it stayed as it was where it is closed.
+        trace: Keep a list of :class:`TraceEntry` in :attr:`trace`.
+
+    Raises:
+        ArgumentError: An entry of ``algorithms`` is no Algorithm, or the same instance twice.
+
+    Example:
+        >>> import torch
+        >>> from thawline.engine import ParameterLedger
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=0.1)))
+        >>> with Engine([], state) as engine:
+        ...     engine.emit(Event.BATCH_START)
+    """
+
+    def __init__(
+        self, algorithms: Iterable[Algorithm], state: State, *, debug: bool = False, trace: bool = False
+    ) -> None:
+        self.algorithms = check_algorithms(algorithms)
+        self.state = state
+        self.debug = debug
+        self.trace: list[TraceEntry] | None = [] if trace else None
+        self._ledger = state.ledger
+        self._closed = False
+        counts: dict[str, int] = {}
+        for each in self.algorithms:
+            name = type(each).__name__
+            counts[name] = counts.get(name, 0) + 1
+            each.owner = name if counts[name] == 1 else f"{name}#{counts[name]}"
+        self._handlers: dict[Event, tuple[Handler, ...]] = {}
+        self._authors: dict[Handler, Algorithm] = {}
+        self.compile()
+
+    def compile(self) -> None:
+        """Read every algorithm's ``events`` again and rebuild the subscriptions."""
+        ordered = sorted(self.algorithms, key=lambda each: each.stage)  # stable: the list decides within a stage
+        self._authors = {}
+        for event in Event:
+            handlers = [self._handler(each) for each in ordered if event in each.events]
+            if event is Event.BATCH_START:
+                handlers.append(_begin_batch)
+            self._handlers[event] = tuple(handlers)
+
+    def emit(self, event: Event) -> None:
+        """Tell everybody who subscribed to ``event``, in order.
+
+        Raises:
+            Exception: What an algorithm raised, with a note that names it, the event and the clock.
+        """
+        state = self.state
+        self._ledger.phase = event
+        handler: Handler | None = None
+        try:
+            for handler in self._handlers[event]:
+                handler(event, state)
+        except BaseException as error:
+            self._note(error, event, handler)
+            raise
+
+    def attach(self) -> None:
+        """Let every algorithm set up its hooks and caches."""
+        for each in self.algorithms:
+            each.attach(self.state)
+
+    def close(self) -> None:
+        """Close every algorithm, also where another one's close raises; the first error is raised at the end."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ledger.phase = None
+        first: BaseException | None = None
+        for each in reversed(self.algorithms):
+            try:
+                each.close()
+            except BaseException as error:
+                error.add_note(f"in {each.owner}.close()")
+                if first is not None:
+                    log.error("close failed", owner=each.owner, error=repr(error))
+                first = first or error
+        if first is not None:
+            raise first
+
+    def __enter__(self) -> Self:
+        self.attach()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except Exception as second:
+            if error is None:
+                raise
+            error.add_note(f"closing failed as well: {second!r}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return every algorithm's description and state by owner."""
+        return {each.owner: {"description": each.describe(), "state": each.state_dict()} for each in self.algorithms}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Give every algorithm back its state.
+
+        Raises:
+            ArgumentError: The algorithms are not those that were saved; the message says which differ.
+        """
+        here = {each.owner: each.describe() for each in self.algorithms}
+        there = {owner: entry["description"] for owner, entry in saved.items()}
+        if here != there:
+            changed = [
+                f"{owner}: saved {there.get(owner, 'absent')}, now {here.get(owner, 'absent')}"
+                for owner in sorted({*here, *there})
+                if here.get(owner) != there.get(owner)
+            ]
+            raise ArgumentError(
+                "Trainer(algorithms=)", got="; ".join(changed), takes="those of the run that is resumed",
+                example="the same list, or fit(resume=False) with another run_dir",
+            )  # fmt: skip
+        for each in self.algorithms:
+            each.load_state_dict(saved[each.owner]["state"])
+
+    def _handler(self, algorithm: Algorithm) -> Handler:
+        """Return what to call for an algorithm: its bare ``apply`` where nothing else is needed."""
+        apply, match = algorithm.apply, algorithm.match
+        handler: Handler = apply
+        if type(algorithm).match is not Algorithm.match:
+
+            def matched(event: Event, state: State) -> None:
+                if match(event, state):
+                    apply(event, state)
+
+            handler = matched
+        if self.debug or self.trace is not None:
+            handler = self._watched(algorithm, handler)
+        self._authors[handler] = algorithm
+        return handler
+
+    def _watched(self, algorithm: Algorithm, handler: Handler) -> Handler:
+        def watched(event: Event, state: State) -> None:
+            if self.trace is not None:
+                self.trace.append(TraceEntry(event, state.clock.batch, algorithm.owner))
+            if not self.debug:
+                handler(event, state)
+                return
+            before = self._ledger.digest()
+            handler(event, state)
+            self._ledger.verify()
+            if not event.opens_ledger and self._ledger.digest() != before:
+                raise LedgerError(f"the ledger moved at {event.name}, where it is closed. Change it at BATCH_END.")
+
+        return watched
+
+    def _note(self, error: BaseException, event: Event, handler: Handler | None) -> None:
+        algorithm = None if handler is None else self._authors.get(handler)
+        if algorithm is not None:
+            clock = self.state.clock
+            error.add_note(
+                f"in {algorithm.owner}.apply at {event.name}, epoch {clock.epoch}, batch {clock.batch} "
+                f"({type(algorithm).__module__}.{type(algorithm).__qualname__})"
+            )
+
+
+def check_algorithms(algorithms: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
+    """Return the algorithms as a tuple, presets' lists flattened, or say what is no algorithm."""
+    example = "Trainer(algorithms=[LoRAInject(), LayerThaw(every=2)])"
+    if isinstance(algorithms, Algorithm) or not isinstance(algorithms, Iterable):
+        raise ArgumentError("Trainer(algorithms=)", got=algorithms, takes="a list of algorithms", example=example)
+    found = tuple(algorithms)
+    for each in found:
+        if not isinstance(each, Algorithm):
+            what = "a list: write [*progressive(), EMA()]" if isinstance(each, list) else each
+            raise ArgumentError("Trainer(algorithms=)", got=what, takes="instances of Algorithm", example=example)
+        bad = [event for event in each.events if not isinstance(event, Event)]
+        if bad:
+            raise ArgumentError(
+                f"{type(each).__name__}.events", got=bad[0], takes="members of Event", example="frozenset({Event.BATCH_END})"
+            )
+    if len({id(each) for each in found}) != len(found):
+        raise ArgumentError("Trainer(algorithms=)", got=found, takes="each instance once", example="[EMA(), EMA()]")
+    return found
+
+
+def _begin_batch(event: Event, state: State) -> None:
+    """What every loop needs before a batch: modes that follow the trainable set, and the step's learning rate."""
+    state.ledger.sync_modes()
+    state.ledger.apply_lr(state.clock)

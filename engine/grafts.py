@@ -1,0 +1,107 @@
+"""Grafts: an attachment on the model, and the way back. Only the ledger calls this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from attrs import frozen
+from torch import nn
+
+from .errors import SurgeryError
+from .surgery import Attachment
+
+_MISSING: Final = object()
+# Attribute overrides by (module, attribute): the original value, and how many grafts set it. The original returns
+# with the last of them, in whichever order they are undone.
+Overrides = dict[tuple[str, str], tuple[object, int]]
+
+
+@frozen(eq=False)
+class Graft:
+    """What was attached to one module.
+
+    Args:
+        module: The module's name.
+        parameters: Full names of the new parameters.
+        buffers: Names of the new buffers in the module.
+        attributes: Names of the attributes that were set.
+        beside: Full name of the parameter whose layer and options the new ones take.
+        old_class: The class to restore, and the one that was given; None where it stayed.
+        new_class: See ``old_class``.
+    """
+
+    module: str
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    attributes: tuple[str, ...]
+    beside: str
+    old_class: type[nn.Module] | None
+    new_class: type[nn.Module] | None
+
+
+def check_grafts(model: nn.Module, attachments: Sequence[Attachment], op: str) -> None:
+    """Raise a SurgeryError for what cannot be attached, before anything is."""
+    for each in attachments:
+        module = model.get_submodule(each.module)
+        for name in (*each.parameters, *each.buffers):
+            if hasattr(module, name):
+                raise SurgeryError(
+                    f"{op!r} wants to attach {name!r} to {each.module!r}, which has one already. Detach the first: "
+                    f"ledger.detach({each.module!r}, {op!r}, owner=...), or choose other targets."
+                )
+        if each.parameters and each.beside not in module._parameters:
+            raise SurgeryError(f"{op!r} attaches beside {each.beside!r}, which {each.module!r} does not have.")
+        if each.new_class is not None and not issubclass(each.new_class, type(module)):
+            raise SurgeryError(
+                f"{op!r} makes {each.module!r} a {each.new_class.__name__}, which is no subclass of its class "
+                f"{type(module).__name__}: isinstance checks would break."
+            )
+
+
+def apply_graft(model: nn.Module, attachment: Attachment, overrides: Overrides) -> Graft:
+    """Attach; the caller has checked that it can be."""
+    module = model.get_submodule(attachment.module)
+    path = f"{attachment.module}." if attachment.module else ""
+    old_class = type(module) if attachment.new_class is not None else None
+    if attachment.new_class is not None:
+        module.__class__ = attachment.new_class
+    for name, parameter in attachment.parameters.items():
+        module.register_parameter(name, parameter)
+    for name, buffer in attachment.buffers.items():
+        module.register_buffer(name, buffer)
+    for name, value in attachment.attributes.items():
+        key = (attachment.module, name)
+        original, count = overrides.get(key, (module.__dict__.get(name, _MISSING), 0))
+        overrides[key] = (original, count + 1)
+        setattr(module, name, value)
+    return Graft(
+        attachment.module,
+        tuple(f"{path}{name}" for name in attachment.parameters),
+        tuple(attachment.buffers),
+        tuple(attachment.attributes),
+        f"{path}{attachment.beside}",
+        old_class,
+        attachment.new_class,
+    )
+
+
+def undo_graft(model: nn.Module, graft: Graft, overrides: Overrides) -> None:
+    """Take off what :func:`apply_graft` put on."""
+    module: Any = model.get_submodule(graft.module)
+    if graft.new_class is not None and type(module) is not graft.new_class:
+        raise SurgeryError(f"something was attached to {graft.module!r} on top of this. Detach that first.")
+    for name in (*(each.rpartition(".")[2] for each in graft.parameters), *graft.buffers):
+        delattr(module, name)
+    for name in graft.attributes:
+        original, count = overrides[graft.module, name]
+        if count > 1:
+            overrides[graft.module, name] = (original, count - 1)
+            continue
+        del overrides[graft.module, name]
+        if original is _MISSING:
+            delattr(module, name)
+        else:
+            setattr(module, name, original)
+    if graft.old_class is not None:
+        module.__class__ = graft.old_class

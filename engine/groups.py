@@ -1,0 +1,144 @@
+"""Parameter groups: derived from canonical order, trainable set and homes, never edited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from types import MappingProxyType
+from typing import Any
+
+from attrs import define, field, frozen
+from torch import Tensor
+
+from .clock import Clock, Time
+from .homes import MANAGED, Home
+from .layers import LayerMap
+
+
+@frozen(slots=True)
+class Origin:
+    """When a group was born late, and how long its own warmup is."""
+
+    warmup: Time
+    start: float
+
+    def factor(self, clock: Clock) -> float:
+        """Return the warmup's factor: 0 at birth, 1 once ``warmup`` has passed."""
+        return min(1.0, max(0.0, (self.warmup.elapsed(clock) - self.start) / self.warmup.value)) if self.warmup.value else 1.0
+
+
+@define(eq=False, slots=True)
+class Slot:
+    """The parameters that share a home, a base rate, a factor and an origin: one group.
+
+    Slots are interned: equal ones are the same object, so that grouping compares identities.
+    """
+
+    home: Home
+    base_lr: float | None
+    scale: float
+    origin: Origin | None
+
+    def lr(self, factor: float, clock: Clock, floor: float) -> float:
+        """Return ``max(base_lr * scale * factor * warmup, floor)``."""
+        assert self.base_lr is not None
+        warm = 1.0 if self.origin is None else self.origin.factor(clock)
+        return max(self.base_lr * self.scale * factor * warm, floor)
+
+
+@frozen
+class Group:
+    """One parameter group, as :attr:`ParameterLedger.groups` shows it.
+
+    Args:
+        name: Unique name, made of the layers it spans.
+        parameters: Names of its parameters in canonical order.
+        lr: The learning rate now; None where the optimizer has none.
+        base_lr: The home or absolute rate, before factors and schedule.
+        scale: Product of all owners' factors.
+        optimizer: Index of the optimizer in :attr:`ParameterLedger.optimizers`.
+        options: Weight decay, betas and whatever else the optimizer keeps in the group.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    lr: float | None
+    base_lr: float | None
+    scale: float
+    optimizer: int
+    options: Mapping[str, Any] = field(converter=MappingProxyType)
+
+
+def derive_groups(
+    names: Iterable[str], trainable: AbstractSet[str], slots: Mapping[str, Slot], before: Mapping[Slot, dict[str, Any]]
+) -> tuple[dict[Slot, dict[str, Any]], dict[Slot, list[str]], list[dict[str, Any]]]:
+    """Derive the groups: one for each slot that has trainable members, by home, then by canonical order.
+
+    Dictionaries survive: a slot keeps its own, a new slot takes one that a vanished slot of the same
+    home leaves or the home's last one, and is given a copy only where none is free. So whatever an optimizer
+    keeps in its groups stays there.
+
+    Returns:
+        The groups' dictionaries and the members by slot, and the dictionaries that no group uses any more.
+    """
+    members: dict[Slot, list[str]] = {}
+    for name in names:
+        if name in trainable:
+            slot = slots[name]
+            if slot in members:
+                members[slot].append(name)
+            else:
+                members[slot] = [name]
+    spare: dict[Home, list[dict[str, Any]]] = {}
+    for slot, group in before.items():
+        if slot not in members:
+            spare.setdefault(slot.home, []).append(group)
+    living = {slot.home for slot in before}
+    live: dict[Slot, dict[str, Any]] = {}
+    renewed: set[Home] = set()
+    for slot in sorted(members, key=lambda slot: slot.home.index):
+        group = before.get(slot)
+        if group is None:
+            unused = spare.setdefault(slot.home, [] if slot.home in living else [slot.home.template])
+            group = unused.pop(0) if unused else copied(slot.home.template)
+        live[slot] = group
+        if slot.home not in renewed:
+            renewed.add(slot.home)
+            slot.home.template = group
+    return live, members, [group for groups in spare.values() for group in groups]
+
+
+def view_groups(
+    live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, list[str]], layers: LayerMap
+) -> tuple[Group, ...]:
+    """Show the groups with unique names made of the layers they span."""
+    taken: dict[str, int] = {}
+    views = []
+    for slot, group in live.items():
+        name = _span(members[slot], layers)
+        if isinstance(group.get("name"), str):
+            name = f"{group['name']}:{name}"
+        taken[name] = taken.get(name, 0) + 1
+        if taken[name] > 1:
+            name = f"{name}/{taken[name]}"
+        lr = group.get("lr")
+        options = {key: value for key, value in options_of(group).items() if key != "lr"}
+        rate = None if lr is None else float(lr)
+        views.append(Group(name, tuple(members[slot]), rate, slot.base_lr, slot.scale, slot.home.optimizer, options))
+    return tuple(views)
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a group says besides its parameters and their names."""
+    return {key: value for key, value in group.items() if key not in MANAGED}
+
+
+def copied(template: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a group's dictionary; a learning rate that is a tensor is not shared."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in template.items()}
+
+
+def _span(names: list[str], layers: LayerMap) -> str:
+    depths = {layers.depth(name) for name in names}
+    first, last = layers.names[min(depths)], layers.names[max(depths)]
+    return first if first == last else f"{first}..{last}"

@@ -1,0 +1,192 @@
+"""Homes: the optimizer and the group options that each parameter comes from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from attrs import define
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import OptimizerError, shorten
+from .layers import LayerMap
+from .selectors import Selector, resolve
+
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
+OptimizerLike: TypeAlias = Optimizer | OptimizerFactory | Sequence[Optimizer] | Sequence[tuple[Selector, OptimizerFactory]]
+MANAGED = frozenset({"params", "param_names"})
+_EXAMPLE = "optimizer=partial(torch.optim.AdamW, lr=1e-4)"
+
+
+@define(eq=False, slots=True)
+class Home:
+    """One parameter group as the user made it.
+
+    Args:
+        optimizer: Index of the optimizer.
+        index: Place among all homes.
+        template: The group's dictionary; while parameters of this home train, the live one of the first of them.
+        lr: The base learning rate; None where the optimizer's groups have none.
+    """
+
+    optimizer: int
+    index: int
+    template: dict[str, Any]
+    lr: float | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the group says besides its parameters."""
+        return {key: value for key, value in self.template.items() if key not in MANAGED}
+
+
+def settle(
+    optimizer: OptimizerLike, parameters: Mapping[str, nn.Parameter], aliases: Mapping[str, str], layers: LayerMap
+) -> tuple[tuple[Optimizer, ...], dict[str, Home]]:
+    """Build the optimizers where factories are given, and find each parameter's home.
+
+    Args:
+        optimizer: An instance, several, a factory over parameters, or ``[(select, factory), …]`` where the first
+            selector that matches a parameter takes it.
+        parameters: All parameters by canonical name.
+        aliases: Further names of tied parameters.
+        layers: The model's layers.
+
+    Raises:
+        OptimizerError: It is none of these, needs a closure, holds foreign parameters or the same one twice,
+            or the selectors leave parameters out.
+    """
+    floating = {name: each for name, each in parameters.items() if each.is_floating_point() or each.is_complex()}
+    if isinstance(optimizer, Optimizer):
+        optimizers: tuple[Optimizer, ...] = (optimizer,)
+    elif callable(optimizer):
+        optimizers = (_made(optimizer, floating),)
+    elif isinstance(optimizer, Sequence) and optimizer and all(isinstance(each, Optimizer) for each in optimizer):
+        optimizers = tuple(optimizer)  # type: ignore[arg-type]
+    elif isinstance(optimizer, Sequence) and optimizer and all(_is_pair(each) for each in optimizer):
+        optimizers = _partitioned(optimizer, floating, aliases, layers)  # type: ignore[arg-type]
+    else:
+        raise OptimizerError(
+            f"optimizer= takes an optimizer, a factory over parameters or a list of (select, factory), "
+            f"got {shorten(optimizer)}. Write: {_EXAMPLE}"
+        )
+    for each in optimizers:
+        refuse_closure(each)
+    return optimizers, _homes(optimizers, floating)
+
+
+def refuse_closure(optimizer: Optimizer) -> None:
+    """Raise an OptimizerError where ``optimizer.step`` cannot be called without a closure."""
+    step = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (step is not None and step.default is inspect.Parameter.empty):
+        raise OptimizerError(
+            f"{type(optimizer).__name__}.step needs a closure that computes the loss again, which microbatches and "
+            f"gradient clipping cannot serve. Write: {_EXAMPLE}"
+        )
+
+
+def fresh_state(optimizer: Optimizer, parameter: nn.Parameter, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state that an optimizer gives a parameter when it is constructed (Adagrad); mostly empty.
+
+    Step functions of such optimizers expect it, so a parameter that returns or is new must bring it.
+    """
+    known = {key: value for key, value in options.items() if key in optimizer.defaults}
+    try:
+        twin = type(optimizer)([parameter], **known)
+    except (TypeError, ValueError):
+        return {}
+    return dict(twin.state.get(parameter, {}))
+
+
+def fills_state(optimizer: Optimizer) -> bool:
+    """Return whether this optimizer makes its state at construction instead of at its first step."""
+    probe = nn.Parameter(torch.zeros(1))
+    return bool(fresh_state(optimizer, probe, optimizer.defaults))
+
+
+def _is_pair(each: object) -> bool:
+    return isinstance(each, tuple) and len(each) == 2 and callable(each[1])
+
+
+def _made(factory: OptimizerFactory, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
+    optimizer = factory(list(parameters.values()))
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(f"the optimizer factory returned {shorten(optimizer)}, no torch Optimizer. Write: {_EXAMPLE}")
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    left = [name for name, each in parameters.items() if id(each) not in held]
+    if left:
+        raise OptimizerError(
+            f"the factory's {type(optimizer).__name__} leaves out {len(left)} of {len(parameters)} parameters, first "
+            f"{left[0]!r}. A factory is called once over every parameter and puts all of them into groups; freeze what "
+            "is not to train: ledger.freeze(select, owner=...)"
+        )
+    return optimizer
+
+
+def _partitioned(
+    pairs: Sequence[tuple[Selector, OptimizerFactory]],
+    parameters: Mapping[str, nn.Parameter],
+    aliases: Mapping[str, str],
+    layers: LayerMap,
+) -> tuple[Optimizer, ...]:
+    left = dict(parameters)
+    optimizers: list[Optimizer] = []
+    for select, factory in pairs:
+        chosen = set(resolve(select, parameters, aliases, layers).names)
+        taken = {name: each for name, each in left.items() if name in chosen}
+        if not taken:
+            raise OptimizerError(f"optimizer= gives {shorten(select)} nothing: earlier selectors took all that it matches.")
+        left = {name: each for name, each in left.items() if name not in chosen}
+        optimizers.append(_made(factory, taken))
+    if left:
+        raise OptimizerError(
+            f"optimizer= leaves out {len(left)} of {len(parameters)} parameters, first {next(iter(left))!r}. "
+            "Write: optimizer=[(select, factory), ('*', partial(torch.optim.AdamW, lr=1e-4))]"
+        )
+    return tuple(optimizers)
+
+
+def _homes(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Home]:
+    names = {id(each): name for name, each in parameters.items()}
+    homes: dict[str, Home] = {}
+    every: list[Home] = []
+    for place, optimizer in enumerate(optimizers):
+        for group in optimizer.param_groups:
+            home = Home(place, len(every), group, _number(group.get("lr")))
+            every.append(home)
+            for each in group["params"]:
+                name = names.get(id(each))
+                if name is None:
+                    raise OptimizerError(
+                        f"{type(optimizer).__name__} holds a parameter of shape {tuple(each.shape)} that is not in the "
+                        "model. Write: optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4) over the model you fit"
+                    )
+                if name in homes:
+                    raise OptimizerError(f"{name!r} lies in two optimizer groups. Put every parameter into one group.")
+                homes[name] = home
+    if not homes:
+        raise OptimizerError(f"the optimizer holds no parameter of the model. Write: {_EXAMPLE}")
+    _adopt(homes, parameters)
+    return homes
+
+
+def _adopt(homes: dict[str, Home], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Give parameters that the user's optimizer left out the home of the nearest one of their kind.
+
+    Biases and norm weights (one dimension or none) commonly have no weight decay, so kinds are kept apart.
+    """
+    order = list(parameters)
+    known = [(index, name) for index, name in enumerate(order) if name in homes]
+    for index, name in enumerate(order):
+        if name in homes:
+            continue
+        flat = parameters[name].ndim <= 1
+        kin = [(at, other) for at, other in known if (parameters[other].ndim <= 1) is flat] or known
+        homes[name] = homes[min(kin, key=lambda pair: abs(pair[0] - index))[1]]
+
+
+def _number(lr: object) -> float | None:
+    return None if lr is None else float(lr.item() if isinstance(lr, Tensor) else lr)  # type: ignore[arg-type]

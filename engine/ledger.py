@@ -1,0 +1,586 @@
+"""The ledger: the only code that decides and records what trains, in which group, at which rate."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from .clock import Clock, Time
+from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
+from .events import Event
+from .grafts import Graft, Overrides, apply_graft, check_grafts, undo_graft
+from .groups import Group, Origin, Slot, derive_groups, options_of, view_groups
+from .holds import USER, Hold, Holds, Moments, Rate
+from .homes import Home, OptimizerLike, fills_state, fresh_state, settle
+from .invariants import check_groups, check_parameter, check_rates
+from .layers import LayerMap, LayerSpec
+from .modes import ModeKeeper
+from .schedules import Schedule, constant
+from .selectors import Selection, Selector, covers, resolve
+from .surgery import JournalEntry, Site, op_named
+from .typing import Json
+
+
+class ParameterLedger:
+    """What trains, in which group, at which learning rate; who decided it; what was attached.
+
+    Args:
+        model: The model. Never wrapped; its parameters keep identity and storage.
+        optimizer: An optimizer, a factory over parameters, or a list of ``(select, factory)``.
+        layers: A LayerMap, or what its ``layers=`` takes; None finds the layers.
+        schedule: Progress (0 to 1) to the factor on every group's rate.
+        min_lr: Floor of every learning rate.
+        seed: Seed of what surgery initializes.
+
+    Raises:
+        LayerError, OptimizerError, SelectorError: As their docstrings say.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> ledger = ParameterLedger(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+        >>> ledger.freeze("blocks[0]", owner="me")
+        >>> sorted(ledger.trainable), ledger.groups[0].lr
+        (['2.bias', '2.weight'], 0.1)
+        >>> ledger.thaw("blocks[0]", owner="me")
+        >>> len(ledger.trainable)
+        4
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerLike,
+        layers: LayerMap | LayerSpec | None = None,
+        *,
+        schedule: Schedule | None = None,
+        min_lr: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.layers = layers if isinstance(layers, LayerMap) else LayerMap(model, layers)
+        self.schedule = constant() if schedule is None else schedule
+        self.min_lr = min_lr
+        self.seed = seed
+        self.clock = Clock()
+        self.phase: Event | None = None
+        self.version = 0
+        self._read_names()
+        self.optimizers, self._homes = settle(optimizer, self._parameters, self._aliases, self.layers)
+        self._home_list = sorted({id(each): each for each in self._homes.values()}.values(), key=lambda home: home.index)
+        self._fills = tuple(fills_state(each) for each in self.optimizers)
+        self._in_optimizer = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
+        self._holds = Holds()
+        self._origins: dict[str, Origin] = {}
+        self._kept: dict[str, dict[str, Any]] = {}
+        self._interned: dict[tuple[object, ...], Slot] = {}
+        self._slots: dict[str, Slot] = {}
+        self._live: dict[Slot, dict[str, Any]] = {}
+        self._journal: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
+        self._overrides: Overrides = {}
+        self._modes = ModeKeeper(model)
+        self._factor = 1.0
+        self._begin()
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """All parameters by canonical name, in registration order; tied ones once."""
+        return MappingProxyType(self._parameters)
+
+    @property
+    def trainable(self) -> frozenset[str]:
+        """Names of the parameters that train."""
+        return self._trainable_names
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that do not train."""
+        return frozenset(self._parameters) - self._trainable
+
+    @property
+    def trainable_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that train, in the order of the groups; the same object until :attr:`version` moves."""
+        return self._flat
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The parameter groups of all optimizers, named by the layers they span."""
+        return view_groups(self._live, self._members, self.layers)
+
+    @property
+    def journal(self) -> tuple[JournalEntry, ...]:
+        """What was attached, in order."""
+        return tuple(entry for entry, _ in self._journal)
+
+    def owners(self, name: str) -> tuple[str, ...]:
+        """Return who holds the parameter called ``name``."""
+        return self._holds.owners(self._aliases.get(name, name))
+
+    def select(self, select: Selector) -> tuple[str, ...]:
+        """Return the canonical names that a selector means; a SelectorError where it matches nothing."""
+        return tuple(self._resolve(select).names)
+
+    # -- changing ----------------------------------------------------------------------------------------------
+
+    def freeze(
+        self, select: Selector, *, owner: str, moments: Moments = "drop", mode: Literal["eval"] | None = None
+    ) -> None:
+        """Add ``owner``'s hold: what anybody holds does not train.
+
+        Frozen parameters leave their group, and lose ``.grad`` and the optimizer's state.
+
+        Args:
+            select: What to freeze.
+            owner: Who holds it; only the same owner's :meth:`thaw` releases this hold.
+            moments: ``"keep"`` puts the optimizer's state aside until the parameter trains again.
+            mode: ``"eval"`` also puts modules that are wholly held in eval mode (dropout off).
+
+        Raises:
+            SelectorError: ``select`` matches nothing.
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("freeze", owner)
+        if moments not in ("drop", "keep"):
+            raise ArgumentError("freeze(moments=)", got=moments, takes="'drop' or 'keep'", example="moments='drop'")
+        if mode not in (None, "eval"):
+            raise ArgumentError("freeze(mode=)", got=mode, takes="None or 'eval'", example="mode='eval'")
+        selection = self._resolve(select)
+        self._holds.freeze(selection, owner, Hold(moments, mode == "eval"))
+        if moments == "drop" and self._kept:
+            for name in selection.names:
+                self._kept.pop(name, None)
+        leaving = [name for name in selection.names if name in self._trainable]
+        if mode == "eval":
+            self._modes.evaluating = True
+        if leaving:
+            self._leave(leaving)
+            self._regroup()
+        elif mode == "eval":
+            self._modes.refresh(self._trainable, self._holds)
+
+    def thaw(self, select: Selector, *, owner: str, warmup: Time | str | int | None = None) -> None:
+        """Release ``owner``'s hold: what nobody holds any more trains.
+
+        Args:
+            select: What to release.
+            owner: Whose hold is released; ``"user"`` for what was frozen before the fit.
+            warmup: The rate of what begins to train now rises from zero over this time.
+
+        Raises:
+            SelectorError: ``select`` matches nothing.
+            LedgerError: A parameter that cannot train, such as an integer one.
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("thaw", owner)
+        span = None if warmup is None else Time(warmup)
+        selection = self._resolve(select)
+        for name in selection.names:
+            if name not in self._homes:
+                raise LedgerError(f"{name!r} has dtype {self._parameters[name].dtype} and cannot train. Thaw others.")
+        released = self._holds.thaw(selection, owner, span)
+        joining = [name for name in released if not self._holds.is_held(name)]
+        if joining:
+            self._join(joining)
+            self._regroup()
+        elif released and self._modes.evaluating:
+            self._modes.refresh(self._trainable, self._holds)
+
+    def scale(self, select: Selector, factor: float, *, owner: str) -> None:
+        """Set ``owner``'s factor on the learning rate; factors of several owners multiply.
+
+        Args:
+            select: What to scale.
+            factor: Relative to the home rate; setting it again replaces it.
+            owner: Whose factor it is.
+
+        Raises:
+            ArgumentError: The factor is negative or no finite number.
+            SelectorError: ``select`` matches nothing.
+        """
+        self._check_open("scale", owner)
+        value = _rate("scale(factor=)", factor, "factor=0.5")
+        self._replace(self._holds.scale(self._resolve(select), owner, value))
+
+    def set_lr(self, select: Selector, lr: float, *, owner: str) -> None:
+        """Set an absolute base learning rate, which factors and schedule still multiply.
+
+        Raises:
+            LedgerError: Another owner has set one; the message names both.
+            ArgumentError: The rate is negative or no finite number.
+            SelectorError: ``select`` matches nothing.
+        """
+        self._check_open("set_lr", owner)
+        value = _rate("set_lr(lr=)", lr, "lr=1e-3")
+        self._replace(self._holds.rate(self._resolve(select), owner, value))
+
+    def attach(self, module_name: str, op: str, *, owner: str, **arguments: Json) -> None:
+        """Attach what a surgery op builds, and record it.
+
+        New parameters lie in the layer of the weight they stand beside, take its optimizer options and
+        factors, and train unless another owner's pattern holds them.
+
+        Args:
+            module_name: Name of the module, such as ``"encoder.layer.0.attention.self.query"``.
+            op: Name of a registered op, such as ``"lora"``.
+            owner: Who attaches it.
+            **arguments: The op's arguments: plain JSON, written to the journal.
+
+        Raises:
+            SurgeryError: No such module or op, or the op refuses the module. The model is as before.
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("attach", owner)
+        module = self._module(module_name)
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{module_name}/{op}".encode()).digest()[:8]) >> 1
+        site = Site(self.model, module_name, module, torch.Generator().manual_seed(seed))
+        attachments = tuple(op_named(op)(site, **arguments))
+        check_grafts(self.model, attachments, op)
+        grafts = tuple(apply_graft(self.model, each, self._overrides) for each in attachments)
+        self._journal.append((JournalEntry(module_name, op, owner, dict(arguments)), grafts))
+        self._enroll(grafts, owner)
+
+    def detach(self, module_name: str, op: str, *, owner: str) -> None:
+        """Undo :meth:`attach`: the module gets its class and its parameters back as they were.
+
+        Raises:
+            SurgeryError: This owner attached no such thing, or something was attached on top of it.
+        """
+        self._check_open("detach", owner)
+        for index in reversed(range(len(self._journal))):
+            entry, grafts = self._journal[index]
+            if (entry.module, entry.op, entry.owner) == (module_name, op, owner):
+                break
+        else:
+            known = sorted({f"{entry.module} ({entry.op}, {entry.owner})" for entry, _ in self._journal}) or ["nothing"]
+            raise SurgeryError(f"{owner!r} attached no {op!r} to {module_name!r}. Attached: {nearest(module_name, known)}.")
+        for graft in reversed(grafts):
+            undo_graft(self.model, graft, self._overrides)
+        del self._journal[index]
+        gone = {name for graft in grafts for name in graft.parameters}
+        for name in gone & set(self._parameters):
+            self.optimizers[self._homes[name].optimizer].state.pop(self._parameters[name], None)
+        self._holds.forget(gone)
+        for table in (self._homes, self._slots, self._origins, self._kept):
+            for name in gone:
+                table.pop(name, None)  # type: ignore[attr-defined]
+        self._trainable -= gone
+        self._read_names()
+        self.layers.follow(tuple(self._parameters), {})
+        self._modes.scan()
+        self._regroup()
+
+    # -- every batch -------------------------------------------------------------------------------------------
+
+    def apply_lr(self, clock: Clock) -> None:
+        """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedule(progress), min_lr)``."""
+        self.clock = clock
+        factor = self.schedule(clock.progress)
+        if factor != self._factor or self._warming:
+            self._factor = factor
+            self._write_lr()
+
+    def sync_modes(self) -> None:
+        """Put normalization layers in the mode that follows from what trains; cheap, called at BATCH_START."""
+        self._modes.sync()
+
+    def clear_gradients(self) -> None:
+        """Set the gradient of every trainable parameter to None."""
+        for parameter in self._flat:
+            parameter.grad = None
+
+    # -- checking ----------------------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Check every invariant.
+
+        Raises:
+            LedgerError: Names the parameter or group that breaks one, and the call to use instead.
+        """
+        check_groups(self.optimizers, self._live, self._parameters, self._trainable)
+        for name, parameter in self._parameters.items():
+            home = self._homes.get(name)
+            has_state = home is not None and parameter in self.optimizers[home.optimizer].state
+            holders = self._holds.owners(name)
+            check_parameter(name, parameter, trains=name in self._trainable, holders=holders, has_state=has_state)
+        check_rates(self._live, self._members, self._factor, self.clock, self.min_lr)
+        if [id(each) for _, each in self.model.named_parameters()] != [id(each) for each in self._parameters.values()]:
+            raise LedgerError(
+                "the model's parameters were exchanged behind the ledger. Write ledger.attach(module, op, owner=...)."
+            )
+
+    def digest(self) -> str:
+        """Return a hash of what trains, in which groups, at which rates, and of what is attached; the same on all ranks."""
+        facts = [
+            [name, list(each.shape), str(each.dtype), each.requires_grad, name in self._trainable]
+            for name, each in self._parameters.items()
+        ]
+        groups = [
+            [slot.home.index, self._members[slot], None if slot.base_lr is None else float(group["lr"]), slot.scale]
+            for slot, group in self._live.items()
+        ]
+        journal = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
+        holds = {owner: sorted(mine) for owner, mine in self._holds.held.items()}
+        text = json.dumps([facts, groups, journal, holds], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @override
+    def __repr__(self) -> str:
+        numel = sum(each.numel() for each in self._parameters.values())
+        trains = sum(self._parameters[name].numel() for name in self._trainable)
+        return f"<ParameterLedger: {trains:,} of {numel:,} parameters train, in {len(self._live)} groups, version {self.version}>"
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything by name: JSON, and the tensors of the optimizer's state (not copied)."""
+        state: dict[str, dict[str, Any]] = {}
+        shared: list[dict[str, Any]] = []
+        names = {id(each): name for name, each in self._parameters.items()}
+        for optimizer in self.optimizers:
+            shared.append({key: value for key, value in optimizer.state.items() if isinstance(key, str)})
+            for parameter, values in optimizer.state.items():
+                if isinstance(parameter, Tensor):
+                    state[names[id(parameter)]] = dict(values)
+        return {
+            "parameters": list(self._parameters),
+            "trainable": [name for name in self._parameters if name in self._trainable],
+            "holds": self._holds.state_dict(),
+            "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
+            "homes": [{"lr": home.lr, "options": home.options} for home in self._home_list],
+            "home_of": {name: home.index for name, home in self._homes.items()},
+            "groups": [
+                {"home": slot.home.index, "parameters": self._members[slot], "options": options_of(group)}
+                for slot, group in self._live.items()
+            ],
+            "journal": [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal],
+            "state": state,
+            "shared": shared,
+            "kept": {name: dict(values) for name, values in self._kept.items()},
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Make model structure, trainable set, groups and optimizer state what :meth:`state_dict` saw.
+
+        The weights themselves are the model's: load them afterwards, once the structure is there.
+
+        Raises:
+            LedgerError: The parameters or the optimizer's groups are other ones.
+        """
+        self._check_open("load_state_dict", USER)
+        for entry in reversed(self.journal):
+            self.detach(entry.module, entry.op, owner=entry.owner)
+        for module, op, owner, arguments in saved["journal"]:
+            self.attach(module, op, owner=owner, **arguments)
+        self._check_same(saved)
+        self._holds = Holds.from_state(saved["holds"])
+        self._modes.evaluating = any(hold.evaluate for mine in self._holds.held.values() for hold in mine.values())
+        by_index = {home.index: home for home in self._home_list}
+        for home, entry in zip(self._home_list, saved["homes"], strict=True):
+            home.lr = entry["lr"]
+            home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
+        self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
+        trainable = set(saved["trainable"])
+        self._leave([name for name in self._parameters if name in self._trainable])
+        self._join([name for name in self._parameters if name in trainable])
+        self._origins = {name: Origin(Time(time), start) for name, (time, start) in saved["origins"].items()}
+        self._interned.clear()
+        self._place(self._homes)
+        self._regroup()
+        for (slot, group), entry in zip(self._live.items(), saved["groups"], strict=True):
+            if self._members[slot] != list(entry["parameters"]):
+                raise LedgerError(f"the group of {self._members[slot][0]!r} cannot be restored: it was saved with other members.")
+            group.update(entry["options"])
+        self._kept = {name: self._placed(name, values) for name, values in saved["kept"].items()}
+        for optimizer, values in zip(self.optimizers, saved["shared"], strict=True):
+            optimizer.state.update(values)  # type: ignore[arg-type]
+        for name, values in saved["state"].items():
+            optimizer = self.optimizers[self._homes[name].optimizer]
+            optimizer.state[self._parameters[name]] = self._placed(name, values)
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Take the model as the user gave it: what is frozen, or in no group, is held by the user."""
+        self._trainable = set()
+        held = [
+            name
+            for name, each in self._parameters.items()
+            if not each.requires_grad or id(each) not in self._in_optimizer or name not in self._homes
+        ]
+        if held:
+            self._holds.freeze(Selection(tuple(held)), USER, Hold())
+            self._leave(held)
+        self._place(self._homes)
+        self._factor = self.schedule(0.0)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[:] = []
+        self._join([name for name in self._parameters if not self._holds.is_held(name)], restore=False)
+        self._regroup()
+        self.version = 0
+
+    def _read_names(self) -> None:
+        self._parameters = dict(self.model.named_parameters())
+        first = {id(each): name for name, each in self._parameters.items()}
+        everything = self.model.named_parameters(remove_duplicate=False)
+        self._aliases = {name: first[id(each)] for name, each in everything if first[id(each)] != name}
+
+    def _resolve(self, select: Selector) -> Selection:
+        return resolve(select, self._parameters, self._aliases, self.layers)
+
+    def _module(self, name: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(name)
+        except (AttributeError, TypeError):
+            known = nearest(str(name), [each for each, _ in self.model.named_modules() if each])
+            raise SurgeryError(f"the model has no module {name!r}. Nearest: {known}.") from None
+
+    def _check_open(self, call: str, owner: object) -> None:
+        if self.phase is not None and not self.phase.opens_ledger:
+            later = Event.BATCH_START if self.phase.name.startswith("EVAL") else Event.BATCH_END
+            raise LedgerClosedError(
+                f"ledger.{call} was called at {self.phase.name}, where the ledger is closed: a change there would tear the "
+                f"step. Keep the decision in the algorithm's state and call it at Event.{later.name}."
+            )
+        if not isinstance(owner, str) or not owner:
+            raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
+
+    def _leave(self, names: Iterable[str]) -> None:
+        """Freeze tensors: no gradient, no place in a group, no optimizer state unless kept."""
+        states = [optimizer.state for optimizer in self.optimizers]
+        parameters, homes, kept, origins = self._parameters, self._homes, self._kept, self._origins
+        for name in names:
+            parameter = parameters[name]
+            parameter.requires_grad = False
+            parameter.grad = None
+            home = homes.get(name)
+            state = None if home is None else states[home.optimizer].pop(parameter, None)
+            if state and self._holds.keeps(name):
+                kept[name] = state
+            if origins and origins.pop(name, None) is not None:
+                self._place((name,))
+        self._trainable.difference_update(names)
+
+    def _join(self, names: Sequence[str], *, restore: bool = True) -> None:
+        """Let tensors train: fresh or kept optimizer state, and an origin where a warmup was asked for."""
+        for name in names:
+            parameter = self._parameters[name]
+            parameter.requires_grad = True
+            warmups = self._holds.warmups.pop(name, None)
+            if warmups:
+                span = max(warmups.values(), key=lambda time: (time.unit, time.value))
+                self._origins[name] = Origin(span, span.elapsed(self.clock))
+                self._place((name,))
+            if not restore:
+                continue
+            home = self._homes[name]
+            state = self._kept.pop(name, None)
+            if state is None and self._fills[home.optimizer]:
+                state = fresh_state(self.optimizers[home.optimizer], parameter, home.options)
+            if state:
+                self.optimizers[home.optimizer].state[parameter] = state
+        self._trainable.update(names)
+
+    def _replace(self, names: Sequence[str]) -> None:
+        if names:
+            self._place(names)
+            self._regroup()
+
+    def _place(self, names: Iterable[str]) -> None:
+        """Find the slot of each name from its home, rate, factors and origin."""
+        interned, holds = self._interned, self._holds
+        for name in names:
+            home = self._homes.get(name)
+            if home is None:
+                continue
+            rate: Rate | None = holds.rates.get(name) if holds.rates else None
+            base = home.lr if rate is None else rate.lr
+            scale = holds.factor(name) if holds.factors else 1.0
+            origin = self._origins.get(name) if self._origins else None
+            key = (home.index, base, scale, origin)
+            slot = interned.get(key)
+            if slot is None:
+                slot = interned[key] = Slot(home, base, scale, origin)
+            self._slots[name] = slot
+
+    def _regroup(self) -> None:
+        """Derive the groups anew and make the optimizers hold them."""
+        self._live, self._members, dead = derive_groups(self._parameters, self._trainable, self._slots, self._live)
+        for group in dead:
+            group["params"] = []
+        for slot, group in self._live.items():
+            group["params"] = [self._parameters[name] for name in self._members[slot]]
+            if "param_names" in group:
+                group["param_names"] = list(self._members[slot])
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
+        self._flat = tuple(each for group in self._live.values() for each in group["params"])
+        self._trainable_names = frozenset(self._trainable)
+        self._warming = any(slot.origin is not None for slot in self._live)
+        self._write_lr()
+        self._modes.refresh(self._trainable, self._holds)
+        self.version += 1
+
+    def _write_lr(self) -> None:
+        for slot, group in self._live.items():
+            if slot.base_lr is None:
+                continue
+            lr = slot.lr(self._factor, self.clock, self.min_lr)
+            if isinstance(group.get("lr"), Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
+        self._read_names()
+        beside = {name: graft.beside for graft in grafts for name in graft.parameters if name in self._parameters}
+        beside = {name: self._aliases.get(other, other) for name, other in beside.items()}
+        self.layers.follow(tuple(self._parameters), beside)
+        for name, other in beside.items():
+            parameter = self._parameters[name]
+            parameter.requires_grad = False
+            if other in self._homes and (parameter.is_floating_point() or parameter.is_complex()):
+                self._homes[name] = self._homes[other]
+            self._holds.enroll(name, other, owner, lambda pattern, each: covers(pattern, each, self.layers))
+        self._modes.scan()
+        self._place(beside)
+        self._join([name for name in beside if name in self._homes and not self._holds.is_held(name)])
+        self._regroup()
+
+    def _check_same(self, saved: Mapping[str, Any]) -> None:
+        mine, theirs = list(self._parameters), list(saved["parameters"])
+        if mine != theirs:
+            missing = [name for name in theirs if name not in self._parameters]
+            extra = sorted(set(mine) - set(theirs))
+            raise LedgerError(
+                f"the model is not the one that was saved: missing {missing[:3]}, unknown to the checkpoint {extra[:3]}. "
+                "Build it as in the run that was saved."
+            )
+        if len(saved["homes"]) != len(self._home_list):
+            raise LedgerError(
+                f"the optimizer was saved with {len(saved['homes'])} groups of its own and has {len(self._home_list)} now. "
+                "Build it as in the run that was saved."
+            )
+
+    def _placed(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a parameter's saved state on its device, in the state's own dtype; step counters as torch keeps them."""
+        options = self._homes[name].options
+        on_device = bool(options.get("capturable") or options.get("fused"))
+        device = self._parameters[name].device
+        return {
+            key: value.to(device if key != "step" or on_device else "cpu", copy=True) if isinstance(value, Tensor) else value
+            for key, value in values.items()
+        }
+
+
+def _rate(argument: str, value: object, example: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ArgumentError(f"ledger.{argument}", got=value, takes="a finite number, 0 or above", example=example)
+    return float(value)

@@ -1,0 +1,68 @@
+"""Train or eval mode of modules, derived from what trains and never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from attrs import define, field
+from torch import nn
+
+from .holds import Holds
+
+
+@define(eq=False, slots=True)
+class ModeKeeper:
+    """Keeps normalization layers, and modules held with ``mode="eval"``, in the mode that follows from what trains.
+
+    A normalization layer with running statistics stands in train mode where the model does and any of its
+    parameters trains, so the statistics of a frozen one do not drift. One without parameters follows the
+    nearest module around it that has some.
+
+    Args:
+        model: The model.
+        evaluating: Whether any hold was ever taken with ``mode="eval"``.
+    """
+
+    model: nn.Module
+    evaluating: bool = False
+    _norms: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
+    _all: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
+    _modes: list[tuple[nn.Module, bool]] = field(init=False, factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        self.scan()
+
+    def scan(self) -> None:
+        """Find the modules again after surgery."""
+        first: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters():
+            first.setdefault(id(parameter), name)
+        self._all = []
+        of: dict[str, tuple[str, ...]] = {}
+        for path, module in self.model.named_modules():
+            mine = tuple(first[id(parameter)] for parameter in module.parameters())
+            of[path] = mine or of.get(path.rpartition(".")[0], ())
+            self._all.append((module, of[path]))
+        self._norms = [(module, names) for module, names in self._all if _has_statistics(module) and names]
+
+    def refresh(self, trainable: AbstractSet[str], holds: Holds) -> None:
+        """Derive the modes from the trainable set and the holds, and set them."""
+        modes = {module: any(name in trainable for name in names) for module, names in self._norms}
+        if self.evaluating:
+            for module, names in self._all:
+                held = bool(names) and all(holds.evaluates(name) for name in names)
+                modes[module] = modes.get(module, True) and not held
+        self._modes = list(modes.items())
+        self.sync()
+
+    def sync(self) -> None:
+        """Set the derived modes; under ``model.eval()`` everything stays in eval mode."""
+        training = self.model.training
+        for module, trains in self._modes:
+            wanted = training and trains
+            if module.training is not wanted:
+                module.training = wanted
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return getattr(module, "running_mean", None) is not None

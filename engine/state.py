@@ -1,0 +1,95 @@
+"""The state of a fit, shared by the loop and all algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import define, field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .clock import Clock, Time
+from .layers import LayerMap
+from .ledger import ParameterLedger
+
+
+@define(eq=False, slots=True)
+class State:
+    """What algorithms see and may change.
+
+    Args:
+        model: The caller's own module, never wrapped.
+        ledger: What trains, in which group, at which rate.
+        duration: How long the fit lasts.
+        seed: The run's seed, for generators of an algorithm's own.
+        clock: Where training stands; replaced at each tick.
+        batch: The loader's batch on the device; a list of them where ``accumulate`` is above 1.
+        microbatch: The part that goes through the model now.
+        outputs: What the model returned for the microbatch.
+        loss: The microbatch's loss; from BEFORE_STEP on the whole batch's, detached.
+        metrics: The latest value of everything logged, such as ``"eval/loss"``.
+        grad_norm: Norm of all gradients before clipping, where an algorithm measured it.
+        sample_ids: Index in the dataset of each sample of the batch, where the loader has them.
+        step_skipped: Whether the last step left the weights alone.
+        exception: What ended the fit, at FIT_ABORT.
+        stop_reason: Why the fit is to stop, once somebody asked.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> state = State(model, ParameterLedger(model, lambda ps: __import__("torch").optim.SGD(ps, lr=0.1)))
+        >>> state.log({"share": 0.5})
+        >>> state.stop("enough")
+        >>> state.metrics, state.stop_reason
+        ({'share': 0.5}, 'enough')
+    """
+
+    model: nn.Module
+    ledger: ParameterLedger
+    duration: Time = field(default=Time("1ep"), converter=Time)
+    seed: int = 0
+    clock: Clock = field(factory=Clock)
+    batch: Any = None
+    microbatch: Any = None
+    outputs: Any = None
+    loss: Tensor | None = None
+    metrics: dict[str, float] = field(factory=dict)
+    grad_norm: Tensor | float | None = None
+    sample_ids: tuple[int, ...] | None = None
+    step_skipped: bool = False
+    exception: BaseException | None = None
+    stop_reason: str | None = None
+    logged: dict[str, float] = field(factory=dict)
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """The optimizers, in the order of the ``optimizer=`` argument."""
+        return self.ledger.optimizers
+
+    @property
+    def layers(self) -> LayerMap:
+        """The model's layers in depth order."""
+        return self.ledger.layers
+
+    def log(self, values: Mapping[str, float | Tensor]) -> None:
+        """Record values under their names: for trackers, history and whoever monitors them."""
+        for name, value in values.items():
+            self.metrics[name] = self.logged[name] = float(value)
+
+    def take_logged(self) -> dict[str, float]:
+        """Return what was logged since the last call, and forget it."""
+        taken, self.logged = self.logged, {}
+        return taken
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to end after the running batch or evaluation; the first reason stays."""
+        if self.stop_reason is None:
+            self.stop_reason = reason
+
+    def tick(self, samples: int) -> None:
+        """Count one batch of ``samples`` samples; a loop of your own calls it before emitting BATCH_END."""
+        self.clock = self.ledger.clock = self.clock.after_batch(samples=samples, duration=self.duration)
+
+    def tick_epoch(self) -> None:
+        """Count the running epoch as completed; a loop of your own calls it before emitting EPOCH_END."""
+        self.clock = self.ledger.clock = self.clock.after_epoch(duration=self.duration)

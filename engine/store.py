@@ -1,0 +1,367 @@
+"""The checkpoints of a run: written by one, the newest and the best kept, the newest whole one loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from attrs import define, field, frozen
+
+from .clock import Time
+from .errors import ArgumentError, CheckpointError, shorten
+from .lock import RunLock
+from .log import get_logger
+from .snapshot import (
+    TEMPORARY,
+    Manifest,
+    UnreadableError,
+    read_checkpoint,
+    read_manifest,
+    sync_directory,
+    verify_checkpoint,
+    write_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from types import TracebackType
+
+__all__ = [
+    "BAD",
+    "DISCARDED",
+    "CheckpointStore",
+    "Checkpointing",
+    "Manifest",
+    "read_checkpoint",
+    "read_manifest",
+    "verify_checkpoint",
+    "write_checkpoint",
+]
+
+BAD, DISCARDED = ".bad-", ".discarded-"
+"""What the name of a checkpoint that was set aside begins with: a damaged one, and one newer than where a run went on."""
+
+_STEP_NAME = re.compile(r"ba(\d{8,18})")
+
+_log = get_logger(__name__)
+
+
+def _every(every: object) -> Time:
+    try:
+        time = Time(every)  # type: ignore[arg-type]  # Time checks it, and says what it takes
+    except ArgumentError as error:
+        argument, example = "Checkpointing(every=)", "Checkpointing(every='1ep')"
+        raise ArgumentError(argument, got=every, takes=error.takes, example=example) from None
+    if not time.value:
+        example = "Checkpointing(every='1ep')"
+        raise ArgumentError("Checkpointing(every=)", got=every, takes="a time above zero", example=example)
+    return time
+
+
+def _check_keep(instance: object, _: object, value: object) -> None:
+    owner = type(instance).__name__
+    if type(value) is not int or value < 1:
+        takes = "a whole number of checkpoints, at least 1"
+        raise ArgumentError(f"{owner}(keep=)", got=value, takes=takes, example=f"{owner}(keep=2)")
+
+
+def _check_monitor(instance: object, _: object, value: object) -> None:
+    owner = type(instance).__name__
+    if value is not None and not (isinstance(value, str) and value):
+        takes = "the name of a metric, or None"
+        raise ArgumentError(f"{owner}(monitor=)", got=value, takes=takes, example=f"{owner}(monitor='eval/loss')")
+
+
+def _check_mode(instance: object, _: object, value: object) -> None:
+    owner = type(instance).__name__
+    if value not in ("min", "max"):
+        example = f"{owner}(monitor='eval/accuracy', mode='max')"
+        raise ArgumentError(f"{owner}(mode=)", got=value, takes="'min' or 'max'", example=example)
+
+
+@frozen
+class Checkpointing:
+    """When to save, and what to keep.
+
+    Args:
+        every: The time between checkpoints: ``"1ep"``, ``"200ba"``, ``"0.1dur"``.
+        keep: How many of the newest checkpoints to keep.
+        monitor: The metric that the best checkpoint, kept besides, is chosen by, such as ``"eval/loss"``; None for none.
+        mode: Whether the smallest (``"min"``) or largest (``"max"``) metric is the best.
+
+    Raises:
+        ArgumentError: A wrong argument.
+
+    Example:
+        >>> Checkpointing(every="200ba", monitor="eval/loss")
+        Checkpointing(every=Time('200ba'), keep=2, monitor='eval/loss', mode='min')
+    """
+
+    every: Time = field(default="1ep", converter=_every)
+    keep: int = field(default=2, validator=_check_keep)
+    monitor: str | None = field(default=None, validator=_check_monitor)
+    mode: Literal["min", "max"] = field(default="min", validator=_check_mode)
+
+
+@define(eq=False)
+class CheckpointStore:
+    """The checkpoints of one run: one writer, the newest and the best kept, the newest whole one loaded.
+
+    The store holds the lock on ``folder`` until :meth:`close` or the end of the process. What an interrupted save left
+    is swept when the store is opened.
+
+    Args:
+        folder: The run's directory; it is made where it is missing.
+        keep: How many of the newest checkpoints to keep. The best one and permanent ones are kept besides.
+        monitor: What the metric is, such as ``"eval/loss"``. Metrics saved under another name are not compared.
+        mode: Whether the smallest (``"min"``) or largest (``"max"``) metric is the best. NaN never is.
+
+    Raises:
+        RunDirError: Another process, or another store in this one, holds the lock; the message says which.
+        CheckpointError: The directory cannot be made or locked.
+        ArgumentError: A wrong argument.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder, CheckpointStore(folder, keep=1) as store:
+        ...     for step, loss in [(10, 0.3), (20, 0.5), (30, 0.4)]:
+        ...         path = store.save({"step": step}, step=step, metric=loss)
+        ...     [path.name for path in store.checkpoints], store.best.name, store.load_newest()[1]
+        (['ba00000010', 'ba00000030'], 'ba00000010', {'step': 30})
+    """
+
+    folder: Path = field(converter=Path)
+    keep: int = field(default=2, validator=_check_keep)
+    monitor: str | None = field(default=None, kw_only=True, validator=_check_monitor)
+    mode: Literal["min", "max"] = field(default="min", kw_only=True, validator=_check_mode)
+    _lock: RunLock = field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        try:
+            _make(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"Cannot make {self.folder}: {error}. Give another run_dir.") from error
+        self._lock = RunLock(self.folder)
+        for leftover in self._entries(TEMPORARY):
+            _log.info("unfinished checkpoint swept", path=str(leftover))
+            _remove(leftover)
+
+    @property
+    def checkpoints(self) -> tuple[Path, ...]:
+        """Every checkpoint, oldest first. None has been verified."""
+        found = [path for path in self._entries("ba") if _STEP_NAME.fullmatch(path.name)]
+        return tuple(sorted(found, key=_step))
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether anything of a run lies here: checkpoints, or damaged or discarded ones."""
+        return bool(self.checkpoints or self._entries(BAD) or self._entries(DISCARDED))
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the best metric, the earliest of several; None where none has one."""
+        return _best(self._manifests(), self.monitor, self.mode)
+
+    def latest(self) -> Path | None:
+        """Return the newest checkpoint, unverified; None where there is none."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    def save(self, tree: object, *, step: int, metric: float | None = None, permanent: bool = False) -> Path:
+        """Write ``tree`` as the checkpoint of ``step``; then delete what is neither among the newest nor the best.
+
+        Nothing is deleted before the new checkpoint was read back from its files and found whole. Where the step has a
+        whole checkpoint already, that one stays and is returned: a run is a function of its step, and of two equal
+        checkpoints the one that is known to be good is worth more.
+
+        Args:
+            tree: What :func:`~thawline.engine.codec.flatten` takes.
+            step: Batches completed; above that of every other checkpoint here. See :meth:`rewind`.
+            metric: What the best checkpoint is chosen by.
+            permanent: Whether to keep this checkpoint for good.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            ArgumentError: A step that is not a whole number from 0, or below that of the newest checkpoint.
+            CheckpointError: It could not be written, for instance on a full disk. The older ones are untouched, and
+                the store goes on working.
+        """
+        if not self._lock.held:
+            raise CheckpointError(
+                f"The store of {self.folder} is closed, or was opened before this process was forked."
+            )
+        newest = self.latest()
+        _check_step(step, newest)
+        metric = None if metric is None else float(metric)
+        if newest is not None and _step(newest) == step:
+            try:
+                verify_checkpoint(newest)
+            except UnreadableError:
+                raise
+            except CheckpointError as error:
+                self._set_aside([(newest, error)])
+                newest = self.latest()
+            else:
+                return newest
+        info = {"step": step, "metric": metric, "monitor": self.monitor, "permanent": bool(permanent)}
+        parent = None if newest is None else newest.name
+        path = write_checkpoint(self.folder, f"ba{step:08d}", tree, parent=parent, info=info)
+        self._retire(path)
+        return path
+
+    def load_newest(self) -> tuple[Path, Any] | None:
+        """Return the newest whole checkpoint and its tree; None where there never was one.
+
+        Every checkpoint that is newer and damaged is set aside as ``.bad-<name>``, with a warning.
+
+        Raises:
+            CheckpointError: There are checkpoints and none is whole; then nothing is renamed. Or one cannot be read
+                for a reason that is not its own, such as a missing permission.
+        """
+        bad: list[tuple[Path, CheckpointError]] = []
+        for path in reversed(self.checkpoints):
+            try:
+                _check_place(path)
+                tree = read_checkpoint(path)
+            except UnreadableError:
+                raise
+            except CheckpointError as error:
+                bad.append((path, error))
+            else:
+                self._set_aside(bad)
+                return path, tree
+        if bad or self._entries(BAD):
+            reasons = "".join(f"\n  {path.name}: {error}" for path, error in bad)
+            raise CheckpointError(
+                f"No checkpoint in {self.folder} is whole, and starting again at step 0 is for you to decide: "
+                f"give an empty run_dir, or put a good copy in its place.{reasons}"
+            )
+        return None
+
+    def rewind(self, step: int) -> None:
+        """Set the checkpoints above ``step`` aside as ``.discarded-<name>``: the run goes on from ``step``.
+
+        Call it when resuming from a checkpoint that is not the newest. Otherwise the discarded future would be taken
+        for the newest state after the next crash.
+
+        Raises:
+            CheckpointError: A checkpoint cannot be renamed.
+        """
+        self._set_aside([(path, None) for path in self.checkpoints if _step(path) > step])
+
+    def close(self) -> None:
+        """Release the lock. A second call does nothing."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _entries(self, prefix: str) -> list[Path]:
+        try:
+            return sorted(path for path in self.folder.iterdir() if path.name.startswith(prefix))
+        except OSError as error:
+            raise CheckpointError(f"Cannot list {self.folder}: {error}.") from error
+
+    def _manifests(self) -> dict[Path, Manifest | None]:
+        """Every checkpoint's manifest, None for one that cannot be read."""
+        found: dict[Path, Manifest | None] = {}
+        for path in self.checkpoints:
+            try:
+                found[path] = read_manifest(path)
+            except CheckpointError:
+                found[path] = None
+        return found
+
+    def _retire(self, newest: Path) -> None:
+        manifests = self._manifests()
+        spared = {*self.checkpoints[-self.keep :], _best(manifests, self.monitor, self.mode)}
+        spared |= {path for path, manifest in manifests.items() if manifest and manifest.info.get("permanent") is True}
+        if not (condemned := [path for path in manifests if path not in spared]):
+            return
+        try:
+            verify_checkpoint(newest)
+        except CheckpointError as error:
+            self._set_aside([(newest, error)])
+            raise
+        for path in condemned:
+            # Renamed first, so that a kill half-way leaves rubbish to sweep instead of a damaged checkpoint.
+            doomed = self.folder / f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}"
+            try:
+                path.rename(doomed)
+            except OSError as error:
+                _log.warning("old checkpoint not deleted", path=str(path), reason=str(error))
+            else:
+                _remove(doomed)
+
+    def _set_aside(self, paths: Sequence[tuple[Path, CheckpointError | None]]) -> None:
+        for path, error in paths:
+            prefix = DISCARDED if error is None else BAD
+            aside, count = self.folder / f"{prefix}{path.name}", 1
+            while os.path.lexists(aside):
+                aside, count = self.folder / f"{prefix}{path.name}-{count + 1}", count + 1
+            try:
+                path.rename(aside)
+                sync_directory(self.folder)
+            except OSError as failure:
+                raise CheckpointError(f"Cannot set {path} aside: {failure}.") from failure
+            reason = "the run went on from an earlier one" if error is None else str(error)
+            _log.warning("checkpoint set aside", path=str(path), moved_to=aside.name, reason=reason)
+
+
+def _check_step(step: object, newest: Path | None) -> None:
+    if type(step) is not int or not 0 <= step < 10**18:
+        takes = "the number of batches completed, an int from 0"
+        raise ArgumentError("CheckpointStore.save(step=)", got=step, takes=takes, example="save(tree, step=120)")
+    if newest is not None and step < _step(newest):
+        takes = f"a step not below that of the newest checkpoint, {newest.name}"
+        example = f"store.rewind({step}), which discards the newer ones, and then save"
+        raise ArgumentError("CheckpointStore.save(step=)", got=step, takes=takes, example=example)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a checkpoint under another's name: a copy of an old one must not pass for the newest."""
+    step = read_manifest(path).info.get("step")
+    if step != _step(path):
+        raise CheckpointError(f"{path} holds the checkpoint of step {shorten(step)}.")
+
+
+def _step(path: Path) -> int:
+    return int(path.name[2:])
+
+
+def _best(manifests: Mapping[Path, Manifest | None], monitor: str | None, mode: str) -> Path | None:
+    scores: dict[Path, float] = {}
+    for path, manifest in manifests.items():
+        metric = manifest.info.get("metric") if manifest and manifest.info.get("monitor") == monitor else None
+        if isinstance(metric, float) and not math.isnan(metric):
+            scores[path] = metric if mode == "min" else -metric
+    return min(scores, key=scores.__getitem__, default=None)
+
+
+def _make(folder: Path) -> None:
+    """Make ``folder`` and its parents, each of them durable."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in reversed(missing):
+        sync_directory(each.parent)
+
+
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        _log.warning("leftover not deleted", path=str(path), reason=str(error))
