@@ -16,11 +16,16 @@ MEMORY = 192 << 20
 """What parsing a JSON text may cost in bytes, beyond the size of the tensors that came with it."""
 
 
-def dump_json(value: Json, *, indent: int | None = None) -> bytes:
+def dump_json(value: Json, *, budget: int = MEMORY, indent: int | None = None) -> bytes:
     """Return ``value`` as strict JSON text in ASCII.
 
+    Args:
+        value: Finite numbers only.
+        budget: What :func:`load_json` will be allowed to spend on it.
+        indent: As in :func:`json.dumps`.
+
     Raises:
-        CheckpointError: It would be longer than MAX_TEXT.
+        CheckpointError: The text would be longer, or dearer to read, than may be.
 
     Example:
         >>> dump_json({"step": 120})
@@ -28,11 +33,7 @@ def dump_json(value: Json, *, indent: int | None = None) -> bytes:
     """
     separators = (",", ":") if indent is None else (",", ": ")
     text = json.dumps(value, allow_nan=False, separators=separators, indent=indent).encode("ascii")
-    if len(text) > MAX_TEXT:
-        raise CheckpointError(
-            f"The state's JSON is {len(text) >> 20} MiB long, more than {MAX_TEXT >> 20}. "
-            "Keep long lists of numbers as tensors."
-        )
+    _check_cost(text, budget)
     return text
 
 
@@ -53,11 +54,7 @@ def load_json(text: bytes, *, budget: int = MEMORY) -> Json:
         Traceback (most recent call last):
         thawline.engine.errors.CheckpointError: Not strict JSON: NaN is not in it.
     """
-    if len(text) > MAX_TEXT or json_cost(text) > budget:
-        raise CheckpointError(
-            f"A JSON text of {len(text)} bytes would need about {json_cost(text) >> 20} MiB, "
-            f"more than the tensors beside it explain ({budget >> 20} MiB)."
-        )
+    _check_cost(text, budget)
     try:
         loaded: Json = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # ValueError also: too many digits, bad UTF-8
@@ -75,6 +72,16 @@ def json_cost(text: bytes) -> int:
         628
     """
     return 2 * len(text) + 400 * text.count(b"{") + 128 * text.count(b"[") + 48 * text.count(b",")
+
+
+def _check_cost(text: bytes, budget: int) -> None:
+    if len(text) > MAX_TEXT:
+        raise CheckpointError(f"A JSON text of {len(text)} bytes, at most {MAX_TEXT} are allowed.")
+    if (cost := json_cost(text)) > budget:
+        raise CheckpointError(
+            f"A JSON text of so many small values that reading it would take about {cost >> 20} MiB; "
+            f"{budget >> 20} MiB are allowed. Keep long lists of numbers as tensors."
+        )
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -116,6 +116,11 @@ class ParameterLedger:
         return view_groups(self._live, self._members, self.layers)
 
     @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What each group's learning rate is a function of, in the order of :attr:`groups`."""
+        return tuple(self._live)
+
+    @property
     def journal(self) -> tuple[JournalEntry, ...]:
         """What was attached, in order."""
         return tuple(entry for entry, _ in self._journal)
@@ -296,6 +301,13 @@ class ParameterLedger:
         for parameter in self._flat:
             parameter.grad = None
 
+    def release(self) -> None:
+        """Give ``requires_grad`` back as the user had it; what was attached stays and trains. Ends the ledger's work."""
+        self.clear_gradients()
+        for name, parameter in self._parameters.items():
+            if name in self._homes:
+                parameter.requires_grad = name not in self._given_frozen
+
     # -- checking ----------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
@@ -409,7 +421,8 @@ class ParameterLedger:
 
     def _begin(self) -> None:
         """Take the model as the user gave it: what is frozen, or in no group, is held by the user."""
-        self._trainable = set()
+        self._trainable: set[str] = set()
+        self._given_frozen = {name for name, each in self._parameters.items() if not each.requires_grad}
         held = [
             name
             for name, each in self._parameters.items()

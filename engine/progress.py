@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Literal, NoReturn, Protocol
 
 from attrs import define, field
@@ -115,7 +116,7 @@ class LineProgress:
         >>> progress.start(100, "fit")
         >>> for batch in range(1, 11):
         ...     progress.update(batch, {"loss": 0.7, "lr": 1e-3})
-        fit: 10/100 batches (10%), loss 0.7, lr 0.001, 5 batches/s, 18 s left
+        fit: 10/100 (10%), loss 0.7, lr 0.001, 5 batches/s, 18 s left
     """
 
     stream: IO[str] | None = field(default=None, repr=False)
@@ -138,10 +139,10 @@ class LineProgress:
     def message(self, text: str) -> None:
         """Write a line."""
         stream = sys.stderr if self.stream is None else self.stream
-        try:
-            print(text, file=stream, flush=True)
-        except (OSError, ValueError):  # a broken pipe or a closed file: a fit does not end for that
-            return
+        if stream is not None:  # Python without a console has none
+            with suppress(OSError, ValueError):  # a broken pipe or a closed file: a fit does not end for that
+                stream.write(f"{text}\n")
+                stream.flush()
 
     def eval_start(self, total: int | None) -> None:
         """Do nothing: the epoch's message follows."""
@@ -285,7 +286,7 @@ class _Run:
 
 
 def _of(n: int, total: int | None) -> str:
-    return f"{n} batches" if not total else f"{n}/{total} batches ({100 * n // total}%)"
+    return f"{n} batches" if not total else f"{n}/{total} ({100 * n // total}%)"
 
 
 def _number(value: object) -> str:
@@ -327,8 +328,6 @@ def _rich_progress(stream: IO[str] | None) -> RichProgress:
 
 
 def _stop(bar: RichProgress) -> None:
-    try:
+    # Where the terminal is closed rich raises, but only after it has given sys.stdout and sys.stderr back.
+    with suppress(OSError, ValueError):
         bar.stop()
-    except (OSError, ValueError):
-        # The streams are given back before rich writes to the closed one; what it has buffered is dropped.
-        bar.console.quiet = True

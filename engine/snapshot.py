@@ -29,11 +29,11 @@ from attrs import field, frozen
 
 from .codec import flatten, unflatten
 from .errors import ArgumentError, CheckpointError, shorten
-from .jsontext import MAX_TEXT, MEMORY, dump_json, json_cost, load_json
+from .jsontext import MAX_TEXT, MEMORY, dump_json, load_json
 from .tensorfile import read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Mapping
     from io import BufferedReader
     from types import TracebackType
 
@@ -113,12 +113,7 @@ def write_checkpoint(
     facts, infos = flatten(dict(info or {}))
     if facts:
         raise CheckpointError(f"The info of checkpoint {name!r} holds tensors, such as {next(iter(facts))!r}.")
-    text = dump_json(state)
-    if json_cost(text) > (budget := MEMORY + sum(each.nbytes for each in tensors.values())):
-        raise CheckpointError(
-            f"The state of checkpoint {name!r} has too many small values: reading it would need about "
-            f"{json_cost(text) >> 20} MiB, {budget >> 20} are allowed beside its tensors. Keep long lists as tensors."
-        )
+    text = dump_json(state, budget=MEMORY + sum(each.nbytes for each in tensors.values()))
     folder = Path(folder)
     final = folder / name
     temporary = folder / f"{TEMPORARY}{name}-{secrets.token_hex(6)}"
@@ -246,7 +241,12 @@ def _render(files: Mapping[str, tuple[int, str]], info: Json, parent: str | None
         "info": info,
         "files": records,
     }
-    return _signed(body)
+    text = _signed(body)
+    if len(text) > MAX_MANIFEST:
+        raise CheckpointError(
+            f"The manifest would have {len(text)} bytes, more than {MAX_MANIFEST}: keep its info small."
+        )
+    return text
 
 
 def _signed(body: Json) -> bytes:
@@ -286,7 +286,7 @@ def _record(name: str, record: Json) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _verified(path: Path) -> Iterator[tuple[Manifest, dict[str, BufferedReader]]]:
+def _verified(path: Path) -> Generator[tuple[Manifest, dict[str, BufferedReader]]]:
     """Open the files of the checkpoint at ``path`` and check sizes and hashes; they stand at the beginning then."""
     with _directory(path) as directory, contextlib.ExitStack() as stack:
         manifest = _manifest(directory)
@@ -314,7 +314,7 @@ def _manifest(directory: int) -> Manifest:
 
 
 @contextlib.contextmanager
-def _directory(path: Path) -> Iterator[int]:
+def _directory(path: Path) -> Generator[int]:
     """Open the directory at ``path``; what fails inside the block is raised with the path in front."""
     descriptor = None
     try:

@@ -31,12 +31,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
+    from attrs import Attribute
+
 __all__ = [
     "BAD",
     "DISCARDED",
     "CheckpointStore",
     "Checkpointing",
     "Manifest",
+    "UnreadableError",
     "read_checkpoint",
     "read_manifest",
     "verify_checkpoint",
@@ -46,14 +49,17 @@ __all__ = [
 BAD, DISCARDED = ".bad-", ".discarded-"
 """What the name of a checkpoint that was set aside begins with: a damaged one, and one newer than where a run went on."""
 
-_STEP_NAME = re.compile(r"ba(\d{8,18})")
+_STEP_NAME = re.compile(r"ba(\d{8}|[1-9]\d{8,17})")
+_ASIDE = re.compile(rf"({re.escape(BAD)}|{re.escape(DISCARDED)})ba\d+.*")
+# Only what we name so is swept: a run directory can hold a user's own files.
+_LEFTOVER = re.compile(re.escape(TEMPORARY) + r".+-[0-9a-f]{12}")
 
 _log = get_logger(__name__)
 
 
-def _every(every: object) -> Time:
+def _every(every: str | int | Time) -> Time:
     try:
-        time = Time(every)  # type: ignore[arg-type]  # Time checks it, and says what it takes
+        time = Time(every)
     except ArgumentError as error:
         argument, example = "Checkpointing(every=)", "Checkpointing(every='1ep')"
         raise ArgumentError(argument, got=every, takes=error.takes, example=example) from None
@@ -63,21 +69,21 @@ def _every(every: object) -> Time:
     return time
 
 
-def _check_keep(instance: object, _: object, value: object) -> None:
+def _check_keep(instance: object, _: Attribute[Any], value: Any) -> None:
     owner = type(instance).__name__
     if type(value) is not int or value < 1:
         takes = "a whole number of checkpoints, at least 1"
         raise ArgumentError(f"{owner}(keep=)", got=value, takes=takes, example=f"{owner}(keep=2)")
 
 
-def _check_monitor(instance: object, _: object, value: object) -> None:
+def _check_monitor(instance: object, _: Attribute[Any], value: Any) -> None:
     owner = type(instance).__name__
     if value is not None and not (isinstance(value, str) and value):
         takes = "the name of a metric, or None"
         raise ArgumentError(f"{owner}(monitor=)", got=value, takes=takes, example=f"{owner}(monitor='eval/loss')")
 
 
-def _check_mode(instance: object, _: object, value: object) -> None:
+def _check_mode(instance: object, _: Attribute[Any], value: Any) -> None:
     owner = type(instance).__name__
     if value not in ("min", "max"):
         example = f"{owner}(monitor='eval/accuracy', mode='max')"
@@ -102,7 +108,7 @@ class Checkpointing:
         Checkpointing(every=Time('200ba'), keep=2, monitor='eval/loss', mode='min')
     """
 
-    every: Time = field(default="1ep", converter=_every)
+    every: Time = field(default=Time("1ep"), converter=_every)
     keep: int = field(default=2, validator=_check_keep)
     monitor: str | None = field(default=None, validator=_check_monitor)
     mode: Literal["min", "max"] = field(default="min", validator=_check_mode)
@@ -147,20 +153,19 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(f"Cannot make {self.folder}: {error}. Give another run_dir.") from error
         self._lock = RunLock(self.folder)
-        for leftover in self._entries(TEMPORARY):
+        for leftover in self._entries(_LEFTOVER):
             _log.info("unfinished checkpoint swept", path=str(leftover))
             _remove(leftover)
 
     @property
     def checkpoints(self) -> tuple[Path, ...]:
         """Every checkpoint, oldest first. None has been verified."""
-        found = [path for path in self._entries("ba") if _STEP_NAME.fullmatch(path.name)]
-        return tuple(sorted(found, key=_step))
+        return tuple(sorted(self._entries(_STEP_NAME), key=_step))
 
     @property
     def holds_run(self) -> bool:
         """Whether anything of a run lies here: checkpoints, or damaged or discarded ones."""
-        return bool(self.checkpoints or self._entries(BAD) or self._entries(DISCARDED))
+        return bool(self.checkpoints or self._entries(_ASIDE))
 
     @property
     def best(self) -> Path | None:
@@ -198,7 +203,7 @@ class CheckpointStore:
             )
         newest = self.latest()
         _check_step(step, newest)
-        metric = None if metric is None else float(metric)
+        metric = None if metric is None else _number(metric)
         if newest is not None and _step(newest) == step:
             try:
                 verify_checkpoint(newest)
@@ -236,7 +241,7 @@ class CheckpointStore:
             else:
                 self._set_aside(bad)
                 return path, tree
-        if bad or self._entries(BAD):
+        if bad or self._entries(_ASIDE):
             reasons = "".join(f"\n  {path.name}: {error}" for path, error in bad)
             raise CheckpointError(
                 f"No checkpoint in {self.folder} is whole, and starting again at step 0 is for you to decide: "
@@ -267,9 +272,9 @@ class CheckpointStore:
     ) -> None:
         self.close()
 
-    def _entries(self, prefix: str) -> list[Path]:
+    def _entries(self, pattern: re.Pattern[str]) -> list[Path]:
         try:
-            return sorted(path for path in self.folder.iterdir() if path.name.startswith(prefix))
+            return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
         except OSError as error:
             raise CheckpointError(f"Cannot list {self.folder}: {error}.") from error
 
@@ -286,7 +291,8 @@ class CheckpointStore:
     def _retire(self, newest: Path) -> None:
         manifests = self._manifests()
         spared = {*self.checkpoints[-self.keep :], _best(manifests, self.monitor, self.mode)}
-        spared |= {path for path, manifest in manifests.items() if manifest and manifest.info.get("permanent") is True}
+        # One whose manifest cannot be read may be permanent.
+        spared |= {path for path, manifest in manifests.items() if not manifest or manifest.info.get("permanent")}
         if not (condemned := [path for path in manifests if path not in spared]):
             return
         try:
@@ -327,6 +333,14 @@ def _check_step(step: object, newest: Path | None) -> None:
         takes = f"a step not below that of the newest checkpoint, {newest.name}"
         example = f"store.rewind({step}), which discards the newer ones, and then save"
         raise ArgumentError("CheckpointStore.save(step=)", got=step, takes=takes, example=example)
+
+
+def _number(metric: float) -> float:
+    try:
+        return float(metric)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        example = "save(tree, step=120, metric=0.3)"
+        raise ArgumentError("CheckpointStore.save(metric=)", got=metric, takes="a number", example=example) from None
 
 
 def _check_place(path: Path) -> None:

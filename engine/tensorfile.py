@@ -83,7 +83,7 @@ def write_tensors(tensors: Mapping[str, Tensor], write: Callable[[memoryview], o
             raise CheckpointError(f"The tensor {shorten(name)} is of {tensor.dtype}, which the format cannot name.")
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = dump_json(header)
+    text = dump_json(header, budget=MEMORY + end)
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise CheckpointError(f"{len(tensors)} tensors need a header of {len(text)} bytes, more than {MAX_HEADER}.")

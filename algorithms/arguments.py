@@ -1,0 +1,226 @@
+"""Validators of the algorithms' arguments: each raises an ArgumentError that names the argument and a correct call.
+
+As attrs validators they know by themselves whose argument they check::
+
+    rank: int = attrs.field(default=8, validator=whole(at_least=1))
+
+says ``LoRAInject(rank=) takes a whole number, 1 or above, got 0. Write: LoRAInject(rank=8)``: the example is the
+field's default, or what ``example=`` says. :func:`as_time` is a converter, so it is told the argument's name. The
+``check_…`` functions are the same for arguments of plain functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from typing import Any, TypeAlias
+
+import attrs
+
+from ..engine import ArgumentError, Time
+
+Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+def in_range(
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    example: object = None,
+    or_none: bool = False,
+) -> Validator:
+    """Check a finite number within bounds.
+
+    Args:
+        above: Exclusive lower bound.
+        at_least: Inclusive lower bound.
+        below: Exclusive upper bound.
+        at_most: Inclusive upper bound.
+        example: The value in the corrected call; the default of the field where it has one.
+        or_none: Whether None passes as well.
+    """
+
+    def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if value is None and or_none:
+            return
+        argument, call = _named(instance, attribute, example)
+        check_in_range(
+            argument, value, above=above, at_least=at_least, below=below, at_most=at_most, example=call, or_none=or_none
+        )
+
+    return validate
+
+
+def positive(*, example: object = None, or_none: bool = False) -> Validator:
+    """Check a finite number above 0."""
+    return in_range(above=0, example=example, or_none=or_none)
+
+
+def whole(
+    *, at_least: int | None = None, at_most: int | None = None, example: object = None, or_none: bool = False
+) -> Validator:
+    """Check a whole number within bounds; True and False are none."""
+
+    def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if value is None and or_none:
+            return
+        argument, call = _named(instance, attribute, example)
+        check_whole(argument, value, at_least=at_least, at_most=at_most, example=call, or_none=or_none)
+
+    return validate
+
+
+def one_of(choices: Collection[object], *, example: object = None) -> Validator:
+    """Check that the value is one of a few."""
+
+    def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        argument, call = _named(instance, attribute, next(iter(choices)) if example is None else example)
+        check_one_of(argument, value, choices, example=call)
+
+    return validate
+
+
+def flag() -> Validator:
+    """Check for True or False."""
+
+    def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, bool):
+            argument, call = _named(instance, attribute, True)
+            raise ArgumentError(argument, got=value, takes="True or False", example=call)
+
+    return validate
+
+
+def text(*, example: str, or_none: bool = False) -> Validator:
+    """Check for a string that is not empty."""
+
+    def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if (value is None and or_none) or (isinstance(value, str) and value):
+            return
+        argument, call = _named(instance, attribute, example)
+        raise ArgumentError(argument, got=value, takes="a string" + " or None" * or_none, example=call)
+
+    return validate
+
+
+def as_time(argument: str, *, example: str, zero: bool = False) -> Callable[[str | int | Time], Time]:
+    """Return an attrs converter to :class:`Time`; use :func:`as_time_or_none` where None is allowed.
+
+    Args:
+        argument: The argument with its owner, such as ``"LayerThaw(every=)"``.
+        example: A corrected call.
+        zero: Whether a span of zero passes.
+
+    Example:
+        >>> as_time("LayerThaw(every=)", example="LayerThaw(every=2)")("100ba")
+        Time('100ba')
+    """
+
+    def convert(value: str | int | Time) -> Time:
+        return check_time(argument, value, example=example, zero=zero)
+
+    return convert
+
+
+def as_time_or_none(argument: str, *, example: str, zero: bool = False) -> Callable[[str | int | Time | None], Time | None]:
+    """Return an attrs converter to :class:`Time` that lets None pass."""
+
+    def convert(value: str | int | Time | None) -> Time | None:
+        return None if value is None else check_time(argument, value, example=example, zero=zero, or_none=True)
+
+    return convert
+
+
+def check_time(argument: str, value: object, *, example: str, zero: bool = False, or_none: bool = False) -> Time:
+    """Return ``value`` as a Time, or raise an ArgumentError that names ``argument``."""
+    takes = "a time above zero: " if not zero else "a time: "
+    takes += "an int (epochs), '3ep', '200ba', '5000sp' or '0.5dur'" + ", or None" * or_none
+    try:
+        time = Time(value)  # type: ignore[arg-type]  # checked by Time
+    except ArgumentError as error:
+        takes = takes if error.takes.startswith("a time") else error.takes
+        raise ArgumentError(argument, got=value, takes=takes, example=example) from None
+    if not zero and not time.value:
+        raise ArgumentError(argument, got=value, takes=takes, example=example)
+    return time
+
+
+def check_in_range(
+    argument: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    example: str,
+    or_none: bool = False,
+) -> float:
+    """Return ``value``, a finite number within bounds, or raise an ArgumentError that names ``argument``.
+
+    Example:
+        >>> check_in_range("freeze_layers(start=)", 1.5, at_least=0, below=1, example="freeze_layers(…, start=0.5)")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: freeze_layers(start=) takes a number, 0 or above and below 1, got 1.5. Write: freeze_layers(…, start=0.5)
+    """
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if fits and _within(value, above, at_least, below, at_most):  # type: ignore[arg-type]  # a number, as just checked
+        return value  # type: ignore[return-value]
+    takes = "a number" + _bounds(above, at_least, below, at_most) + ", or None" * or_none
+    raise ArgumentError(argument, got=value, takes=takes, example=example)
+
+
+def check_whole(
+    argument: str,
+    value: object,
+    *,
+    at_least: int | None = None,
+    at_most: int | None = None,
+    example: str,
+    or_none: bool = False,
+) -> int:
+    """Return ``value``, a whole number within bounds, or raise an ArgumentError that names ``argument``."""
+    if isinstance(value, int) and not isinstance(value, bool) and _within(value, None, at_least, None, at_most):
+        return value
+    takes = "a whole number" + _bounds(None, at_least, None, at_most) + ", or None" * or_none
+    raise ArgumentError(argument, got=value, takes=takes, example=example)
+
+
+def check_one_of(argument: str, value: object, choices: Collection[object], *, example: str) -> None:
+    """Raise an ArgumentError that names ``argument`` where ``value`` is none of ``choices``."""
+    # By type as well: 1 == True.
+    if not any(type(value) is type(each) and value == each for each in choices):
+        takes = f"one of {', '.join(map(repr, choices))}" if len(choices) > 2 else " or ".join(map(repr, choices))
+        raise ArgumentError(argument, got=value, takes=takes, example=example)
+
+
+def _named(instance: object, attribute: attrs.Attribute[Any], example: object) -> tuple[str, str]:
+    """Return the argument with its owner, and a corrected call."""
+    owner, name = type(instance).__name__, attribute.alias
+    if example is None and attribute.default is not attrs.NOTHING:
+        example = attribute.default
+    return f"{owner}({name}=)", f"{owner}({name}={example!r})"
+
+
+def _within(
+    value: float, above: float | None, at_least: float | None, below: float | None, at_most: float | None
+) -> bool:
+    return (
+        (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (below is None or value < below)
+        and (at_most is None or value <= at_most)
+    )
+
+
+def _bounds(above: float | None, at_least: float | None, below: float | None, at_most: float | None) -> str:
+    lower = f" above {above}" if above is not None else f", {at_least} or above" if at_least is not None else ""
+    if at_most is not None:
+        upper = f"{at_most} or below"
+    elif below is not None:
+        upper = f"below {below}"
+    else:
+        return lower
+    return f"{lower} and {upper}" if lower else f" {upper}" if below is not None else f", {upper}"

@@ -1,0 +1,164 @@
+"""What a checkpoint holds: a fit as a tree of tensors and JSON, and back into a fresh one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .clock import Clock
+from .engine import Engine
+from .errors import CheckpointError
+from .log import get_logger
+from .precision import Precision
+
+SCHEMA = 1
+log = get_logger(__name__)
+
+# What a difference in each means for a resumed run.
+_MEANING = {
+    "torch": "another version's kernels may round differently",
+    "threads": "sums are split differently over another number of threads",
+    "device": "another device's kernels round differently",
+    "microbatch_size": "the gradient is summed in other portions",
+    "precision": "the arithmetic is another one",
+}
+
+
+def capture(engine: Engine, precision: Precision, *, settings: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything that the next batch depends on.
+
+    Args:
+        engine: The engine, with state, ledger and algorithms.
+        precision: Its gradient scaler is part of the fit.
+        settings: The Trainer's description; compared on resume.
+        extra: What the loop itself needs: history, running sums, timeline.
+    """
+    state = engine.state
+    return {
+        "schema": SCHEMA,
+        "clock": attrs.asdict(state.clock),
+        "duration": str(state.duration),
+        "settings": dict(settings),
+        "environment": environment(state.model),
+        "ledger": state.ledger.state_dict(),
+        "model": weights_of(state.model),
+        "algorithms": engine.state_dict(),
+        "precision": precision.state_dict(),
+        "metrics": dict(state.metrics),
+        "logged": dict(state.logged),
+        "stop_reason": state.stop_reason,
+        "extra": dict(extra),
+        "rng": rng_state(state.model),
+    }
+
+
+def restore(tree: Mapping[str, Any], engine: Engine, precision: Precision, *, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a fresh fit what :func:`capture` saw, random number generators last; return its ``extra``.
+
+    Raises:
+        CheckpointError: The checkpoint belongs to another kind of run; the message says what differs.
+    """
+    state = engine.state
+    if tree.get("schema") != SCHEMA:
+        raise CheckpointError(f"the checkpoint has schema {tree.get('schema')!r}, this version reads {SCHEMA}.")
+    _compare_settings(tree["settings"], settings)
+    _compare_environment(tree["environment"], environment(state.model))
+    state.ledger.load_state_dict(tree["ledger"])
+    load_weights(state.model, tree["model"])
+    engine.load_state_dict(tree["algorithms"])
+    precision.load_state_dict(tree["precision"])
+    state.clock = state.ledger.clock = Clock(**tree["clock"])
+    state.metrics, state.logged = dict(tree["metrics"]), dict(tree["logged"])
+    state.ledger.apply_lr(state.clock)
+    restore_rng(tree["rng"])
+    return dict(tree["extra"])
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name.
+
+    Raises:
+        CheckpointError: The model keeps something else than tensors in its state dict.
+    """
+    weights = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{name!r} in the model's state dict is a {type(value).__name__}, and checkpoints hold tensors. "
+                "Keep it in a buffer, or derive it from the model's arguments."
+            )
+        weights[name] = value.detach()
+    return weights
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a model, in place.
+
+    Raises:
+        CheckpointError: Names or shapes differ.
+    """
+    try:
+        model.load_state_dict(dict(weights), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights are not this model's: {error}") from error
+
+
+def environment(model: nn.Module) -> dict[str, Any]:
+    """Return what bit-exactness depends on besides the checkpoint."""
+    device = next(model.parameters()).device
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device.type}
+
+
+def rng_state(model: nn.Module) -> dict[str, Any]:
+    """Return the state of every generator that a model may draw from: Python's, NumPy's, torch's, the device's."""
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if next(model.parameters()).device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Set the generators that :func:`rng_state` read."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators, which are the model's alone during a fit."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key in ("duration", "optimizer", "microbatch_size", "precision"):
+        if saved.get(key) != now.get(key):
+            meaning = _MEANING.get(key, "the run goes on, otherwise than it would have")
+            log.warning("resumed with another setting", setting=key, saved=saved.get(key), now=now.get(key), meaning=meaning)
+    changed = [
+        f"{key}: saved {saved.get(key)!r}, now {now.get(key)!r}"
+        for key in ("schedule", "min_lr", "seed", "accumulate")
+        if saved.get(key) != now.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            "the run cannot be continued with other settings: " + "; ".join(changed) + ". "
+            "Set them as they were, or start anew: Trainer(run_dir=<another directory>)"
+        )
+
+
+def _compare_environment(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for key, value in now.items():
+        if saved.get(key) != value:
+            log.warning(
+                "resumed in another environment: not bit-exact", what=key, saved=saved.get(key), now=value, meaning=_MEANING[key]
+            )

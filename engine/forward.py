@@ -1,0 +1,95 @@
+"""How a batch goes through a model: forward, loss, and the weight of a microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attrs import frozen
+from torch import Tensor, nn
+
+from .data import count_weight, forward_arguments
+from .errors import LossError, shorten
+
+
+@frozen(eq=False)
+class Forward:
+    """Forward, loss and weight, as the Trainer's arguments say.
+
+    Args:
+        forward_fn: ``(model, batch) -> outputs``; None: a mapping is passed as keywords, a tuple is
+            ``(*inputs, targets)``, a tensor is the one input.
+        loss_fn: ``(outputs, targets) -> scalar``, the mean over the samples; None: ``outputs.loss``,
+            ``outputs["loss"]``, or the output itself.
+        loss_weight: ``batch -> number`` of what the loss is a mean over; None: the labels that are not
+            ignored (-100), else the samples.
+    """
+
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    loss_fn: Callable[[Any, Any], Tensor] | None = None
+    loss_weight: Callable[[Any], float] | None = None
+
+    def outputs(self, model: nn.Module, batch: Any) -> Any:
+        """Return what the model makes of a batch."""
+        if self.forward_fn is not None:
+            return self.forward_fn(model, batch)
+        args, kwargs, _ = forward_arguments(batch, self.loss_fn is not None)
+        return model(*args, **kwargs)
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """Return the loss of a batch.
+
+        Raises:
+            LossError: There is none, or it is not one number.
+        """
+        if self.loss_fn is not None:
+            loss = self.loss_fn(predictions(outputs), targets_of(batch))
+            source = "loss_fn(outputs, targets)"
+        elif isinstance(outputs, Tensor):
+            loss, source = outputs, "the model (its output is taken as the loss where loss_fn is None)"
+        else:
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+            source = "outputs.loss"
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shorten(loss)
+            raise LossError(
+                f"the loss takes one number, got {got} from {source}. "
+                "Write: Trainer(loss_fn=torch.nn.functional.cross_entropy), or return the mean in a loss of your own."
+            )
+        return loss if loss.ndim == 0 else loss.reshape(())
+
+    def weight(self, model: nn.Module, batch: Any) -> float:
+        """Return how much a microbatch counts in its batch: what its loss is a mean over."""
+        if self.loss_weight is not None:
+            return float(self.loss_weight(batch))
+        # Hugging Face's causal models shift labels by one inside, so the first of each row is not in their mean.
+        shift = self.loss_fn is None and getattr(model, "loss_type", None) == "ForCausalLM"
+        return count_weight(batch, targets_of(batch), shift=shift)
+
+
+def require_gradient(loss: Tensor) -> None:
+    """Raise a LossError where no trainable parameter had a part in the loss."""
+    if not loss.requires_grad:
+        raise LossError(
+            "the loss has no gradient: no trainable parameter had a part in it. Do not detach it, compute it under "
+            "no_grad or turn it into a number, and look with ledger.trainable which parameters train."
+        )
+
+
+def predictions(outputs: Any) -> Any:
+    """Return the logits of an output that has some, else the output itself: what losses and metrics compare."""
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        return outputs["logits"]
+    return getattr(outputs, "logits", outputs)
+
+
+def targets_of(batch: Any) -> Any:
+    """Return a batch's targets: ``labels`` or ``targets`` of a mapping, the last of a tuple, else None."""
+    _, _, targets = forward_arguments(batch, True)
+    return targets
+
+
+def is_finite(value: Tensor | float) -> bool:
+    """Return whether a number is neither NaN nor infinite; one host synchronization for a tensor."""
+    number = value.item() if isinstance(value, Tensor) else value
+    return bool(number - number == 0)
