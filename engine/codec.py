@@ -18,7 +18,7 @@ import torch
 from attrs import Factory, define
 
 from .errors import CheckpointError, shorten
-from .tensorfile import DTYPES, bytes_of, shape_of
+from .tensorfile import DTYPES, MAX_RANK, bytes_of, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -215,6 +215,8 @@ def _refuse(tensor: Tensor) -> str | None:
         return "on the meta device, without data"
     if tensor.dtype not in (*DTYPES.values(), *_BYTES_ONLY.values()):
         return f"of {tensor.dtype}"
+    if tensor.dim() > MAX_RANK:
+        return f"of {tensor.dim()} dimensions, more than {MAX_RANK}"
     return None
 
 

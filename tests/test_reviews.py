@@ -77,7 +77,7 @@ def test_more_training_sentences_leave_the_test_as_it_is() -> None:
     assert small[0] == large[0][:60]
 
 
-@pytest.mark.parametrize(("train", "test", "says"), [(161, 40, "even"), (162, 40, "at most 200"), (-2, 40, "even")])
+@pytest.mark.parametrize("train, test, says", [(161, 40, "even"), (162, 40, "at most 200"), (-2, 40, "even")])
 def test_split_refuses_what_it_cannot_draw(train: int, test: int, says: str) -> None:
     """Numbers that are odd, negative or too large are refused."""
     with pytest.raises(ValueError, match=says):
@@ -164,12 +164,15 @@ def test_padding_does_not_change_the_logits() -> None:
     model, collate = load_classifier(seed=0).eval(), Collate(load_tokenizer())
     short, long = Review("A joy.", 1), Review("A film that takes a very long time to say very little.", 0)
     with torch.no_grad():
-        alone, beside = (model(batch["input_ids"], batch["attention_mask"])[0] for batch in (collate([short]), collate([short, long])))
+        alone, beside = (
+            model(batch["input_ids"], batch["attention_mask"])[0]
+            for batch in (collate([short]), collate([short, long]))
+        )
     torch.testing.assert_close(alone, beside, atol=1e-5, rtol=0)
 
 
 def test_the_classifier_splits_into_embeddings_six_blocks_and_a_head() -> None:
-    """thawline finds the depth order of the demo's model by itself."""
+    """The depth order of the demo's model is found without a word from the user."""
     layers = LayerMap(load_classifier(seed=0))
     assert all(name.startswith("encoder.embeddings.") for name in layers.stem.parameters)
     assert [block.modules for block in layers.blocks] == [(f"encoder.encoder.layer.{index}",) for index in range(6)]

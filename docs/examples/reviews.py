@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
+from typing_extensions import override
 
 _OUTER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _INNER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
@@ -161,12 +162,12 @@ class ReviewClassifier(nn.Module):
         encoder: A model of ``transformers`` without pooler.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         self.encoder = encoder
-        width: int = encoder.config.hidden_size  # type: ignore[union-attr, assignment]
-        self.head = nn.Linear(width, 2)
+        self.head = nn.Linear(encoder.config.hidden_size, 2)
 
+    @override
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the logits (sentences x 2)."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -182,8 +183,9 @@ def load_tokenizer() -> Any:
 
 def load_classifier(seed: int) -> ReviewClassifier:
     """Load MiniLM's weights, offline, under a new head that ``seed`` decides."""
-    logging.set_verbosity_error()  # what it would report is the pooler, which is left out on purpose
-    logging.disable_progress_bar()
+    # What it would report is that the pooler is not loaded, which is on purpose.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     encoder = AutoModel.from_pretrained(_minilm(), local_files_only=True, add_pooling_layer=False)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,0 +1,485 @@
+"""One fit: the loop, read top-down; around it what starts, saves, and ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import attrs
+from torch import nn
+
+from .checkpoint import capture, restore, seed_everything
+from .clock import Clock, Time
+from .data import Fetched, ResumableLoader, split_batch, to_device
+from .engine import Engine
+from .errors import CheckpointError, DataError, LedgerError, NonFiniteError, RunDirError
+from .evaluation import evaluate
+from .events import Event
+from .forward import is_finite, require_gradient
+from .homes import OptimizerLike
+from .layers import LayerMap, LayerSpec
+from .ledger import ParameterLedger
+from .log import get_logger
+from .plan import Recorder
+from .precision import Precision
+from .progress import progress_for
+from .settings import share_of, total_batches
+from .snapshot import read_checkpoint
+from .state import State
+from .store import Checkpointing, CheckpointStore
+from .tracking import JsonlTracker, Trackers
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+MAX_SKIPPED = 5
+log = get_logger(__name__)
+
+
+class Run:
+    """One call of :meth:`Trainer.fit`: a context that opens what the fit needs and closes it whatever happens.
+
+    Args:
+        trainer: The settings.
+        model: The caller's model.
+        train_loader: Training data.
+        eval_loader: Evaluation data or None.
+        duration: How long.
+        optimizer: An optimizer, a factory, or pairs of them.
+        layers: The model's layers, if given.
+        resume: As for :meth:`Trainer.fit`.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: nn.Module,
+        train_loader: Iterable[Any],
+        eval_loader: Iterable[Any] | None,
+        *,
+        duration: Time,
+        optimizer: OptimizerLike,
+        layers: LayerMap | LayerSpec | None,
+        resume: bool | str | Path,
+    ) -> None:
+        self.trainer = trainer
+        self.history: list[dict[str, float]] = []
+        self.progress = progress_for(trainer.progress)
+        self.forward = trainer.forward()
+        self.precision = Precision(trainer.precision, trainer.device)
+        self.data = ResumableLoader(train_loader, seed=trainer.seed)
+        self.eval_data = None if eval_loader is None else ResumableLoader(eval_loader, seed=trainer.seed)
+        length = self.data.length
+        clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
+        self.settings = {**trainer.describe(), "duration": str(duration)}
+        self._was_training = model.training
+        self._open_run_dir(resume)
+        try:
+            if trainer.device.type != "cpu" or next(model.parameters()).device.type != "cpu":
+                model.to(trainer.device)
+            schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
+            ledger = ParameterLedger(
+                model, optimizer, layers, schedule=schedule, min_lr=trainer.min_lr, seed=trainer.seed
+            )
+            for each in trainer.algorithms:
+                each.reset()
+            self.state = State(model, ledger, duration, trainer.seed, clock)
+            self.engine = Engine(trainer.algorithms, self.state, debug=trainer.debug)
+            self.recorder = Recorder(ledger, total_batches(duration, clock))
+        except BaseException:
+            self._close_run_dir()
+            raise
+        self._epoch_loss, self._log_loss = _Mean(), _Mean()
+        self._eval_clock: Clock | None = None
+        self._skipped = 0
+        self._due = False
+
+    # -- the loop ----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run the fit to its end."""
+        emit, state = self.engine.emit, self.state
+        self._start()
+        while not self._finished():
+            if not state.clock.batch_in_epoch:
+                self._save_if_due()
+                emit(Event.EPOCH_START)
+            for fetched in self._epoch():
+                self._save_if_due()
+                before = state.clock
+                self._batch(fetched)
+                if self.trainer.eval_every.crossed(before, state.clock) and not self._at_epoch_end():
+                    self._evaluate()
+                self._note_progress(before)
+                if self._finished():
+                    break
+            self._end_epoch()
+        if self._eval_clock != state.clock:
+            self._evaluate()
+        self._save()
+        emit(Event.FIT_END)
+        self._report_end()
+
+    def _batch(self, fetched: Sequence[Fetched]) -> None:
+        """Do one batch: one optimizer step over all of its microbatches."""
+        emit, state, precision, forward = self.engine.emit, self.state, self.precision, self.forward
+        device = self.trainer.device
+        batches = [to_device(each.batch, device) for each in fetched]
+        state.batch = batches[0] if self.trainer.accumulate == 1 else batches
+        state.sample_ids = _sample_ids(fetched)
+        state.step_skipped, state.grad_norm = False, None
+        emit(Event.BATCH_START)
+        self._require_trainable()
+        self.recorder.observe(state.clock)
+        parts = self._microbatches()
+        weights = [forward.weight(state.model, part) for part in parts] if len(parts) > 1 else [1.0]
+        whole = sum(weights) or 1.0
+        total = 0.0
+        for part, weight in zip(parts, weights, strict=True):
+            state.microbatch = part
+            emit(Event.BEFORE_FORWARD)
+            with precision.autocast():
+                state.outputs = forward.outputs(state.model, state.microbatch)
+            emit(Event.AFTER_FORWARD)
+            with precision.autocast():
+                state.loss = forward.loss(state.outputs, state.microbatch)
+            emit(Event.AFTER_LOSS)
+            require_gradient(state.loss)
+            precision.backward(state.loss if len(parts) == 1 else state.loss * (weight / whole))
+            emit(Event.AFTER_BACKWARD)
+            total += state.loss.item() * (weight / whole)
+        state.loss = state.loss.new_tensor(total) if state.loss is not None else None
+        precision.unscale(state.optimizers)
+        emit(Event.BEFORE_STEP)
+        if self._is_finite(total):
+            state.step_skipped = not precision.step(state.optimizers)
+        else:
+            state.step_skipped = True
+        emit(Event.AFTER_STEP)
+        state.ledger.clear_gradients()
+        state.outputs = state.microbatch = None
+        self._epoch_loss.add(total)
+        self._log_loss.add(total)
+        state.tick(sum(each.samples for each in fetched))
+        emit(Event.BATCH_END)
+
+    def _evaluate(self) -> None:
+        """Evaluate, let everybody know, and log."""
+        state = self.state
+        self._eval_clock = state.clock
+        if self.eval_data is None:
+            return
+        self.progress.eval_start(self.eval_data.length)
+        done = 0
+
+        def emit(event: Event, **seen: Any) -> None:
+            nonlocal done
+            state.microbatch, state.outputs, state.loss = seen["microbatch"], seen["outputs"], seen["loss"]
+            self.engine.emit(event)
+            if event is Event.EVAL_BATCH_END:
+                done += 1
+                self.progress.eval_update(done)
+
+        self.engine.emit(Event.EVAL_START)
+        values = evaluate(
+            state.model, self.eval_data, forward=self.forward, metrics=self.trainer.metrics, precision=self.precision,
+            device=self.trainer.device, emit=emit,
+        )  # fmt: skip
+        state.microbatch = state.outputs = state.loss = None
+        state.log(values)
+        self.engine.emit(Event.EVAL_END)
+        self.trackers.log_metrics(state.take_logged(), step=state.clock.batch)
+
+    def _end_epoch(self) -> None:
+        """Evaluate where it is due, count the epoch, let everybody know, and write the row of history."""
+        state, before = self.state, self.state.clock
+        complete = self._at_epoch_end() or not self._finished()
+        after = before.after_epoch(duration=state.duration)
+        if complete and self._eval_clock != before and self.trainer.eval_every.crossed(_before_last(before), after):
+            self._evaluate()
+        if complete:
+            state.tick_epoch()
+            if self._eval_clock == before:
+                self._eval_clock = state.clock
+        self._log({"train/loss": self._epoch_loss.value()})
+        self.engine.emit(Event.EPOCH_END)
+        state.ledger.apply_lr(state.clock)
+        self._write_history()
+
+    # -- parts of a batch --------------------------------------------------------------------------------------
+
+    def _epoch(self) -> Iterator[list[Fetched]]:
+        """Yield the loader batches of each step of the running epoch, from where the clock stands."""
+        size, clock = self.trainer.accumulate, self.state.clock
+        batches = iter(self.data.batches(clock.epoch, clock.batch_in_epoch * size))
+        empty = True
+        while fetched := list(islice(batches, size)):
+            empty = False
+            yield fetched
+        if empty and not clock.batch_in_epoch:
+            raise DataError(
+                f"train_loader yields no batch in epoch {clock.epoch}. Give a loader with data; drop_last=True drops a "
+                "single short batch, and a generator is used up after one epoch."
+            )
+
+    def _microbatches(self) -> list[Any]:
+        """Cut the batch as it is now into microbatches."""
+        size, batch = self.trainer.microbatch_size, self.state.batch
+        batches = [batch] if self.trainer.accumulate == 1 else batch
+        return list(batches) if size is None else [part for each in batches for part in split_batch(each, size)]
+
+    def _is_finite(self, loss: float) -> bool:
+        """Return whether to step; raise where the policy says so. An fp16 overflow is the scaler's own business."""
+        state = self.state
+        if self.trainer.precision == "fp16":
+            return True
+        norm = state.grad_norm
+        if is_finite(loss) and (norm is None or is_finite(norm)):
+            self._skipped = 0
+            return True
+        self._skipped += 1
+        what = f"the loss is {loss}" if not is_finite(loss) else f"the gradient norm is {float(norm or 0.0)}"
+        place = f"at epoch {state.clock.epoch}, batch {state.clock.batch}"
+        if self.trainer.on_nonfinite == "raise" or self._skipped >= MAX_SKIPPED:
+            often = f", the {self._skipped}th time in a row" if self._skipped > 1 else ""
+            raise NonFiniteError(
+                f"{what} {place}{often}. The weights are as before this batch. Lower the learning rate, add "
+                "GradClip(max_norm=1.0) and a warmup, look at this batch's data, or write Trainer(on_nonfinite='skip')."
+            )
+        log.warning("step skipped", why=what, where=place)
+        return False
+
+    def _require_trainable(self) -> None:
+        """Make sure that something trains: an error at the start, the end of the fit later."""
+        ledger = self.state.ledger
+        if ledger.trainable_parameters:
+            return
+        name = next(iter(ledger.parameters))
+        holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
+        raise LedgerError(
+            f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). Thaw some: "
+            "requires_grad_(True) before the fit, LayerThaw(start='head'), or a lower LayerFreeze(level=)."
+        )
+
+    def _finished(self) -> bool:
+        state = self.state
+        if not state.ledger.trainable_parameters and state.clock.batch:
+            state.stop("nothing trains any more")
+        return state.stop_reason is not None or state.duration.reached(state.clock)
+
+    def _at_epoch_end(self) -> bool:
+        clock = self.state.clock
+        return clock.batch_in_epoch > 0 and clock.batch_in_epoch == clock.batches_per_epoch
+
+    # -- start, save, end --------------------------------------------------------------------------------------
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the fit ended."""
+        return self.state.stop_reason or "duration"
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the best monitored metric."""
+        return None if self.store is None else self.store.best
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint."""
+        return None if self.store is None else self.store.latest()
+
+    def _start(self) -> None:
+        """Begin afresh with FIT_START, or where the checkpoint was cut."""
+        state, model = self.state, self.state.model
+        for limit in self.data.limits:
+            log.warning("data order", limit=limit)
+        seed_everything(self.trainer.seed)
+        model.train()
+        self.engine.attach()
+        self.trackers.log_config({"trainer": self.settings, "model": type(model).__name__})
+        self.progress.start(self.recorder.total_batches, "training", done=0)
+        if self._loaded is None:
+            self.engine.emit(Event.FIT_START)
+            self._require_trainable()
+        else:
+            self._restore(*self._loaded)
+        self._loaded = None
+        self.progress.update(state.clock.batch, {})
+
+    def _restore(self, path: Path, tree: dict[str, Any]) -> None:
+        """Put everything back as the checkpoint says; random number generators last."""
+        state = self.state
+        extra = restore(tree, self.engine, self.precision, settings=self.settings)
+        self.history = list(extra["history"])
+        self._epoch_loss, self._log_loss = _Mean(*extra["epoch_loss"]), _Mean(*extra["log_loss"])
+        self._skipped = extra["skipped"]
+        self._eval_clock = None if extra["eval_clock"] is None else Clock(**extra["eval_clock"])
+        self.recorder.load_state_dict(extra["timeline"])
+        if self._jsonl is not None:
+            self._jsonl.truncate_after(state.clock.batch)
+        self.progress.message(f"resumed from {path} at epoch {state.clock.epoch}, batch {state.clock.batch}")
+        log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
+
+    def _save_if_due(self) -> None:
+        """Cut a checkpoint just before EPOCH_START or BATCH_START."""
+        if self._due:
+            self._save()
+
+    def _save(self) -> None:
+        self._due = False
+        if self.store is None:
+            return
+        state, monitor = self.state, self.checkpointing.monitor
+        extra = {
+            "history": self.history,
+            "epoch_loss": self._epoch_loss.parts(),
+            "log_loss": self._log_loss.parts(),
+            "skipped": self._skipped,
+            "eval_clock": None if self._eval_clock is None else attrs.asdict(self._eval_clock),
+            "timeline": self.recorder.state_dict(state.clock),
+        }
+        tree = capture(self.engine, self.precision, settings=self.settings, extra=extra)
+        metric = None if monitor is None else state.metrics.get(monitor)
+        try:
+            path = self.store.save(tree, step=state.clock.batch, metric=metric)
+        except CheckpointError as error:
+            self._due = True
+            log.error("checkpoint not written; trying again at the next batch", error=str(error))
+        else:
+            log.info("checkpoint", path=str(path))
+
+    def _open_run_dir(self, resume: bool | str | Path) -> None:
+        """Open store and trackers; find what to resume from; refuse a directory that holds another run."""
+        trainer = self.trainer
+        self.store: CheckpointStore | None = None
+        self._jsonl: JsonlTracker | None = None
+        self._loaded: tuple[Path, dict[str, Any]] | None = None
+        self.checkpointing = trainer.checkpoint or Checkpointing()
+        run_dir = trainer.run_dir
+        if isinstance(resume, (str, Path)):
+            path = Path(resume)
+            self._loaded = (path, read_checkpoint(path))
+        if run_dir is not None:
+            policy = self.checkpointing
+            self.store = CheckpointStore(run_dir, policy.keep, monitor=policy.monitor, mode=policy.mode)
+            try:
+                self._find_run(run_dir, resume)
+            except BaseException:
+                self.store.close()
+                raise
+            self._jsonl = JsonlTracker(run_dir)
+        local = [] if self._jsonl is None else [self._jsonl]
+        self.trackers = Trackers([*local, *trainer.trackers], run_dir=run_dir)
+
+    def _find_run(self, run_dir: Path, resume: bool | str | Path) -> None:
+        assert self.store is not None
+        if resume is True:
+            self._loaded = self.store.load_newest()
+        elif self._loaded is not None:
+            if self._loaded[0].resolve().parent == run_dir.resolve():
+                self.store.rewind(int(self._loaded[1]["clock"]["batch"]))
+        elif self.store.holds_run or (run_dir / "metrics.jsonl").exists():
+            raise RunDirError(
+                f"{run_dir} holds a run already. Continue it: trainer.fit(…, resume=True), or start another one: "
+                "Trainer(run_dir=<another directory>)."
+            )
+
+    def _close_run_dir(self) -> None:
+        self.trackers.close()
+        if self.store is not None:
+            self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Tell algorithms of an error, close everything, and give the model back; the first error is the one raised."""
+        state, failed = self.state, error
+        if error is not None:
+            state.exception = error
+            try:
+                self.engine.emit(Event.FIT_ABORT)
+            except Exception as second:
+                error.add_note(f"FIT_ABORT failed as well: {second!r}")
+        try:
+            self.engine.close()
+        except Exception as second:
+            failed = failed or second
+            if error is not None:
+                error.add_note(f"closing the algorithms failed as well: {second!r}")
+        finally:
+            state.ledger.phase = None
+            state.ledger.release()
+            state.model.train(self._was_training)
+            self.progress.close()
+            self._close_run_dir()
+        if error is None and failed is not None:
+            raise failed
+
+    # -- telling -----------------------------------------------------------------------------------------------
+
+    def _note_progress(self, before: Clock) -> None:
+        """Show progress, log when it is time, and remember when a checkpoint is due."""
+        state = self.state
+        if self.trainer.log_every.crossed(before, state.clock):
+            self._log({"train/loss": self._log_loss.value(), **self._rates()})
+            self._log_loss = _Mean()
+        if self.store is not None and self.checkpointing.every.crossed(before, state.clock):
+            self._due = True
+        self.progress.update(state.clock.batch, state.metrics)
+
+    def _log(self, values: dict[str, float]) -> None:
+        self.state.log(values)
+        self.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
+
+    def _rates(self) -> dict[str, float]:
+        return {f"lr/{group.name}": group.lr for group in self.state.ledger.groups if group.lr is not None}
+
+    def _write_history(self) -> None:
+        state = self.state
+        state.metrics.update(self._rates())
+        row = {name: value for name, value in state.metrics.items() if not name.startswith("lr/")} | self._rates()
+        numel = sum(each.numel() for each in state.ledger.trainable_parameters)
+        row |= {"epoch": state.clock.epoch, "batch": state.clock.batch, "trainable": numel}
+        self.history.append(row)
+        self._epoch_loss = _Mean()
+        shown = {name: value for name, value in row.items() if name.startswith(("train/", "eval/"))}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.progress.message(f"epoch {len(self.history)}: {text}  {numel:,} parameters train")
+
+    def _report_end(self) -> None:
+        log.info("fit ended", reason=self.stop_reason, batches=self.state.clock.batch)
+        if self.stop_reason != "duration":
+            self.progress.message(f"stopped: {self.stop_reason}")
+
+
+class _Mean:
+    """A running mean that a checkpoint can hold."""
+
+    def __init__(self, total: float = 0.0, count: int = 0) -> None:
+        self.total, self.count = total, count
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+    def value(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+    def parts(self) -> tuple[float, int]:
+        return self.total, self.count
+
+
+def _sample_ids(fetched: Sequence[Fetched]) -> tuple[int, ...] | None:
+    ids = [each.sample_ids for each in fetched]
+    return None if any(each is None for each in ids) else tuple(i for each in ids if each is not None for i in each)
+
+
+def _before_last(clock: Clock) -> Clock:
+    """Return the clock one batch earlier, for intervals that end with the epoch."""
+    return Clock(clock.epoch, clock.batch - 1, clock.batch_in_epoch - 1, clock.sample - 1, clock.progress, clock.batches_per_epoch)

@@ -1,0 +1,146 @@
+"""Validation of the Trainer's arguments: each wrong one is an ArgumentError that says what to write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from attrs import Attribute
+
+from .clock import Clock, Time
+from .errors import ArgumentError, DistributedError
+
+Validator = Callable[[Any, "Attribute[Any]", Any], None]
+
+
+def one_of(*values: object) -> Validator:
+    """Return a validator for an argument that takes one of ``values``."""
+
+    def check(_: object, attribute: Attribute[Any], value: object) -> None:
+        if not any(value is each or (type(value) is type(each) and value == each) for each in values):
+            takes = ", ".join(repr(each) for each in values)
+            raise _wrong(attribute.name, value, f"one of {takes}", f"{attribute.name}={values[0]!r}")
+
+    return check
+
+
+def whole(minimum: int, *, optional: bool = False) -> Validator:
+    """Return a validator for a whole number from ``minimum`` on."""
+
+    def check(_: object, attribute: Attribute[Any], value: object) -> None:
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            takes = f"a whole number, {minimum} or above{', or None' if optional else ''}"
+            raise _wrong(attribute.name, value, takes, f"{attribute.name}={max(minimum, 8)}")
+
+    return check
+
+
+def not_negative(_: object, attribute: Attribute[Any], value: object) -> None:
+    """Validate a finite number from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise _wrong(attribute.name, value, "a finite number, 0 or above", f"{attribute.name}=0.0")
+
+
+def function_or_none(_: object, attribute: Attribute[Any], value: object) -> None:
+    """Validate a callable or None."""
+    if value is not None and not callable(value):
+        raise _wrong(attribute.name, value, "a function or None", f"{attribute.name}=None")
+
+
+def interval(name: str) -> Callable[[object], Time]:
+    """Return a converter for an argument that says how often something happens."""
+
+    def convert(value: object) -> Time:
+        try:
+            time = Time(value)  # type: ignore[arg-type]
+        except ArgumentError as error:
+            raise _wrong(name, value, error.takes, f"{name}='1ep'") from None
+        if not time.value:
+            raise _wrong(name, value, "a time above zero", f"{name}='1ep'")
+        return time
+
+    return convert
+
+
+def duration_of(value: object) -> Time:
+    """Return the duration of a fit.
+
+    Raises:
+        ArgumentError: It is no time, zero, or a share of itself.
+    """
+    example = "trainer.fit(model, train_loader, duration='3ep')"
+    try:
+        time = Time(value)  # type: ignore[arg-type]
+    except ArgumentError as error:
+        raise ArgumentError("Trainer.fit(duration=)", got=value, takes=error.takes, example=example) from None
+    if time.unit == "dur" or not time.value:
+        takes = "a time above zero in epochs ('3ep' or 3), batches ('200ba') or samples ('5000sp')"
+        raise ArgumentError("Trainer.fit(duration=)", got=value, takes=takes, example=example)
+    return time
+
+
+def device_of(name: object) -> torch.device:
+    """Return the device that ``Trainer(device=)`` means; ``"auto"`` is CUDA where there is one.
+
+    Raises:
+        ArgumentError: There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)  # type: ignore[arg-type]
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, ValueError) as error:
+        known = "'auto', 'cpu'" + (", 'cuda'" if torch.cuda.is_available() else "")
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _wrong("device", name, f"a device that is here ({known}); torch says: {first}", "device='auto'") from None
+    return device
+
+
+def refuse_ranks() -> None:
+    """Raise a DistributedError under torchrun: ranks that do not exchange gradients would silently drift apart."""
+    world = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if world > 1:
+        raise DistributedError(
+            f"this process is one of {world} (WORLD_SIZE={world}), and data-parallel training is not in this version: the "
+            "ranks would train apart. Start one process: python script.py, or write Trainer(distributed=False) to "
+            "train a model of its own in each."
+        )
+
+
+def share_of(duration: Time, batches_per_epoch: int) -> Callable[[Time], float]:
+    """Return what share of the duration a time is, as far as the loader's length tells.
+
+    Raises:
+        ArgumentError: The time cannot be related to the duration, one counting batches, the other samples.
+    """
+
+    def share(time: Time) -> float:
+        if time.unit == "dur":
+            return float(time.value)
+        if time.unit == duration.unit:
+            return time.value / duration.value
+        batches = {"ba": time.value, "ep": time.value * batches_per_epoch}
+        totals = {"ba": duration.value, "ep": duration.value * batches_per_epoch}
+        if time.unit in batches and duration.unit in totals and batches_per_epoch:
+            return batches[time.unit] / totals[duration.unit]
+        raise _wrong("schedule", str(time), f"times that can be related to the duration {duration}", "warmup('0.1dur')")
+
+    return share
+
+
+def total_batches(duration: Time, clock: Clock) -> int | None:
+    """Return how many batches a fit has, None where the loader's length does not say."""
+    if duration.unit == "ba":
+        return int(duration.value)
+    if duration.unit == "ep" and clock.batches_per_epoch:
+        return int(duration.value) * clock.batches_per_epoch
+    return None
+
+
+def _wrong(name: str, got: object, takes: str, example: str) -> ArgumentError:
+    return ArgumentError(f"Trainer({name}=)", got=got, takes=takes, example=f"Trainer({example})")
