@@ -162,7 +162,7 @@ class Precision:
         assert self._scaler is not None
         for optimizer in optimizers:
             # No public way leads to the flags; torch's own sharded scaler reads them here, too.
-            states = self._scaler._per_optimizer_states  # noqa: SLF001
+            states = self._scaler._per_optimizer_states
             yield from states[id(optimizer)]["found_inf_per_device"].values()
 
 
@@ -173,6 +173,6 @@ def _autocast(kind: PrecisionKind, device: torch.device) -> AbstractContextManag
             warnings.simplefilter("error")
             return torch.autocast(device.type, dtype=_DTYPES[kind])
     except (RuntimeError, UserWarning) as error:
-        other = "bf16" if kind == "fp16" and device.type != "cuda" else "fp32"
+        other = "bf16" if kind == "fp16" and torch.amp.is_autocast_available(device.type) else "fp32"
         takes = f"what the device {str(device)!r} can run ({str(error).strip().rstrip('.')})"
         raise ArgumentError(_ARGUMENT, got=kind, takes=takes, example=f"Trainer(precision={other!r})") from error

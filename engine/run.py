@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import attrs
 from torch import nn
 
 from .checkpoint import capture, restore, seed_everything
@@ -93,7 +92,8 @@ class Run:
             self._close_run_dir()
             raise
         self._epoch_loss, self._log_loss = _Mean(), _Mean()
-        self._eval_clock: Clock | None = None
+        self._evaluated_at: int | None = None
+        self._exhausted = False
         self._skipped = 0
         self._due = False
 
@@ -111,17 +111,19 @@ class Run:
                 self._save_if_due()
                 before = state.clock
                 self._batch(fetched)
-                if self.trainer.eval_every.crossed(before, state.clock) and not self._at_epoch_end():
+                if self.trainer.eval_every.crossed(before, state.clock):
                     self._evaluate()
-                self._note_progress(before)
+                self._tell(before)
                 if self._finished():
                     break
+            else:
+                self._exhausted = True
             self._end_epoch()
-        if self._eval_clock != state.clock:
+        if self._evaluated_at != state.clock.batch:
             self._evaluate()
         self._save()
         emit(Event.FIT_END)
-        self._report_end()
+        self._tell_end()
 
     def _batch(self, fetched: Sequence[Fetched]) -> None:
         """Do one batch: one optimizer step over all of its microbatches."""
@@ -132,7 +134,9 @@ class Run:
         state.sample_ids = _sample_ids(fetched)
         state.step_skipped, state.grad_norm = False, None
         emit(Event.BATCH_START)
-        self._require_trainable()
+        if not state.ledger.trainable_parameters:
+            self._stop_frozen()
+            return
         self.recorder.observe(state.clock)
         parts = self._microbatches()
         weights = [forward.weight(state.model, part) for part in parts] if len(parts) > 1 else [1.0]
@@ -169,7 +173,7 @@ class Run:
     def _evaluate(self) -> None:
         """Evaluate, let everybody know, and log."""
         state = self.state
-        self._eval_clock = state.clock
+        self._evaluated_at = state.clock.batch
         if self.eval_data is None:
             return
         self.progress.eval_start(self.eval_data.length)
@@ -194,20 +198,21 @@ class Run:
         self.trackers.log_metrics(state.take_logged(), step=state.clock.batch)
 
     def _end_epoch(self) -> None:
-        """Evaluate where it is due, count the epoch, let everybody know, and write the row of history."""
+        """Count the epoch if it is complete, evaluate where that is due, let everybody know, write the row of history."""
         state, before = self.state, self.state.clock
-        complete = self._at_epoch_end() or not self._finished()
-        after = before.after_epoch(duration=state.duration)
-        if complete and self._eval_clock != before and self.trainer.eval_every.crossed(_before_last(before), after):
-            self._evaluate()
+        complete = self._exhausted or (before.batch_in_epoch > 0 and before.batch_in_epoch == before.batches_per_epoch)
+        self._exhausted = False
         if complete:
+            # Crossed only now where the loader's length was not known before.
+            if self.trainer.eval_every.crossed(before, before.after_epoch(duration=state.duration)):
+                self._evaluate()
             state.tick_epoch()
-            if self._eval_clock == before:
-                self._eval_clock = state.clock
-        self._log({"train/loss": self._epoch_loss.value()})
+            if self.store is not None and self.checkpointing.every.crossed(before, state.clock):
+                self._due = True
+        state.metrics["train/loss"] = self._epoch_loss.value()
         self.engine.emit(Event.EPOCH_END)
-        state.ledger.apply_lr(state.clock)
         self._write_history()
+        self._log({})
 
     # -- parts of a batch --------------------------------------------------------------------------------------
 
@@ -252,10 +257,11 @@ class Run:
         log.warning("step skipped", why=what, where=place)
         return False
 
-    def _require_trainable(self) -> None:
-        """Make sure that something trains: an error at the start, the end of the fit later."""
-        ledger = self.state.ledger
-        if ledger.trainable_parameters:
+    def _stop_frozen(self) -> None:
+        """Nothing trains: an error at the start of the fit, its end later."""
+        state, ledger = self.state, self.state.ledger
+        if state.clock.batch:
+            state.stop("nothing trains any more")
             return
         name = next(iter(ledger.parameters))
         holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
@@ -265,14 +271,7 @@ class Run:
         )
 
     def _finished(self) -> bool:
-        state = self.state
-        if not state.ledger.trainable_parameters and state.clock.batch:
-            state.stop("nothing trains any more")
-        return state.stop_reason is not None or state.duration.reached(state.clock)
-
-    def _at_epoch_end(self) -> bool:
-        clock = self.state.clock
-        return clock.batch_in_epoch > 0 and clock.batch_in_epoch == clock.batches_per_epoch
+        return self.state.stop_reason is not None or self.state.duration.reached(self.state.clock)
 
     # -- start, save, end --------------------------------------------------------------------------------------
 
@@ -303,7 +302,6 @@ class Run:
         self.progress.start(self.recorder.total_batches, "training", done=0)
         if self._loaded is None:
             self.engine.emit(Event.FIT_START)
-            self._require_trainable()
         else:
             self._restore(*self._loaded)
         self._loaded = None
@@ -316,7 +314,8 @@ class Run:
         self.history = list(extra["history"])
         self._epoch_loss, self._log_loss = _Mean(*extra["epoch_loss"]), _Mean(*extra["log_loss"])
         self._skipped = extra["skipped"]
-        self._eval_clock = None if extra["eval_clock"] is None else Clock(**extra["eval_clock"])
+        self._evaluated_at = extra["evaluated_at"]
+        state.stop_reason = tree["stop_reason"]
         self.recorder.load_state_dict(extra["timeline"])
         if self._jsonl is not None:
             self._jsonl.truncate_after(state.clock.batch)
@@ -338,7 +337,7 @@ class Run:
             "epoch_loss": self._epoch_loss.parts(),
             "log_loss": self._log_loss.parts(),
             "skipped": self._skipped,
-            "eval_clock": None if self._eval_clock is None else attrs.asdict(self._eval_clock),
+            "evaluated_at": self._evaluated_at,
             "timeline": self.recorder.state_dict(state.clock),
         }
         tree = capture(self.engine, self.precision, settings=self.settings, extra=extra)
@@ -423,7 +422,7 @@ class Run:
 
     # -- telling -----------------------------------------------------------------------------------------------
 
-    def _note_progress(self, before: Clock) -> None:
+    def _tell(self, before: Clock) -> None:
         """Show progress, log when it is time, and remember when a checkpoint is due."""
         state = self.state
         if self.trainer.log_every.crossed(before, state.clock):
@@ -435,7 +434,8 @@ class Run:
 
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
-        self.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
+        if self.state.logged:
+            self.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 
     def _rates(self) -> dict[str, float]:
         return {f"lr/{group.name}": group.lr for group in self.state.ledger.groups if group.lr is not None}
@@ -452,7 +452,7 @@ class Run:
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.progress.message(f"epoch {len(self.history)}: {text}  {numel:,} parameters train")
 
-    def _report_end(self) -> None:
+    def _tell_end(self) -> None:
         log.info("fit ended", reason=self.stop_reason, batches=self.state.clock.batch)
         if self.stop_reason != "duration":
             self.progress.message(f"stopped: {self.stop_reason}")
@@ -478,8 +478,3 @@ class _Mean:
 def _sample_ids(fetched: Sequence[Fetched]) -> tuple[int, ...] | None:
     ids = [each.sample_ids for each in fetched]
     return None if any(each is None for each in ids) else tuple(i for each in ids if each is not None for i in each)
-
-
-def _before_last(clock: Clock) -> Clock:
-    """Return the clock one batch earlier, for intervals that end with the epoch."""
-    return Clock(clock.epoch, clock.batch - 1, clock.batch_in_epoch - 1, clock.sample - 1, clock.progress, clock.batches_per_epoch)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from attrs import field, frozen
 
@@ -248,9 +248,10 @@ def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Sched
     example = argument.replace("=)", "=cosine(end=0.1))")
     if not callable(given) or isinstance(given, type):
         raise ArgumentError(argument, got=given, takes=takes, example=example)
+    function = cast("Callable[[float], float]", given)
     for progress in (0.0, 1.0):
         try:
-            value = given(progress)
+            value = function(progress)
             finite = not isinstance(value, bool) and math.isfinite(value)
         except (TypeError, ValueError, ArithmeticError) as error:
             raise ArgumentError(argument, got=given, takes=takes, example=example) from error
@@ -259,7 +260,7 @@ def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Sched
             raise ArgumentError(argument, got=given, takes=takes, example=example)
     settings = given.keywords if isinstance(given, partial) else {}
     arguments = {key: value for key, value in settings.items() if isinstance(value, (int, float, str))}
-    return Schedule(_qualified_name(given), arguments, given)
+    return Schedule(_qualified_name(given), arguments, function)
 
 
 def schedule_from_description(description: object) -> Schedule:

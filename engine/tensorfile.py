@@ -89,8 +89,7 @@ def write_tensors(tensors: Mapping[str, Tensor], write: Callable[[memoryview], o
         raise CheckpointError(f"{len(tensors)} tensors need a header of {len(text)} bytes, more than {MAX_HEADER}.")
     write(memoryview(len(text).to_bytes(8, "little") + text))
     for name in ordered:
-        if tensors[name].numel():
-            write(bytes_of(tensors[name]).numpy().data)
+        write(bytes_of(tensors[name]).numpy().data)
 
 
 def read_tensors(file: BufferedIOBase, size: int) -> dict[str, Tensor]:
@@ -136,7 +135,8 @@ def shape_of(value: object) -> tuple[int, ...] | None:
     if not isinstance(value, list) or len(value) > MAX_RANK:
         return None
     sizes = [each for each in value if type(each) is int and 0 <= each < _MAX_SIZE]
-    return tuple(sizes) if len(sizes) == len(value) else None
+    # Behind a zero, sizes can hide a product that overflows torch's strides.
+    return tuple(sizes) if len(sizes) == len(value) and math.prod(filter(None, sizes)) < _MAX_SIZE else None
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
@@ -146,7 +146,8 @@ def bytes_of(tensor: Tensor) -> Tensor:
         >>> bytes_of(torch.tensor([1.0]))
         tensor([  0,   0, 128,  63], dtype=torch.uint8)
     """
-    return tensor.reshape(-1).view(torch.uint8)
+    # An empty tensor counts as contiguous whatever its strides, and view minds them.
+    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
 @frozen
@@ -173,13 +174,11 @@ def _entry(name: str, entry: Json) -> _Entry:
 
 def _tensor(file: BufferedIOBase, entry: _Entry) -> Tensor:
     raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-    _fill(file, raw.numpy().data)
-    if entry.dtype is torch.bool and raw.numel() and raw.max() > 1:
-        raise CheckpointError(f"The tensor {shorten(entry.name)} is of bool and holds neither true nor false.")
-    try:
-        return raw.view(entry.dtype).reshape(entry.shape)
-    except RuntimeError:  # sizes whose product overflows, hidden behind a zero
-        raise CheckpointError(f"The tensor {shorten(entry.name)} has the shape {shorten(entry.shape)}.") from None
+    if raw.numel():
+        _fill(file, raw.numpy().data)
+        if entry.dtype is torch.bool and raw.max() > 1:
+            raise CheckpointError(f"The tensor {shorten(entry.name)} is of bool and holds neither true nor false.")
+    return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def _fill(file: BufferedIOBase, into: memoryview) -> None:

@@ -124,7 +124,7 @@ HOSTILE = {
     "bytes that belong to none": build({"t": entry()}, DATA + b"more"),
     "fewer bytes than described": build({"t": entry()}, DATA[:2]),
     "a bool that is two": build({"t": entry("BOOL")}, DATA),
-    "a million tensors of nothing": build(
+    "a multitude of tensors of nothing": build(
         b"{" + b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_000)) + b"}"
     ),
 }
