@@ -11,7 +11,7 @@ from attrs import define
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import OptimizerError, shorten
+from .errors import OptimizerError, SelectorError, shorten
 from .layers import LayerMap
 from .selectors import Selector, resolve
 
@@ -76,6 +76,43 @@ def settle(
     for each in optimizers:
         refuse_closure(each)
     return optimizers, _homes(optimizers, floating)
+
+
+def home_of_new(
+    name: str,
+    parameter: nn.Parameter,
+    beside: Home,
+    *,
+    homes: Mapping[str, Home],
+    parameters: Mapping[str, nn.Parameter],
+    selectors: Sequence[Selector],
+    layers: LayerMap,
+) -> Home:
+    """Return the home of an attached parameter: its neighbor's, unless the optimizers' selectors send it elsewhere.
+
+    A vector attached beside a matrix must not fall to Muon: where ``optimizer=[(select, factory), …]`` was given, the
+    first selector that matches the new parameter decides, and of that optimizer's homes one with parameters of its kind.
+    """
+    for index, selector in enumerate(selectors):
+        try:
+            matched = name in resolve(selector, {name: parameter}, {}, layers).names
+        except SelectorError:
+            continue
+        if matched:
+            if beside.optimizer == index:
+                return beside
+            flat = parameter.ndim <= 1
+            there = [(other, home) for other, home in homes.items() if home.optimizer == index]
+            kin = [home for other, home in there if other in parameters and (parameters[other].ndim <= 1) is flat]
+            return (kin or [home for _, home in there])[0]
+    return beside
+
+
+def selectors_of(optimizer: OptimizerLike) -> tuple[Selector, ...]:
+    """Return the selectors of ``[(select, factory), …]``, none for other forms."""
+    if isinstance(optimizer, Sequence) and all(_is_pair(each) for each in optimizer):
+        return tuple(select for select, _ in optimizer)  # type: ignore[misc]
+    return ()
 
 
 def refuse_closure(optimizer: Optimizer) -> None:

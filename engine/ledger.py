@@ -18,7 +18,7 @@ from .events import Event
 from .grafts import Graft, Overrides, apply_graft, check_grafts, undo_graft
 from .groups import Group, Origin, Slot, derive_groups, options_of, view_groups
 from .holds import USER, Hold, Holds, Moments, Rate
-from .homes import Home, OptimizerLike, fills_state, fresh_state, settle
+from .homes import Home, OptimizerLike, fills_state, fresh_state, home_of_new, selectors_of, settle
 from .invariants import check_groups, check_parameter, check_rates
 from .layers import LayerMap, LayerSpec
 from .modes import ModeKeeper
@@ -73,6 +73,7 @@ class ParameterLedger:
         self.version = 0
         self._read_names()
         self.optimizers, self._homes = settle(optimizer, self._parameters, self._aliases, self.layers)
+        self._selectors = selectors_of(optimizer)
         self._home_list = sorted({id(each): each for each in self._homes.values()}.values(), key=lambda home: home.index)
         self._fills = tuple(fills_state(each) for each in self.optimizers)
         self._in_optimizer = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
@@ -560,7 +561,10 @@ class ParameterLedger:
             parameter = self._parameters[name]
             parameter.requires_grad = False
             if other in self._homes and (parameter.is_floating_point() or parameter.is_complex()):
-                self._homes[name] = self._homes[other]
+                self._homes[name] = home_of_new(
+                    name, parameter, self._homes[other], homes=self._homes, parameters=self._parameters,
+                    selectors=self._selectors, layers=self.layers,
+                )  # fmt: skip
             self._holds.enroll(name, other, owner, lambda pattern, each: covers(pattern, each, self.layers))
         self._modes.scan()
         self._place(beside)

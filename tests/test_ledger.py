@@ -152,7 +152,8 @@ def enroll(oracle: Oracle, ledger: ParameterLedger, module: str, owner: str) -> 
     oracle.attached[module] = owner
     oracle.names = list(ledger.parameters)
     name = ledger.select(name)[0]
-    oracle.base[name] = oracle.base[beside]
+    # [(is_matrix, Muon), ('*', AdamW)] sends a vector to AdamW, wherever it stands.
+    oracle.base[name] = 0.01 if len(ledger.optimizers) == 2 else oracle.base[beside]
     for mine in oracle.scales.values():
         if beside in mine:
             mine[name] = mine[beside]
