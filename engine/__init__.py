@@ -25,8 +25,67 @@ from .groups import Group
 from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
 from .log import configure_logging, get_logger
+from .plan import Plan
 from .schedules import Schedule, constant, cosine, join, linear, warmup
 from .selectors import Selector
 from .state import State
+from .store import Checkpointing
 from .surgery import Attachment, JournalEntry, Site, surgery_op
+from .tracking import CometTracker, JsonlTracker, MemoryTracker, Tracker
+from .trainer import FitResult, Trainer
 from .typing import Json
+
+__all__ = [
+    "Algorithm",
+    "ArgumentError",
+    "Attachment",
+    "CheckpointError",
+    "Checkpointing",
+    "Clock",
+    "CometTracker",
+    "DataError",
+    "DistributedError",
+    "Engine",
+    "Event",
+    "FitResult",
+    "Group",
+    "JournalEntry",
+    "Json",
+    "JsonlTracker",
+    "Layer",
+    "LayerError",
+    "LayerMap",
+    "LedgerClosedError",
+    "LedgerError",
+    "LossError",
+    "MemoryTracker",
+    "NonFiniteError",
+    "OptimizerError",
+    "ParameterLedger",
+    "Plan",
+    "RunDirError",
+    "Schedule",
+    "Selector",
+    "SelectorError",
+    "Site",
+    "Stage",
+    "State",
+    "SurgeryError",
+    "ThawlineError",
+    "Time",
+    "TraceEntry",
+    "Tracker",
+    "Trainer",
+    "configure_logging",
+    "constant",
+    "cosine",
+    "get_logger",
+    "join",
+    "linear",
+    "nearest",
+    "register",
+    "registered",
+    "registered_names",
+    "surgery_op",
+    "warmup",
+]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import TYPE_CHECKING
 
 import pytest
 
 from thawline.engine.codec import unflatten
 from thawline.engine.errors import CheckpointError
 from thawline.engine.jsontext import MAX_TEXT, MEMORY, dump_json, json_cost, load_json
+
+if TYPE_CHECKING:
+    from thawline.engine.typing import Json
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def test_a_text_above_its_budget_is_refused_before_it_is_parsed() -> None:
 
 def test_what_may_be_written_may_be_read() -> None:
     """Writing has the same limits as reading: a checkpoint that could not be loaded is never saved."""
-    value = [[0]] * 1000
+    value: Json = [[0] for _ in range(1000)]
     with pytest.raises(CheckpointError, match="so many small values"):
         dump_json(value, budget=100_000)
     assert load_json(dump_json(value)) == value
@@ -77,5 +81,7 @@ def test_what_may_be_written_may_be_read() -> None:
 
 def test_the_default_budget_holds_a_long_history() -> None:
     """Fifty thousand epochs of ten metrics are no hostile text."""
-    text = dump_json([{f"metric/{index}": 0.123456789 for index in range(10)}] * 50_000)
+    epoch: Json = {f"metric/{index}": 0.123456789 for index in range(10)}
+    history: Json = [epoch for _ in range(50_000)]
+    text = dump_json(history)
     assert json_cost(text) < MEMORY

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.helpers import MODELS, OPTIMIZERS, Bare, Shared, Tied, cnn, mlp, optimizer_for, pseudo_gradients
+from helpers import MODELS, OPTIMIZERS, Bare, Shared, Tied, cnn, mlp, optimizer_for, pseudo_gradients
 from thawline.engine import (
     ArgumentError,
     Clock,

@@ -1,0 +1,161 @@
+"""Early stopping: end the fit when a metric no longer improves."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import attrs
+from typing_extensions import override
+
+from ..engine import Algorithm, ArgumentError, Event, Stage, State, Time, get_logger, nearest, register
+from .arguments import check_time, check_whole, flag, in_range, one_of, text
+
+log = get_logger(__name__)
+_EXAMPLE = "EarlyStop('eval/loss', patience=3)"
+# What is better when larger: a word of the metric's name, such as "accuracy" in "eval/top1_accuracy".
+_LARGER_IS_BETTER = frozenset(
+    {"acc", "accuracy", "auc", "auroc", "ap", "map", "bleu", "dice", "f1", "iou", "mcc", "pearson", "precision", "r2"}
+    | {"recall", "reward", "rouge", "score", "spearman", "top1", "top5"}
+)
+# Elapsed times are floats: 0.3 - 0.2 is a little less than 0.1.
+_TOLERANCE = 1e-9
+
+
+def improved(value: float, best: float | None, *, mode: Literal["min", "max"], min_delta: float = 0.0) -> bool:
+    """Return whether ``value`` is better than ``best`` by more than ``min_delta``.
+
+    Args:
+        value: The new value. NaN, and infinity on the wrong side, are never better.
+        best: The best so far; None for none yet, which any other number beats.
+        mode: ``"min"`` where smaller is better, ``"max"`` where larger is.
+        min_delta: A change this small does not count.
+
+    Example:
+        >>> improved(0.9, 1.0, mode="min"), improved(0.9, 1.0, mode="min", min_delta=0.2)
+        (True, False)
+        >>> improved(float("nan"), None, mode="min")
+        False
+    """
+    if mode == "min":
+        return value < (math.inf if best is None else best) - min_delta
+    return value > (-math.inf if best is None else best) + min_delta
+
+
+def _patience(value: object) -> int | Time:
+    if isinstance(value, (str, Time)):
+        return check_time("EarlyStop(patience=)", value, example="EarlyStop('eval/loss', patience='2ep')")
+    return check_whole("EarlyStop(patience=)", value, at_least=1, example=_EXAMPLE)
+
+
+@register
+@attrs.define(slots=False, eq=False)
+class EarlyStop(Algorithm):
+    """Stops the fit once a metric has not improved for ``patience``.
+
+    Looks at ``state.metrics[monitor]`` after each evaluation, for a name that begins with ``"train/"`` after each epoch.
+    The first value, if it is a number, is the first best. NaN is never an improvement, so a run whose metric is NaN
+    stops as well. The best value and the patience that is used up are saved: a resumed run stops where the
+    uninterrupted one does.
+
+    Args:
+        monitor: The metric, such as ``"eval/loss"``.
+        patience: An int: so many evaluations in a row without improvement. A time, such as ``"2ep"`` or ``"500ba"``: so
+            long since the last one, seen at an evaluation.
+        min_delta: An improvement is better than the best so far by more than this.
+        mode: ``"min"`` where smaller is better, ``"max"`` where larger is; ``"auto"`` is ``"max"`` for names with a word
+            such as accuracy, f1, auc, precision, recall, iou, bleu or score, else ``"min"``.
+        reset_on_change: Start anew, without a best, at the first evaluation after what trains changed: a thawed block
+            gets the whole patience, and a loss that a thaw has raised is not held against it.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range; at the first evaluation, a monitor that nobody logged.
+
+    Example:
+        >>> EarlyStop("eval/accuracy", patience=5).direction
+        'max'
+    """
+
+    stage: ClassVar[Stage] = Stage.CONTROL
+
+    monitor: str = attrs.field(default="eval/loss", validator=text(example="eval/loss"))
+    patience: int | Time = attrs.field(default=3, converter=_patience)
+    min_delta: float = attrs.field(default=0.0, validator=in_range(at_least=0))
+    mode: Literal["auto", "min", "max"] = attrs.field(default="auto", validator=one_of(("auto", "min", "max")))
+    reset_on_change: bool = attrs.field(default=True, validator=flag())
+
+    events: frozenset[Event] = attrs.field(init=False, repr=False)
+    best: float | None = attrs.field(init=False, default=None, repr=False)
+    """The best value since the start, or since what trains changed."""
+    bad: int = attrs.field(init=False, default=0, repr=False)
+    """Evaluations since then without improvement."""
+    _since: float | None = attrs.field(init=False, default=None, repr=False)
+    _trainable: str | None = attrs.field(init=False, default=None, repr=False)
+    _version: int | None = attrs.field(init=False, default=None, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        of_training = self.monitor.startswith("train/")
+        self.events = frozenset({Event.EPOCH_END if of_training else Event.EVAL_END})
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        """``"min"`` or ``"max"``: the mode, ``"auto"`` resolved."""
+        if self.mode != "auto":
+            return self.mode
+        words = self.monitor.lower().replace("/", " ").replace("_", " ").replace("-", " ").split()
+        return "min" if _LARGER_IS_BETTER.isdisjoint(words) else "max"
+
+    @override
+    def apply(self, event: Event, state: State) -> None:
+        value = self._value(state)
+        if self._changed(state):
+            self.best, self.bad, self._since = None, 0, None
+        elapsed = self.patience.elapsed(state.clock) if isinstance(self.patience, Time) else 0.0
+        if improved(value, self.best, mode=self.direction, min_delta=self.min_delta):
+            self.best, self.bad, self._since = value, 0, elapsed
+            return
+        self.bad += 1
+        self._since = elapsed if self._since is None else self._since
+        if self._exhausted(elapsed - self._since):
+            best = "is no number" if self.best is None else f"has not improved on {self.best:.6g}"
+            spent = f"{self.bad} evaluations" if isinstance(self.patience, int) else str(self.patience)
+            state.stop(f"early stop: {self.monitor} {best} for {spent}")
+            log.info("early stop", owner=self.owner, monitor=self.monitor, best=self.best, bad=self.bad)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "bad": self.bad, "since": self._since, "trainable": self._trainable}
+
+    @override
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.best, self.bad = saved["best"], saved["bad"]
+        self._since, self._trainable, self._version = saved["since"], saved["trainable"], None
+
+    def _value(self, state: State) -> float:
+        value = state.metrics.get(self.monitor)
+        if value is None:
+            logged = sorted(state.metrics)
+            patience = self.patience if isinstance(self.patience, int) else str(self.patience)
+            raise ArgumentError(
+                "EarlyStop(monitor=)",
+                got=self.monitor,
+                takes=f"a metric that is logged by then: {', '.join(map(repr, logged)) or 'none was'}",
+                example=f"EarlyStop({nearest(self.monitor, logged or ['eval/loss'], count=1)}, patience={patience!r})",
+            )
+        return value
+
+    def _changed(self, state: State) -> bool:
+        """Return whether what trains is not what trained at the last evaluation."""
+        if not self.reset_on_change or state.ledger.version == self._version:
+            return False
+        before, self._version = self._trainable, state.ledger.version
+        names = "\n".join(sorted(state.ledger.trainable))
+        self._trainable = hashlib.sha256(names.encode()).hexdigest()
+        return before is not None and before != self._trainable
+
+    def _exhausted(self, elapsed: float) -> bool:
+        if isinstance(self.patience, Time):
+            return elapsed >= self.patience.value - _TOLERANCE
+        return self.bad >= self.patience
