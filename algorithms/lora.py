@@ -50,8 +50,9 @@ MODEL_TARGETS: Mapping[str, tuple[str, ...]] = {
     "phi3": ("qkv_proj",),
 }
 ATTENTION_NAMES = frozenset(
-    "q k v query key value q_proj k_proj v_proj q_lin k_lin v_lin query_proj key_proj value_proj qkv qkv_proj query_key_value "
-    "Wqkv wq wk wv to_q to_k to_v to_qkv in_proj out_proj o_proj c_attn".split()
+    {"q", "k", "v", "query", "key", "value", "q_proj", "k_proj", "v_proj", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"}
+    | {"query_proj", "key_proj", "value_proj", "to_q", "to_k", "to_v", "in_proj", "out_proj", "o_proj"}
+    | {"qkv", "qkv_proj", "query_key_value", "Wqkv", "to_qkv", "c_attn"}
 )
 _PRETRAINED_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 
@@ -175,6 +176,17 @@ def lora_targets(model: nn.Module, layers: LayerMap, target: Target = "auto") ->
     return tuple(usual or attention or body) or _matched(model, _known(model), "LoRAInject(target='auto')")
 
 
+def _check_target(argument: str, value: object, example: str) -> None:
+    parts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    if not parts or not all(isinstance(each, str) and each for each in parts):
+        takes = "'auto', 'attention', 'all-linear', a glob over module names, or a list of globs"
+        raise ArgumentError(argument, got=value, takes=takes, example=example)
+
+
+def _check_field(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    _check_target("LoRAInject(target=)", value, "LoRAInject(target='all-linear')")
+
+
 @register
 @attrs.define(slots=False, eq=False)
 class LoRAInject(Algorithm):
@@ -212,14 +224,10 @@ class LoRAInject(Algorithm):
 
     rank: int = attrs.field(default=8, validator=whole(at_least=1))
     alpha: float = attrs.field(default=16, validator=positive())
-    target: Target = attrs.field(default="auto")
+    target: Target = attrs.field(default="auto", validator=_check_field)
     dropout: float = attrs.field(default=0.0, validator=in_range(at_least=0, below=1))
     lr: float | None = attrs.field(default=None, validator=positive(or_none=True, example=1e-3))
     train_head: TrainHead = attrs.field(default="auto", validator=one_of(("auto", True, False)))
-
-    @target.validator
-    def _check(self, attribute: attrs.Attribute[Any], value: object) -> None:
-        _check_target("LoRAInject(target=)", value, "LoRAInject(target='all-linear')")
 
     @override
     def apply(self, event: Event, state: State) -> None:
@@ -228,13 +236,6 @@ class LoRAInject(Algorithm):
             state.ledger, self.target, rank=self.rank, alpha=self.alpha, dropout=self.dropout, lr=self.lr,
             train_head=self.train_head, owner=self.owner,
         )  # fmt: skip
-
-
-def _check_target(argument: str, value: object, example: str) -> None:
-    parts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
-    if not parts or not all(isinstance(each, str) and each for each in parts):
-        takes = "'auto', 'attention', 'all-linear', a glob over module names, or a list of globs"
-        raise ArgumentError(argument, got=value, takes=takes, example=example)
 
 
 def _able(model: nn.Module) -> list[str]:

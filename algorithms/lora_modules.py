@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, TypedDict, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
@@ -22,12 +22,13 @@ from .arguments import check_in_range, check_whole
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def lora_forward(
+def lora_forward(  # noqa: PLR0917  # the five tensors in the order of the equation
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_A: Tensor,  # noqa: N803  # the paper's and every checkpoint's name
     lora_B: Tensor,  # noqa: N803
+    *,
     scaling: float = 1.0,
     dropout: float = 0.0,
     training: bool = False,
@@ -59,7 +60,9 @@ def lora_forward(
         tensor([[2.5000, 2.5000]])
     """
     if x.is_nested or x.dim() < 2:
-        return F.linear(x, weight, bias) + lora_branch(x, lora_A, lora_B, scaling, dropout, training)
+        return F.linear(x, weight, bias) + lora_branch(
+            x, lora_A, lora_B, scaling=scaling, dropout=dropout, training=training
+        )
     # F.linear flattens a contiguous input by itself. Flattened here, its result is no view, so the adapter can be
     # added in place without autograd's copies for views. Other inputs take another kernel: there the shape must stay,
     # or the last bits would differ from those of the layer without its adapter.
@@ -77,6 +80,7 @@ def lora_branch(
     x: Tensor,
     lora_A: Tensor,  # noqa: N803  # the paper's and every checkpoint's name
     lora_B: Tensor,  # noqa: N803
+    *,
     scaling: float = 1.0,
     dropout: float = 0.0,
     training: bool = False,
@@ -107,21 +111,19 @@ class LoRALinear(nn.Linear):
     ``return super(LoRALinear, self).forward(x) + self.lora_branch(x)``.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: nn.Parameter  # noqa: N815  # the paper's and every checkpoint's name
+    lora_B: nn.Parameter  # noqa: N815
     lora_scaling: float
     lora_dropout: float
 
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output with the adapter's added, shape (..., out)."""
-        return lora_forward(
-            input, self.weight, self.bias, self.lora_A, self.lora_B, self.lora_scaling, self.lora_dropout, self.training
-        )
+        return lora_forward(input, self.weight, self.bias, self.lora_A, self.lora_B, **_settings(self))
 
-    def lora_branch(self, input: Tensor) -> Tensor:
+    def lora_branch(self, x: Tensor) -> Tensor:
         """Return what the adapter adds, shape (..., out)."""
-        return lora_branch(input, self.lora_A, self.lora_B, self.lora_scaling, self.lora_dropout, self.training)
+        return lora_branch(x, self.lora_A, self.lora_B, **_settings(self))
 
     @override
     def extra_repr(self) -> str:
@@ -143,8 +145,8 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
     ``F.multi_head_attention_forward`` step by step: before the adapter has learned, outputs equal it bit for bit.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: nn.Parameter  # noqa: N815  # the paper's and every checkpoint's name
+    lora_B: nn.Parameter  # noqa: N815
     lora_scaling: float
     lora_dropout: float
 
@@ -190,13 +192,12 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to q, k, v, each (length, batch, E), in as few products as torch makes."""
-        width, how = self.embed_dim, (self.lora_scaling, self.lora_dropout, self.training)
-        bias = self.in_proj_bias
+        width, bias, settings = self.embed_dim, self.in_proj_bias, _settings(self)
         if not self._qkv_same_embed_dim:
             own: Any = self
             biases = (None, None, None) if bias is None else bias.chunk(3)
             q, k, v = (
-                lora_forward(x, getattr(own, f"{part}_proj_weight"), b, *_pair(own, f"_{part}"), *how)
+                lora_forward(x, getattr(own, f"{part}_proj_weight"), b, *_pair(own, f"_{part}"), **settings)
                 for part, x, b in zip("qkv", (query, key, value), biases, strict=True)
             )
             return q, k, v
@@ -208,8 +209,8 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
         for x, count in shares:
             rows = slice(len(made) * width, (len(made) + count) * width)
             share = None if bias is None else bias[rows]
-            y = lora_forward(x, self.in_proj_weight[rows], share, self.lora_A, self.lora_B[rows], *how)
-            made += y.unflatten(-1, (count, width)).movedim(-2, 0).contiguous().unbind(0)
+            y = lora_forward(x, self.in_proj_weight[rows], share, self.lora_A, self.lora_B[rows], **settings)
+            made += y.view(*y.shape[:-1], count, width).movedim(-2, 0).contiguous().unbind(0)
         q, k, v = made
         return q, k, v
 
@@ -314,11 +315,11 @@ def lora(site: Site, *, rank: int, alpha: float, dropout: float = 0.0) -> list[A
         for suffix, weight in weights.items():
             parameters |= _adapter(getattr(site.module, weight), rank, site.generator, suffix)
         made.append(Attachment(site.name, parameters, {}, attributes, kind, next(iter(weights.values()))))
-        inner: nn.Module = site.module.out_proj
+        inner: nn.Linear = site.module.out_proj
         name = f"{site.name}.out_proj" if site.name else "out_proj"
         kind = check_class(name, inner, LoRALinear, nn.Linear)
     else:
-        inner, name = site.module, site.name
+        inner, name = cast("nn.Linear", site.module), site.name
     made.append(Attachment(name, _adapter(inner.weight, rank, site.generator), {}, attributes, kind))
     return made + _switches(site.model, site.module)
 
@@ -363,10 +364,7 @@ def check_site(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module
     )
 
 
-Kind = TypeVar("Kind", bound=type[nn.Module])
-
-
-def check_class(name: str, module: nn.Module, adapter: Kind, base: type[nn.Module]) -> Kind:
+def check_class(name: str, module: nn.Module, adapter: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """Return the statically defined adapter class for ``module``, or raise a SurgeryError that says how to write one."""
     own, title = type(module), type(module).__name__
     if "forward" in vars(module):
@@ -380,7 +378,7 @@ def check_class(name: str, module: nn.Module, adapter: Kind, base: type[nn.Modul
         forward = "def forward(self, x): return super(LoRALinear, self).forward(x) + self.lora_branch(x)"
         if adapter is not LoRALinear:
             forward = "def forward(self, ...): with the adapters on its projections, see LoRAMultiheadAttention"
-        body = f"{forward}" if overrides else "pass"
+        body = forward if overrides else "pass"
         raise SurgeryError(
             f"{name!r} is a {title}, a subclass of {base.__name__} that 'lora' does not know"
             f"{' and that has its own forward' * overrides}. Write at module level (so that the model can be pickled): "
@@ -395,7 +393,7 @@ def check_class(name: str, module: nn.Module, adapter: Kind, base: type[nn.Modul
     return found
 
 
-def _with_subclasses(kind: Kind) -> Iterator[Kind]:
+def _with_subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
     yield kind
     for each in kind.__subclasses__():
         yield from _with_subclasses(each)
@@ -428,6 +426,16 @@ def _switches(model: nn.Module, module: nn.Module) -> list[Attachment]:
             if isinstance(parent, kind) and any(each is module for each in parent.modules()):
                 made.append(Attachment(name, attributes=attributes))
     return made
+
+
+class _Settings(TypedDict):
+    scaling: float
+    dropout: float
+    training: bool
+
+
+def _settings(module: LoRALinear | LoRAMultiheadAttention) -> _Settings:
+    return {"scaling": module.lora_scaling, "dropout": module.lora_dropout, "training": module.training}
 
 
 def _pair(module: Any, suffix: str) -> tuple[Tensor, Tensor]:

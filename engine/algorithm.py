@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import attrs
@@ -171,6 +171,8 @@ def name_of(kind: type[Algorithm]) -> str:
 
 def as_json(value: object) -> Json:
     """Describe an argument as JSON: times as text, callables by qualified name, sets sorted."""
+    if isinstance(value, Enum):
+        return as_json(value.value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (Time, torch.dtype, torch.device)):

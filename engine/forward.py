@@ -34,7 +34,15 @@ class Forward:
         if self.forward_fn is not None:
             return self.forward_fn(model, batch)
         args, kwargs, _ = forward_arguments(batch, self.loss_fn is not None)
-        return model(*args, **kwargs)
+        try:
+            return model(*args, **kwargs)
+        except TypeError as error:
+            if self.loss_fn is None:
+                error.add_note(
+                    "Trainer(loss_fn=None) passes the whole batch to the model, which is to return its loss. "
+                    "Where the loss is computed outside, write Trainer(loss_fn=torch.nn.functional.cross_entropy)."
+                )
+            raise
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
         """Return the loss of a batch.

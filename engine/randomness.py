@@ -21,6 +21,7 @@ _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rand
 _CLOSED = (Tensor, np.ndarray, nn.Module, ModuleType, FunctionType, type, str, bytes, int, float)
 _DEEPEST = 5  # a loader's dataset's transform's list's augmentation
 _LONGEST = 64  # a list that is longer holds data
+_MOST = 2000  # containers looked into
 
 
 def derive_seed(seed: int, *parts: object) -> int:
@@ -142,7 +143,7 @@ def _collect(holder: object, found: dict[int, AnyGenerator], seen: set[int], dep
     """Add the generators in the attributes and items of ``holder`` to ``found``, by identity."""
     if isinstance(holder, _GENERATORS):
         found.setdefault(id(holder), holder)
-    if isinstance(holder, (*_GENERATORS, *_CLOSED)) or not depth or id(holder) in seen:
+    if isinstance(holder, (*_GENERATORS, *_CLOSED)) or not depth or id(holder) in seen or len(seen) > _MOST:
         return
     seen.add(id(holder))
     if isinstance(holder, (list, tuple)):

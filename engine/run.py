@@ -77,8 +77,7 @@ class Run:
         self._was_training = model.training
         self._open_run_dir(resume)
         try:
-            if trainer.device.type != "cpu" or next(model.parameters()).device.type != "cpu":
-                model.to(trainer.device)
+            model.to(trainer.device)
             schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
             ledger = ParameterLedger(
                 model, optimizer, layers, schedule=schedule, min_lr=trainer.min_lr, seed=trainer.seed
@@ -138,9 +137,8 @@ class Run:
             self._stop_frozen()
             return
         self.recorder.observe(state.clock)
-        parts = self._microbatches()
-        weights = [forward.weight(state.model, part) for part in parts] if len(parts) > 1 else [1.0]
-        whole = sum(weights) or 1.0
+        parts, weights = self._microbatches()
+        whole = sum(weights)
         total = 0.0
         for part, weight in zip(parts, weights, strict=True):
             state.microbatch = part
@@ -230,11 +228,17 @@ class Run:
                 "single short batch, and a generator is used up after one epoch."
             )
 
-    def _microbatches(self) -> list[Any]:
-        """Cut the batch as it is now into microbatches."""
+    def _microbatches(self) -> tuple[list[Any], list[float]]:
+        """Cut the batch as it is now into microbatches, and weigh them by what their loss is a mean over."""
         size, batch = self.trainer.microbatch_size, self.state.batch
         batches = [batch] if self.trainer.accumulate == 1 else batch
-        return list(batches) if size is None else [part for each in batches for part in split_batch(each, size)]
+        parts = list(batches) if size is None else [part for each in batches for part in split_batch(each, size)]
+        if len(parts) == 1:
+            return parts, [1.0]
+        weights = [self.forward.weight(self.state.model, part) for part in parts]
+        # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
+        said = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+        return ([part for part, _ in said], [weight for _, weight in said]) if said else (parts[:1], [1.0])
 
     def _is_finite(self, loss: float) -> bool:
         """Return whether to step; raise where the policy says so. An fp16 overflow is the scaler's own business."""
@@ -345,6 +349,8 @@ class Run:
         try:
             path = self.store.save(tree, step=state.clock.batch, metric=metric)
         except CheckpointError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
             self._due = True
             log.error("checkpoint not written; trying again at the next batch", error=str(error))
         else:
