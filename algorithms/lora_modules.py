@@ -22,12 +22,12 @@ from .arguments import check_in_range, check_whole
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def lora_forward(  # noqa: PLR0917  # the five tensors in the order of the equation
+def lora_forward(  # the five tensors in the order of the equation
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,  # noqa: N803  # the paper's and every checkpoint's name
-    lora_B: Tensor,  # noqa: N803
+    lora_A: Tensor,  # the paper's and every checkpoint's name
+    lora_B: Tensor,
     *,
     scaling: float = 1.0,
     dropout: float = 0.0,
@@ -78,8 +78,8 @@ def lora_forward(  # noqa: PLR0917  # the five tensors in the order of the equat
 
 def lora_branch(
     x: Tensor,
-    lora_A: Tensor,  # noqa: N803  # the paper's and every checkpoint's name
-    lora_B: Tensor,  # noqa: N803
+    lora_A: Tensor,  # the paper's and every checkpoint's name
+    lora_B: Tensor,
     *,
     scaling: float = 1.0,
     dropout: float = 0.0,
@@ -111,8 +111,8 @@ class LoRALinear(nn.Linear):
     ``return super(LoRALinear, self).forward(x) + self.lora_branch(x)``.
     """
 
-    lora_A: nn.Parameter  # noqa: N815  # the paper's and every checkpoint's name
-    lora_B: nn.Parameter  # noqa: N815
+    lora_A: nn.Parameter  # the paper's and every checkpoint's name
+    lora_B: nn.Parameter
     lora_scaling: float
     lora_dropout: float
 
@@ -145,8 +145,8 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
     ``F.multi_head_attention_forward`` step by step: before the adapter has learned, outputs equal it bit for bit.
     """
 
-    lora_A: nn.Parameter  # noqa: N815  # the paper's and every checkpoint's name
-    lora_B: nn.Parameter  # noqa: N815
+    lora_A: nn.Parameter  # the paper's and every checkpoint's name
+    lora_B: nn.Parameter
     lora_scaling: float
     lora_dropout: float
 

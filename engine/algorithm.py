@@ -110,7 +110,10 @@ class Algorithm:
         for key, value in arguments.items():
             if isinstance(value, dict) and "callable" in value:
                 raise ArgumentError(
-                    f"{name}({key}=)", got=value, takes="a callable, which a description only names", example=f"{name}({key}=…)"
+                    f"{name}({key}=)",
+                    got=value,
+                    takes="a callable, which a description only names",
+                    example=f"{name}({key}=…)",
                 )
         return registered(str(name))(**arguments)
 
@@ -134,7 +137,10 @@ def register(kind: Kind) -> Kind:
     known = _REGISTRY.get(kind.__name__)
     if known is not None and (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
         raise ArgumentError(
-            "register()", got=kind, takes=f"a class whose name is free ({known.__module__} has it)", example="class MyEMA"
+            "register()",
+            got=kind,
+            takes=f"a class whose name is free ({known.__module__} has it)",
+            example="class MyEMA",
         )
     _REGISTRY[kind.__name__] = kind
     return kind
@@ -156,7 +162,9 @@ def registered(name: str) -> type[Algorithm]:
         if isinstance(loaded, type) and issubclass(loaded, Algorithm):
             return loaded
     known = nearest(name, sorted({*_REGISTRY, *found}))
-    raise ArgumentError("algorithm name", got=name, takes=f"a registered one ({known})", example="@register above the class")
+    raise ArgumentError(
+        "algorithm name", got=name, takes=f"a registered one ({known})", example="@register above the class"
+    )
 
 
 def registered_names() -> tuple[str, ...]:

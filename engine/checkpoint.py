@@ -30,7 +30,9 @@ _MEANING = {
 }
 
 
-def capture(engine: Engine, precision: Precision, *, settings: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+def capture(
+    engine: Engine, precision: Precision, *, settings: Mapping[str, Any], extra: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return everything that the next batch depends on.
 
     Args:
@@ -58,7 +60,9 @@ def capture(engine: Engine, precision: Precision, *, settings: Mapping[str, Any]
     }
 
 
-def restore(tree: Mapping[str, Any], engine: Engine, precision: Precision, *, settings: Mapping[str, Any]) -> dict[str, Any]:
+def restore(
+    tree: Mapping[str, Any], engine: Engine, precision: Precision, *, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Make a fresh fit what :func:`capture` saw, random number generators last; return its ``extra``.
 
     Raises:
@@ -117,7 +121,11 @@ def environment(model: nn.Module) -> dict[str, Any]:
 
 def rng_state(model: nn.Module) -> dict[str, Any]:
     """Return the state of every generator that a model may draw from: Python's, NumPy's, torch's, the device's."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     if next(model.parameters()).device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -143,7 +151,9 @@ def _compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key in ("duration", "optimizer", "microbatch_size", "precision"):
         if saved.get(key) != now.get(key):
             meaning = _MEANING.get(key, "the run goes on, otherwise than it would have")
-            log.warning("resumed with another setting", setting=key, saved=saved.get(key), now=now.get(key), meaning=meaning)
+            log.warning(
+                "resumed with another setting", setting=key, saved=saved.get(key), now=now.get(key), meaning=meaning
+            )
     changed = [
         f"{key}: saved {saved.get(key)!r}, now {now.get(key)!r}"
         for key in ("schedule", "min_lr", "seed", "accumulate")
@@ -160,5 +170,9 @@ def _compare_environment(saved: Mapping[str, Any], now: Mapping[str, Any]) -> No
     for key, value in now.items():
         if saved.get(key) != value:
             log.warning(
-                "resumed in another environment: not bit-exact", what=key, saved=saved.get(key), now=value, meaning=_MEANING[key]
+                "resumed in another environment: not bit-exact",
+                what=key,
+                saved=saved.get(key),
+                now=value,
+                meaning=_MEANING[key],
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -224,7 +225,7 @@ class _MapSource:
         self._indices: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self._keys = Keys()
         self._generator = torch.Generator()
-        self._make = lambda: keyed_loader(loader, KeyedDataset(loader, seed), self._keys, self._generator)
+        self._make = partial(keyed_loader, loader, KeyedDataset(loader, seed), self._keys, self._generator)
         self._twin: DataLoader[Any] | None = None
         self.limits = order_limits(self._indices, seed)
 

@@ -212,7 +212,10 @@ def check_algorithms(algorithms: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
         bad = [event for event in each.events if not isinstance(event, Event)]
         if bad:
             raise ArgumentError(
-                f"{type(each).__name__}.events", got=bad[0], takes="members of Event", example="frozenset({Event.BATCH_END})"
+                f"{type(each).__name__}.events",
+                got=bad[0],
+                takes="members of Event",
+                example="frozenset({Event.BATCH_END})",
             )
     if len({id(each) for each in found}) != len(found):
         raise ArgumentError("Trainer(algorithms=)", got=found, takes="each instance once", example="[EMA(), EMA()]")

@@ -24,7 +24,11 @@ class Origin:
 
     def factor(self, clock: Clock) -> float:
         """Return the warmup's factor: 0 at birth, 1 once ``warmup`` has passed."""
-        return min(1.0, max(0.0, (self.warmup.elapsed(clock) - self.start) / self.warmup.value)) if self.warmup.value else 1.0
+        return (
+            min(1.0, max(0.0, (self.warmup.elapsed(clock) - self.start) / self.warmup.value))
+            if self.warmup.value
+            else 1.0
+        )
 
 
 @define(eq=False, slots=True)

@@ -167,12 +167,16 @@ class Holds:
         return {
             "held": {owner: _by_hold(mine) for owner, mine in self.held.items()},
             "standing": {
-                owner: [[pattern, None if wish is None else [wish.moments, wish.evaluate]] for pattern, wish in mine.items()]
+                owner: [
+                    [pattern, None if wish is None else [wish.moments, wish.evaluate]] for pattern, wish in mine.items()
+                ]
                 for owner, mine in self.standing.items()
             },
             "factors": {owner: dict(mine) for owner, mine in self.factors.items()},
             "rates": {name: [rate.lr, rate.owner] for name, rate in self.rates.items()},
-            "warmups": {name: {owner: str(time) for owner, time in each.items()} for name, each in self.warmups.items()},
+            "warmups": {
+                name: {owner: str(time) for owner, time in each.items()} for name, each in self.warmups.items()
+            },
         }
 
     @classmethod

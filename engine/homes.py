@@ -16,7 +16,9 @@ from .layers import LayerMap
 from .selectors import Selector, resolve
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
-OptimizerLike: TypeAlias = Optimizer | OptimizerFactory | Sequence[Optimizer] | Sequence[tuple[Selector, OptimizerFactory]]
+OptimizerLike: TypeAlias = (
+    Optimizer | OptimizerFactory | Sequence[Optimizer] | Sequence[tuple[Selector, OptimizerFactory]]
+)
 MANAGED = frozenset({"params", "param_names"})
 _EXAMPLE = "optimizer=partial(torch.optim.AdamW, lr=1e-4)"
 
@@ -151,7 +153,9 @@ def _is_pair(each: object) -> bool:
 def _made(factory: OptimizerFactory, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
     optimizer = factory(list(parameters.values()))
     if not isinstance(optimizer, Optimizer):
-        raise OptimizerError(f"the optimizer factory returned {shorten(optimizer)}, no torch Optimizer. Write: {_EXAMPLE}")
+        raise OptimizerError(
+            f"the optimizer factory returned {shorten(optimizer)}, no torch Optimizer. Write: {_EXAMPLE}"
+        )
     held = {id(each) for group in optimizer.param_groups for each in group["params"]}
     left = [name for name, each in parameters.items() if id(each) not in held]
     if left:
@@ -175,7 +179,9 @@ def _partitioned(
         chosen = set(resolve(select, parameters, aliases, layers).names)
         taken = {name: each for name, each in left.items() if name in chosen}
         if not taken:
-            raise OptimizerError(f"optimizer= gives {shorten(select)} nothing: earlier selectors took all that it matches.")
+            raise OptimizerError(
+                f"optimizer= gives {shorten(select)} nothing: earlier selectors took all that it matches."
+            )
         left = {name: each for name, each in left.items() if name not in chosen}
         optimizers.append(_made(factory, taken))
     if left:

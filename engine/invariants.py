@@ -60,7 +60,9 @@ def check_parameter(
     if not trains and not holders:
         raise LedgerError(f"{name!r} is frozen though nobody holds it.")
     if not trains and parameter.grad is not None:
-        raise LedgerError(f"{name!r} is frozen but has a .grad, which clipping would count. Leave gradients to the ledger.")
+        raise LedgerError(
+            f"{name!r} is frozen but has a .grad, which clipping would count. Leave gradients to the ledger."
+        )
     if not trains and has_state:
         raise LedgerError(f"{name!r} is frozen but has optimizer state. Write ledger.freeze({name!r}, owner=...).")
 

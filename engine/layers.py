@@ -155,7 +155,9 @@ class LayerMap:
     def _named(self, text: str) -> list[str]:
         found = _LAYER.fullmatch(text)
         if found is None or not self.names_layer(text):
-            raise SelectorError(f"{text!r} names no layer. Layers: {', '.join(self._order)}. Write 'head' or 'blocks[-1]'.")
+            raise SelectorError(
+                f"{text!r} names no layer. Layers: {', '.join(self._order)}. Write 'head' or 'blocks[-1]'."
+            )
         blocks = [name for name in self._order if name.startswith("blocks[")]
         if found[1] != "blocks":
             return [found[1]]
@@ -201,7 +203,9 @@ class LayerMap:
         for layer, globs in _entries(model, layers):
             matched = [name for name in names if any(_matches(name, glob) for glob in globs)]
             if not matched:
-                raise LayerError(f"layers[{layer!r}] = {list(globs)} matches nothing. Nearest: {nearest(globs[0], names)}.")
+                raise LayerError(
+                    f"layers[{layer!r}] = {list(globs)} matches nothing. Nearest: {nearest(globs[0], names)}."
+                )
             for name in matched:
                 if of.setdefault(name, layer) != layer:
                     raise LayerError(f"layers= puts {name!r} both in {of[name]!r} and in {layer!r}. Name it once.")
@@ -235,7 +239,11 @@ def _entries(model: nn.Module, layers: LayerSpec) -> Iterator[tuple[str, tuple[s
             yield name, _globs(name, value)
             continue
         entries: Sequence[str | Sequence[str]] = (
-            [each for each, _ in model.named_modules() if fnmatchcase(each, value) and each.count(".") == value.count(".")]
+            [
+                each
+                for each, _ in model.named_modules()
+                if fnmatchcase(each, value) and each.count(".") == value.count(".")
+            ]
             if isinstance(value, str)
             else value
         )

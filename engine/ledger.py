@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -12,23 +12,21 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .clock import Clock, Time
+from .books import Books
+from .clock import Time
 from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
 from .events import Event
-from .grafts import Graft, Overrides, apply_graft, check_grafts, undo_graft
-from .groups import Group, Origin, Slot, derive_groups, options_of, view_groups
-from .holds import USER, Hold, Holds, Moments, Rate
-from .homes import Home, OptimizerLike, fills_state, fresh_state, home_of_new, selectors_of, settle
+from .grafts import Graft, apply_graft, check_grafts, undo_graft
+from .groups import Group, Origin, Slot, options_of, view_groups
+from .holds import USER, Hold, Holds, Moments
+from .homes import home_of_new
 from .invariants import check_groups, check_parameter, check_rates
-from .layers import LayerMap, LayerSpec
-from .modes import ModeKeeper
-from .schedules import Schedule, constant
 from .selectors import Selection, Selector, covers, resolve
 from .surgery import JournalEntry, Site, op_named
 from .typing import Json
 
 
-class ParameterLedger:
+class ParameterLedger(Books):
     """What trains, in which group, at which learning rate; who decided it; what was attached.
 
     Args:
@@ -52,42 +50,6 @@ class ParameterLedger:
         >>> len(ledger.trainable)
         4
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: OptimizerLike,
-        layers: LayerMap | LayerSpec | None = None,
-        *,
-        schedule: Schedule | None = None,
-        min_lr: float = 0.0,
-        seed: int = 0,
-    ) -> None:
-        self.model = model
-        self.layers = layers if isinstance(layers, LayerMap) else LayerMap(model, layers)
-        self.schedule = constant() if schedule is None else schedule
-        self.min_lr = min_lr
-        self.seed = seed
-        self.clock = Clock()
-        self.phase: Event | None = None
-        self.version = 0
-        self._read_names()
-        self.optimizers, self._homes = settle(optimizer, self._parameters, self._aliases, self.layers)
-        self._selectors = selectors_of(optimizer)
-        self._home_list = sorted({id(each): each for each in self._homes.values()}.values(), key=lambda home: home.index)
-        self._fills = tuple(fills_state(each) for each in self.optimizers)
-        self._in_optimizer = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
-        self._holds = Holds()
-        self._origins: dict[str, Origin] = {}
-        self._kept: dict[str, dict[str, Any]] = {}
-        self._interned: dict[tuple[object, ...], Slot] = {}
-        self._slots: dict[str, Slot] = {}
-        self._live: dict[Slot, dict[str, Any]] = {}
-        self._journal: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
-        self._overrides: Overrides = {}
-        self._modes = ModeKeeper(model)
-        self._factor = 1.0
-        self._begin()
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -266,7 +228,9 @@ class ParameterLedger:
                 break
         else:
             known = sorted({f"{entry.module} ({entry.op}, {entry.owner})" for entry, _ in self._journal}) or ["nothing"]
-            raise SurgeryError(f"{owner!r} attached no {op!r} to {module_name!r}. Attached: {nearest(module_name, known)}.")
+            raise SurgeryError(
+                f"{owner!r} attached no {op!r} to {module_name!r}. Attached: {nearest(module_name, known)}."
+            )
         for graft in reversed(grafts):
             undo_graft(self.model, graft, self._overrides)
         del self._journal[index]
@@ -284,30 +248,6 @@ class ParameterLedger:
         self._regroup()
 
     # -- every batch -------------------------------------------------------------------------------------------
-
-    def apply_lr(self, clock: Clock) -> None:
-        """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedule(progress), min_lr)``."""
-        self.clock = clock
-        factor = self.schedule(clock.progress)
-        if factor != self._factor or self._warming:
-            self._factor = factor
-            self._write_lr()
-
-    def sync_modes(self) -> None:
-        """Put normalization layers in the mode that follows from what trains; cheap, called at BATCH_START."""
-        self._modes.sync()
-
-    def clear_gradients(self) -> None:
-        """Set the gradient of every trainable parameter to None."""
-        for parameter in self._flat:
-            parameter.grad = None
-
-    def release(self) -> None:
-        """Give ``requires_grad`` back as the user had it; what was attached stays and trains. Ends the ledger's work."""
-        self.clear_gradients()
-        for name, parameter in self._parameters.items():
-            if name in self._homes:
-                parameter.requires_grad = name not in self._given_frozen
 
     # -- checking ----------------------------------------------------------------------------------------------
 
@@ -409,7 +349,9 @@ class ParameterLedger:
         self._regroup()
         for (slot, group), entry in zip(self._live.items(), saved["groups"], strict=True):
             if self._members[slot] != list(entry["parameters"]):
-                raise LedgerError(f"the group of {self._members[slot][0]!r} cannot be restored: it was saved with other members.")
+                raise LedgerError(
+                    f"the group of {self._members[slot][0]!r} cannot be restored: it was saved with other members."
+                )
             group.update(entry["options"])
         self._kept = {name: self._placed(name, values) for name, values in saved["kept"].items()}
         for optimizer, values in zip(self.optimizers, saved["shared"], strict=True):
@@ -419,32 +361,6 @@ class ParameterLedger:
             optimizer.state[self._parameters[name]] = self._placed(name, values)
 
     # -- inside ------------------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        """Take the model as the user gave it: what is frozen, or in no group, is held by the user."""
-        self._trainable: set[str] = set()
-        self._given_frozen = {name for name, each in self._parameters.items() if not each.requires_grad}
-        held = [
-            name
-            for name, each in self._parameters.items()
-            if not each.requires_grad or id(each) not in self._in_optimizer or name not in self._homes
-        ]
-        if held:
-            self._holds.freeze(Selection(tuple(held)), USER, Hold())
-            self._leave(held)
-        self._place(self._homes)
-        self._factor = self.schedule(0.0)
-        for optimizer in self.optimizers:
-            optimizer.param_groups[:] = []
-        self._join([name for name in self._parameters if not self._holds.is_held(name)], restore=False)
-        self._regroup()
-        self.version = 0
-
-    def _read_names(self) -> None:
-        self._parameters = dict(self.model.named_parameters())
-        first = {id(each): name for name, each in self._parameters.items()}
-        everything = self.model.named_parameters(remove_duplicate=False)
-        self._aliases = {name: first[id(each)] for name, each in everything if first[id(each)] != name}
 
     def _resolve(self, select: Selector) -> Selection:
         return resolve(select, self._parameters, self._aliases, self.layers)
@@ -465,92 +381,6 @@ class ParameterLedger:
             )
         if not isinstance(owner, str) or not owner:
             raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
-
-    def _leave(self, names: Iterable[str]) -> None:
-        """Freeze tensors: no gradient, no place in a group, no optimizer state unless kept."""
-        states = [optimizer.state for optimizer in self.optimizers]
-        parameters, homes, kept, origins = self._parameters, self._homes, self._kept, self._origins
-        for name in names:
-            parameter = parameters[name]
-            parameter.requires_grad = False
-            parameter.grad = None
-            home = homes.get(name)
-            state = None if home is None else states[home.optimizer].pop(parameter, None)
-            if state and self._holds.keeps(name):
-                kept[name] = state
-            if origins and origins.pop(name, None) is not None:
-                self._place((name,))
-        self._trainable.difference_update(names)
-
-    def _join(self, names: Sequence[str], *, restore: bool = True) -> None:
-        """Let tensors train: fresh or kept optimizer state, and an origin where a warmup was asked for."""
-        for name in names:
-            parameter = self._parameters[name]
-            parameter.requires_grad = True
-            warmups = self._holds.warmups.pop(name, None)
-            if warmups:
-                span = max(warmups.values(), key=lambda time: (time.unit, time.value))
-                self._origins[name] = Origin(span, span.elapsed(self.clock))
-                self._place((name,))
-            if not restore:
-                continue
-            home = self._homes[name]
-            state = self._kept.pop(name, None)
-            if state is None and self._fills[home.optimizer]:
-                state = fresh_state(self.optimizers[home.optimizer], parameter, home.options)
-            if state:
-                self.optimizers[home.optimizer].state[parameter] = state
-        self._trainable.update(names)
-
-    def _replace(self, names: Sequence[str]) -> None:
-        if names:
-            self._place(names)
-            self._regroup()
-
-    def _place(self, names: Iterable[str]) -> None:
-        """Find the slot of each name from its home, rate, factors and origin."""
-        interned, holds = self._interned, self._holds
-        for name in names:
-            home = self._homes.get(name)
-            if home is None:
-                continue
-            rate: Rate | None = holds.rates.get(name) if holds.rates else None
-            base = home.lr if rate is None else rate.lr
-            scale = holds.factor(name) if holds.factors else 1.0
-            origin = self._origins.get(name) if self._origins else None
-            key = (home.index, base, scale, origin)
-            slot = interned.get(key)
-            if slot is None:
-                slot = interned[key] = Slot(home, base, scale, origin)
-            self._slots[name] = slot
-
-    def _regroup(self) -> None:
-        """Derive the groups anew and make the optimizers hold them."""
-        self._live, self._members, dead = derive_groups(self._parameters, self._trainable, self._slots, self._live)
-        for group in dead:
-            group["params"] = []
-        for slot, group in self._live.items():
-            group["params"] = [self._parameters[name] for name in self._members[slot]]
-            if "param_names" in group:
-                group["param_names"] = list(self._members[slot])
-        for index, optimizer in enumerate(self.optimizers):
-            optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
-        self._flat = tuple(each for group in self._live.values() for each in group["params"])
-        self._trainable_names = frozenset(self._trainable)
-        self._warming = any(slot.origin is not None for slot in self._live)
-        self._write_lr()
-        self._modes.refresh(self._trainable, self._holds)
-        self.version += 1
-
-    def _write_lr(self) -> None:
-        for slot, group in self._live.items():
-            if slot.base_lr is None:
-                continue
-            lr = slot.lr(self._factor, self.clock, self.min_lr)
-            if isinstance(group.get("lr"), Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
 
     def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
         self._read_names()
@@ -585,16 +415,6 @@ class ParameterLedger:
                 f"the optimizer was saved with {len(saved['homes'])} groups of its own and has {len(self._home_list)} now. "
                 "Build it as in the run that was saved."
             )
-
-    def _placed(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Put a parameter's saved state on its device, in the state's own dtype; step counters as torch keeps them."""
-        options = self._homes[name].options
-        on_device = bool(options.get("capturable") or options.get("fused"))
-        device = self._parameters[name].device
-        return {
-            key: value.to(device if key != "step" or on_device else "cpu", copy=True) if isinstance(value, Tensor) else value
-            for key, value in values.items()
-        }
 
 
 def _rate(argument: str, value: object, example: str) -> float:

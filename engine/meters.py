@@ -87,6 +87,10 @@ class Meters:
         if self._weight:
             values[f"{self.prefix}loss"] = self._loss / self._weight
         for name, metric in self.metrics.items():
-            value = metric.compute() if isinstance(metric, Accumulator) else self._sums.get(name, 0.0) / max(1, self._samples)
+            value = (
+                metric.compute()
+                if isinstance(metric, Accumulator)
+                else self._sums.get(name, 0.0) / max(1, self._samples)
+            )
             values[f"{self.prefix}{name}"] = float(value)
         return values

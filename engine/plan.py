@@ -64,7 +64,10 @@ class Plan:
 
     def to_json(self) -> dict[str, Json]:
         """Return the whole timeline as JSON."""
-        spans: list[Json] = [{**attrs.asdict(span), "layers": list(span.layers), "groups": [list(g) for g in span.groups]} for span in self.spans]
+        spans: list[Json] = [
+            {**attrs.asdict(span), "layers": list(span.layers), "groups": [list(g) for g in span.groups]}
+            for span in self.spans
+        ]
         samples: list[Json] = [[each.batch, each.epoch, dict(each.rates)] for each in self.samples]
         return {"spans": spans, "samples": samples, "layers": list(self.layers)}
 
@@ -117,7 +120,9 @@ class Plan:
             ArgumentError: There is nothing to draw, or matplotlib is missing.
         """
         if not self.samples:
-            raise ArgumentError("Plan.save()", got="an empty timeline", takes="a fit of at least one batch", example="duration='1ep'")
+            raise ArgumentError(
+                "Plan.save()", got="an empty timeline", takes="a fit of at least one batch", example="duration='1ep'"
+            )
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.colors import LogNorm
@@ -133,7 +138,7 @@ class Plan:
         for column, each in enumerate(self.samples):
             for row, name in enumerate(names):
                 rate = each.rates.get(name)
-                grid[row, column] = np.nan if not rate else rate
+                grid[row, column] = rate or np.nan
         edges = [each.epoch for each in self.samples]
         edges.append(max(_epochs(self.spans[-1].end), edges[-1] + 1e-9))
         figure = Figure(figsize=(8, 0.9 + 0.28 * len(names)), layout="constrained")
@@ -143,7 +148,9 @@ class Plan:
         if np.isfinite(grid).any():
             low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
             norm = LogNorm(low * 0.999 if low == high else max(low, high * 1e-4), high, clip=True)
-            mesh = axes.pcolormesh(edges, np.arange(len(names) + 1), grid, cmap="viridis", norm=norm, linewidth=0, rasterized=True)
+            mesh = axes.pcolormesh(
+                edges, np.arange(len(names) + 1), grid, cmap="viridis", norm=norm, linewidth=0, rasterized=True
+            )
             figure.colorbar(mesh, ax=axes, label="learning rate")
         axes.set_yticks(np.arange(len(names)) + 0.5, names)
         axes.set_xlim(edges[0], edges[-1])
@@ -233,11 +240,12 @@ class Recorder:
 
     def _sample(self, clock: Clock) -> None:
         rates: dict[str, float] = {}
-        groups = [group for optimizer in self.ledger.optimizers for group in optimizer.param_groups]
-        for group, layers in zip(groups, self._layers_of_group, strict=True):
-            lr = group.get("lr")
+        ledger = self.ledger
+        factor = ledger.schedule(clock.progress)
+        for slot, layers in zip(self._slots, self._layers_of_group, strict=True):
+            lr = 0.0 if slot.base_lr is None else slot.lr(factor, clock, ledger.min_lr)
             for layer in layers:
-                rates[layer] = max(rates.get(layer, 0.0), 0.0 if lr is None else float(lr))
+                rates[layer] = max(rates.get(layer, 0.0), lr)
         self._samples.append(Sample(clock.batch, _epochs(clock), rates))
         self._next_sample = clock.batch + self._step()
         if len(self._samples) > 2 * MAX_SAMPLES:  # a fit of unknown length: halve the resolution

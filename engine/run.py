@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from torch import nn
 
@@ -25,14 +25,12 @@ from .log import get_logger
 from .plan import Recorder
 from .precision import Precision
 from .progress import progress_for
+from .recipe import Recipe
 from .settings import share_of, total_batches
 from .snapshot import read_checkpoint
 from .state import State
 from .store import Checkpointing, CheckpointStore
 from .tracking import JsonlTracker, Trackers
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
 
 MAX_SKIPPED = 5
 log = get_logger(__name__)
@@ -42,7 +40,7 @@ class Run:
     """One call of :meth:`Trainer.fit`: a context that opens what the fit needs and closes it whatever happens.
 
     Args:
-        trainer: The settings.
+        trainer: The recipe.
         model: The caller's model.
         train_loader: Training data.
         eval_loader: Evaluation data or None.
@@ -54,7 +52,7 @@ class Run:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Recipe,
         model: nn.Module,
         train_loader: Iterable[Any],
         eval_loader: Iterable[Any] | None,

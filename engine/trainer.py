@@ -1,44 +1,26 @@
-"""The Trainer: the only loop, read top-down."""
+"""The Trainer: arguments in, a fitted model out. The loop is in run.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from attrs import define, field, frozen
-from torch import Tensor, nn
+from attrs import define, frozen
+from torch import nn
 from torch.optim import Optimizer
 
-from .algorithm import Algorithm, as_json
 from .clock import Clock, Time
-from .engine import check_algorithms
+from .data import ResumableLoader
 from .errors import ArgumentError
 from .evaluation import evaluate
-from .forward import Forward
 from .homes import OptimizerLike
 from .layers import LayerMap, LayerSpec
-from .meters import Metric, check_metrics
 from .plan import Plan
+from .precision import Precision
+from .recipe import Recipe, check_optimizer
 from .run import Run
-from .schedules import Schedule, as_schedule, constant
-from .settings import (
-    device_of,
-    duration_of,
-    function_or_none,
-    interval,
-    not_negative,
-    one_of,
-    refuse_ranks,
-    whole,
-)
-from .store import Checkpointing
-from .tracking import Tracker
-from .typing import Json
-
-DEFAULT_OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
+from .settings import duration_of, refuse_ranks
 
 
 @frozen(eq=False)
@@ -65,33 +47,8 @@ class FitResult:
     last: Path | None
 
 
-def _optimizer(value: object) -> OptimizerLike:
-    if isinstance(value, Optimizer) or callable(value) or (isinstance(value, Sequence) and value and not isinstance(value, str)):
-        return value  # type: ignore[return-value]
-    raise ArgumentError(
-        "Trainer(optimizer=)", got=value, takes="a factory over parameters, an optimizer or a list of (select, factory)",
-        example="Trainer(optimizer=partial(torch.optim.AdamW, lr=1e-4))",
-    )  # fmt: skip
-
-
-def _run_dir(value: object) -> Path | None:
-    if value is None:
-        return None
-    if isinstance(value, (str, Path)) and str(value):
-        return Path(value)
-    raise ArgumentError("Trainer(run_dir=)", got=value, takes="a directory or None", example="Trainer(run_dir='runs/first')")
-
-
-def _checkpointing(value: object) -> Checkpointing | None:
-    if value is None or isinstance(value, Checkpointing):
-        return value
-    raise ArgumentError(
-        "Trainer(checkpoint=)", got=value, takes="a Checkpointing or None", example="Trainer(checkpoint=Checkpointing(every='1ep'))"
-    )
-
-
 @define(kw_only=True, eq=False)
-class Trainer:
+class Trainer(Recipe):
     """Fine-tunes models by a list of algorithms.
 
     Args:
@@ -133,48 +90,6 @@ class Trainer:
         (8, 'duration')
     """
 
-    algorithms: tuple[Algorithm, ...] = field(default=(), converter=check_algorithms)
-    optimizer: OptimizerLike = field(default=DEFAULT_OPTIMIZER, converter=_optimizer)
-    schedule: Schedule = field(factory=constant, converter=as_schedule)
-    min_lr: float = field(default=0.0, validator=not_negative)
-    loss_fn: Callable[[Any, Any], Tensor] | None = field(default=None, validator=function_or_none)
-    forward_fn: Callable[[nn.Module, Any], Any] | None = field(default=None, validator=function_or_none)
-    loss_weight: Callable[[Any], float] | None = field(default=None, validator=function_or_none)
-    metrics: Mapping[str, Metric] = field(factory=dict, converter=check_metrics)
-    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=one_of("fp32", "bf16", "fp16"))
-    microbatch_size: int | None = field(default=None, validator=whole(1, optional=True))
-    accumulate: int = field(default=1, validator=whole(1))
-    eval_every: Time = field(default="1ep", converter=interval("eval_every"))
-    log_every: Time = field(default="10ba", converter=interval("log_every"))
-    seed: int = field(default=0, validator=whole(0))
-    run_dir: Path | None = field(default=None, converter=_run_dir)
-    checkpoint: Checkpointing | None = field(default=None, converter=_checkpointing)
-    trackers: Sequence[Tracker] = field(default=())
-    device: torch.device = field(default="auto", converter=device_of)
-    distributed: Literal["auto", False] = field(default="auto", validator=one_of("auto", False))
-    compile: Literal[False] = field(default=False, validator=one_of(False))
-    on_nonfinite: Literal["raise", "skip"] = field(default="raise", validator=one_of("raise", "skip"))
-    progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
-    debug: bool = field(default=False, validator=one_of(False, True))
-
-    @checkpoint.validator
-    def _needs_run_dir(self, _: object, value: Checkpointing | None) -> None:
-        if value is not None and self.run_dir is None:
-            raise ArgumentError(
-                "Trainer(checkpoint=)", got=value, takes="a run_dir beside it, to lie in",
-                example="Trainer(run_dir='runs/first', checkpoint=Checkpointing(every='1ep'))",
-            )  # fmt: skip
-
-    @trackers.validator
-    def _are_trackers(self, _: object, value: object) -> None:
-        example = "Trainer(trackers=[CometTracker('my-project')])"
-        if isinstance(value, Tracker) or not isinstance(value, Sequence):
-            raise ArgumentError("Trainer(trackers=)", got=value, takes="a list of trackers", example=example)
-        for each in value:
-            if not isinstance(each, Tracker):
-                takes = "objects with log_config, log_metrics, log_artifact and close"
-                raise ArgumentError("Trainer(trackers=)", got=each, takes=takes, example=example)
-
     def fit(
         self,
         model: nn.Module,
@@ -215,13 +130,15 @@ class Trainer:
                 "Trainer.fit(resume=)", got=True, takes="a run_dir to resume from, or a checkpoint's path",
                 example="Trainer(run_dir='runs/first').fit(…, resume=True)",
             )  # fmt: skip
-        chosen = self.optimizer if optimizer is None else _optimizer(optimizer)
+        chosen = self.optimizer if optimizer is None else check_optimizer(optimizer)
         if isinstance(self.optimizer, Optimizer) and optimizer is None:
             raise ArgumentError(
                 "Trainer(optimizer=)", got=type(self.optimizer).__name__, takes="a factory: an instance belongs to one model",
                 example="trainer.fit(model, train_loader, duration='3ep', optimizer=instance)",
             )  # fmt: skip
-        with Run(self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume) as run:
+        with Run(
+            self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume
+        ) as run:
             run.train()
             return FitResult(
                 run.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.recorder.timeline(run.state.clock),
@@ -234,9 +151,6 @@ class Trainer:
         Raises:
             DataError: The loader yields nothing.
         """
-        from .data import ResumableLoader
-        from .precision import Precision
-
         _check_module("evaluate", model)
         return evaluate(
             model.to(self.device),
@@ -247,40 +161,9 @@ class Trainer:
             device=self.device,
         )
 
-    def forward(self) -> Forward:
-        """Return how a batch goes through a model."""
-        return Forward(self.forward_fn, self.loss_fn, self.loss_weight)
-
-    def describe(self) -> dict[str, Json]:
-        """Return the whole recipe as JSON: what trackers are given as the run's configuration."""
-        checkpoint = None if self.checkpoint is None else as_json(self.checkpoint)
-        return {
-            "algorithms": [each.describe() for each in self.algorithms],
-            "optimizer": as_json(self.optimizer),
-            "schedule": self.schedule.describe(),
-            "min_lr": self.min_lr,
-            "loss_fn": as_json(self.loss_fn),
-            "forward_fn": as_json(self.forward_fn),
-            "loss_weight": as_json(self.loss_weight),
-            "metrics": {name: as_json(metric) for name, metric in self.metrics.items()},
-            "precision": self.precision,
-            "microbatch_size": self.microbatch_size,
-            "accumulate": self.accumulate,
-            "eval_every": str(self.eval_every),
-            "log_every": str(self.log_every),
-            "seed": self.seed,
-            "checkpoint": checkpoint,
-            "device": str(self.device),
-            "distributed": self.distributed,
-            "compile": self.compile,
-            "on_nonfinite": self.on_nonfinite,
-        }
-
 
 def _check_module(call: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentError(
             f"Trainer.{call}(model=)", got=model, takes="a torch.nn.Module", example=f"trainer.{call}(model, loader)"
         )
-
-

@@ -1,4 +1,4 @@
-"""The data, the model and the memory meter of `finetune_reviews.py`.
+"""The data, the model, the memory meter and the table of `finetune_reviews.py`.
 
 Data: 10,605 sentences of movie reviews, each rated by people from -4 (bad) to 4 (good), from the source
 distribution of vaderSentiment (MIT). Hutto and Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment
@@ -14,11 +14,13 @@ import re
 import resource
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
+from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
@@ -215,3 +217,25 @@ def peak_memory() -> float:
     if (status := Path("/proc/self/status")).exists() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
         return int(peak[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def side_by_side(rows: Mapping[str, Mapping[str, float]], *, title: str, picture: Path) -> Table:
+    """Return a table of figures, and draw each of its columns as bars.
+
+    Args:
+        rows: Name of each row to its figures by column, the same columns in every row.
+        title: A line above the table.
+        picture: Where the bars are drawn; the suffix decides the format.
+    """
+    columns = list(next(iter(rows.values())))
+    table = Table("", *columns, title=title)
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[column]:,.3g}" if values[column] < 1000 else f"{values[column]:,.0f}" for column in columns))
+    figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
+    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        axes.bar_label(axes.barh(list(rows), [values[column] for values in rows.values()]), fmt="%.3g", padding=-32, color="white")
+        axes.invert_yaxis()
+        axes.set_title(column)
+        axes.label_outer()
+    figure.savefig(picture, dpi=150)
+    return table

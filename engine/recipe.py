@@ -1,0 +1,139 @@
+"""A recipe: everything about a fit but the model and its data, validated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .algorithm import Algorithm, as_json
+from .clock import Time
+from .engine import check_algorithms
+from .errors import ArgumentError
+from .forward import Forward
+from .homes import OptimizerLike
+from .meters import Metric, check_metrics
+from .schedules import Schedule, as_schedule, constant
+from .settings import device_of, function_or_none, interval, not_negative, one_of, whole
+from .store import Checkpointing
+from .tracking import Tracker
+from .typing import Json
+
+DEFAULT_OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
+
+
+def check_optimizer(value: object) -> OptimizerLike:
+    """Return what can serve as ``optimizer=``, or raise an ArgumentError."""
+    if (
+        isinstance(value, Optimizer)
+        or callable(value)
+        or (isinstance(value, Sequence) and value and not isinstance(value, str))
+    ):
+        return value  # type: ignore[return-value]
+    raise ArgumentError(
+        "Trainer(optimizer=)", got=value, takes="a factory over parameters, an optimizer or a list of (select, factory)",
+        example="Trainer(optimizer=partial(torch.optim.AdamW, lr=1e-4))",
+    )  # fmt: skip
+
+
+def _run_dir(value: object) -> Path | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, Path)) and str(value):
+        return Path(value)
+    raise ArgumentError(
+        "Trainer(run_dir=)", got=value, takes="a directory or None", example="Trainer(run_dir='runs/first')"
+    )
+
+
+def _checkpointing(value: object) -> Checkpointing | None:
+    if value is None or isinstance(value, Checkpointing):
+        return value
+    raise ArgumentError(
+        "Trainer(checkpoint=)",
+        got=value,
+        takes="a Checkpointing or None",
+        example="Trainer(checkpoint=Checkpointing(every='1ep'))",
+    )
+
+
+@define(kw_only=True, eq=False)
+class Recipe:
+    """The arguments of the :class:`~thawline.engine.Trainer`, which documents them; all validated at construction."""
+
+    algorithms: tuple[Algorithm, ...] = field(default=(), converter=check_algorithms)
+    optimizer: OptimizerLike = field(default=DEFAULT_OPTIMIZER, converter=check_optimizer)
+    schedule: Schedule = field(factory=constant, converter=as_schedule)
+    min_lr: float = field(default=0.0, validator=not_negative)
+    loss_fn: Callable[[Any, Any], Tensor] | None = field(default=None, validator=function_or_none)
+    forward_fn: Callable[[nn.Module, Any], Any] | None = field(default=None, validator=function_or_none)
+    loss_weight: Callable[[Any], float] | None = field(default=None, validator=function_or_none)
+    metrics: Mapping[str, Metric] = field(factory=dict, converter=check_metrics)
+    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=one_of("fp32", "bf16", "fp16"))
+    microbatch_size: int | None = field(default=None, validator=whole(1, optional=True))
+    accumulate: int = field(default=1, validator=whole(1))
+    eval_every: Time = field(default="1ep", converter=interval("eval_every"))
+    log_every: Time = field(default="10ba", converter=interval("log_every"))
+    seed: int = field(default=0, validator=whole(0))
+    run_dir: Path | None = field(default=None, converter=_run_dir)
+    checkpoint: Checkpointing | None = field(default=None, converter=_checkpointing)
+    trackers: Sequence[Tracker] = field(default=())
+    device: torch.device = field(default="auto", converter=device_of)
+    distributed: Literal["auto", False] = field(default="auto", validator=one_of("auto", False))
+    compile: Literal[False] = field(default=False, validator=one_of(False))
+    on_nonfinite: Literal["raise", "skip"] = field(default="raise", validator=one_of("raise", "skip"))
+    progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
+    debug: bool = field(default=False, validator=one_of(False, True))
+
+    @checkpoint.validator
+    def _needs_run_dir(self, _: object, value: Checkpointing | None) -> None:
+        if value is not None and self.run_dir is None:
+            raise ArgumentError(
+                "Trainer(checkpoint=)", got=value, takes="a run_dir beside it, to lie in",
+                example="Trainer(run_dir='runs/first', checkpoint=Checkpointing(every='1ep'))",
+            )  # fmt: skip
+
+    @trackers.validator
+    def _are_trackers(self, _: object, value: object) -> None:
+        example = "Trainer(trackers=[CometTracker('my-project')])"
+        if isinstance(value, Tracker) or not isinstance(value, Sequence):
+            raise ArgumentError("Trainer(trackers=)", got=value, takes="a list of trackers", example=example)
+        for each in value:
+            if not isinstance(each, Tracker):
+                takes = "objects with log_config, log_metrics, log_artifact and close"
+                raise ArgumentError("Trainer(trackers=)", got=each, takes=takes, example=example)
+
+    def forward(self) -> Forward:
+        """Return how a batch goes through a model."""
+        return Forward(self.forward_fn, self.loss_fn, self.loss_weight)
+
+    def describe(self) -> dict[str, Json]:
+        """Return the whole recipe as JSON: what trackers are given as the run's configuration."""
+        checkpoint = None if self.checkpoint is None else as_json(self.checkpoint)
+        return {
+            "algorithms": [each.describe() for each in self.algorithms],
+            "optimizer": as_json(self.optimizer),
+            "schedule": self.schedule.describe(),
+            "min_lr": self.min_lr,
+            "loss_fn": as_json(self.loss_fn),
+            "forward_fn": as_json(self.forward_fn),
+            "loss_weight": as_json(self.loss_weight),
+            "metrics": {name: as_json(metric) for name, metric in self.metrics.items()},
+            "precision": self.precision,
+            "microbatch_size": self.microbatch_size,
+            "accumulate": self.accumulate,
+            "eval_every": str(self.eval_every),
+            "log_every": str(self.log_every),
+            "seed": self.seed,
+            "checkpoint": checkpoint,
+            "device": str(self.device),
+            "distributed": self.distributed,
+            "compile": self.compile,
+            "on_nonfinite": self.on_nonfinite,
+        }
