@@ -160,7 +160,7 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
         alike = [each for each in gradients if each.dtype is dtype]
         norms += torch._foreach_norm(alike, norm_type, dtype=_wide(dtype))  # pyright: ignore[reportPrivateImportUsage]
     device = norms[0].device
-    return norms if device.type == "cpu" else [each.to(device) for each in norms]
+    return [each if each.device == device else each.to(device) for each in norms]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:

@@ -22,11 +22,11 @@ from .arguments import check_in_range, check_whole
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def lora_forward(  # the five tensors in the order of the equation
+def lora_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_A: Tensor,  # the paper's and every checkpoint's name
+    lora_A: Tensor,
     lora_B: Tensor,
     *,
     scaling: float = 1.0,
@@ -78,7 +78,7 @@ def lora_forward(  # the five tensors in the order of the equation
 
 def lora_branch(
     x: Tensor,
-    lora_A: Tensor,  # the paper's and every checkpoint's name
+    lora_A: Tensor,
     lora_B: Tensor,
     *,
     scaling: float = 1.0,
@@ -111,7 +111,7 @@ class LoRALinear(nn.Linear):
     ``return super(LoRALinear, self).forward(x) + self.lora_branch(x)``.
     """
 
-    lora_A: nn.Parameter  # the paper's and every checkpoint's name
+    lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scaling: float
     lora_dropout: float
@@ -145,7 +145,7 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
     ``F.multi_head_attention_forward`` step by step: before the adapter has learned, outputs equal it bit for bit.
     """
 
-    lora_A: nn.Parameter  # the paper's and every checkpoint's name
+    lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_scaling: float
     lora_dropout: float

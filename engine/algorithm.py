@@ -58,13 +58,14 @@ class Algorithm:
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments, for :meth:`reset` and :meth:`describe`."""
         self = super().__new__(cls)
         # attrs classes may be frozen, and a copy brings its own arguments along in __dict__.
         self.__dict__.setdefault("_arguments", (args, kwargs))
         self.__dict__.setdefault("owner", cls.__name__)
         return self
 
-    def match(self, event: Event, state: State) -> bool:
+    def match(self, event: Event, state: State) -> bool:  # noqa: ARG002 - subclasses use them
         """Return whether to act now. Pure: it changes nothing."""
         return True
 
@@ -194,8 +195,9 @@ def as_json(value: object) -> Json:
     describe: Callable[[], Json] | None = getattr(value, "describe", None)
     if callable(describe) and not isinstance(value, type):
         return describe()
-    if attrs.has(type(value)):
-        return {each.name: as_json(getattr(value, each.name)) for each in attrs.fields(type(value)) if each.init}
+    kind: Any = type(value)
+    if attrs.has(kind):
+        return {each.name: as_json(getattr(value, each.name)) for each in attrs.fields(kind) if each.init}
     return {"callable": _qualified(value)}
 
 

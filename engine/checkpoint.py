@@ -123,7 +123,7 @@ def rng_state(model: nn.Module) -> dict[str, Any]:
     """Return the state of every generator that a model may draw from: Python's, NumPy's, torch's, the device's."""
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 - the global generator is what a model would draw from
         "torch": torch.get_rng_state(),
     }
     if next(model.parameters()).device.type == "cuda":
@@ -134,7 +134,7 @@ def rng_state(model: nn.Module) -> dict[str, Any]:
 def restore_rng(state: Mapping[str, Any]) -> None:
     """Set the generators that :func:`rng_state` read."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002 - as above
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -143,7 +143,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 def seed_everything(seed: int) -> None:
     """Seed the global generators, which are the model's alone during a fit."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - as above
     torch.manual_seed(seed)
 
 

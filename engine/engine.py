@@ -92,7 +92,7 @@ class Engine:
         try:
             for handler in self._handlers[event]:
                 handler(event, state)
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C inside an algorithm is noted as well
             self._note(error, event, handler)
             raise
 
@@ -111,7 +111,7 @@ class Engine:
         for each in reversed(self.algorithms):
             try:
                 each.close()
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - every close runs; the first error is raised below
                 error.add_note(f"in {each.owner}.close()")
                 if first is not None:
                     log.error("close failed", owner=each.owner, error=repr(error))
@@ -222,7 +222,7 @@ def check_algorithms(algorithms: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
     return found
 
 
-def _begin_batch(event: Event, state: State) -> None:
+def _begin_batch(_: Event, state: State) -> None:
     """What every loop needs before a batch: modes that follow the trainable set, and the step's learning rate."""
     state.ledger.sync_modes()
     state.ledger.apply_lr(state.clock)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -38,9 +40,11 @@ class ArgumentError(ThawlineError, ValueError):
         self.takes = takes
         self.example = example
 
+    @override
     def __str__(self) -> str:
         return f"{self.argument} takes {self.takes}, got {shorten(self.got)}. Write: {self.example}"
 
+    @override
     def __reduce__(self) -> tuple[object, ...]:
         return _argument_error, (self.argument, self.got, self.takes, self.example)
 

@@ -50,6 +50,7 @@ class Forward:
         Raises:
             LossError: There is none, or it is not one number.
         """
+        loss: Any
         if self.loss_fn is not None:
             loss = self.loss_fn(predictions(outputs), targets_of(batch))
             source = "loss_fn(outputs, targets)"

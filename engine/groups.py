@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, frozen
 from torch import Tensor
 
 from .clock import Clock, Time
@@ -70,7 +70,7 @@ class Group:
     base_lr: float | None
     scale: float
     optimizer: int
-    options: Mapping[str, Any] = field(converter=MappingProxyType)
+    options: Mapping[str, Any]
 
 
 def derive_groups(
@@ -101,8 +101,9 @@ def derive_groups(
     live: dict[Slot, dict[str, Any]] = {}
     renewed: set[Home] = set()
     for slot in sorted(members, key=lambda slot: slot.home.index):
-        group = before.get(slot)
-        if group is None:
+        if slot in before:
+            group = before[slot]
+        else:
             unused = spare.setdefault(slot.home, [] if slot.home in living else [slot.home.template])
             group = unused.pop(0) if unused else copied(slot.home.template)
         live[slot] = group
@@ -128,7 +129,17 @@ def view_groups(
         lr = group.get("lr")
         options = {key: value for key, value in options_of(group).items() if key != "lr"}
         rate = None if lr is None else float(lr)
-        views.append(Group(name, tuple(members[slot]), rate, slot.base_lr, slot.scale, slot.home.optimizer, options))
+        views.append(
+            Group(
+                name,
+                tuple(members[slot]),
+                rate,
+                slot.base_lr,
+                slot.scale,
+                slot.home.optimizer,
+                MappingProxyType(options),
+            )
+        )
     return tuple(views)
 
 

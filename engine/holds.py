@@ -6,7 +6,7 @@ not matter. Nothing here knows a tensor: the ledger makes the model and the opti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 from attrs import field, frozen

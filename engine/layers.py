@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
-from attrs import field, frozen
+from attrs import frozen
 from torch import nn
 from typing_extensions import override
 
@@ -25,7 +25,7 @@ class Layer:
     """One layer: its name (``"stem"``, ``"blocks[3]"``, ``"head"``), modules and parameters."""
 
     name: str
-    parameters: tuple[str, ...] = field(converter=tuple)
+    parameters: tuple[str, ...]
     modules: tuple[str, ...] = ()
 
 
@@ -302,9 +302,9 @@ def _block_modules(model: nn.Module) -> list[tuple[str, ...]]:
     # A stage that is a plain sequence of blocks is split further: its blocks are the layers (ConvNeXt, Swin).
     for kind, names in kinds.items():
         within = all(any(name.startswith(f"{outer}.") for outer in kinds[best]) for name in names)
-        if kind is not best and within and lists[kind] == {nn.Sequential} and len(names) > len(kinds[best]):
-            if held[kind] >= 0.8 * held[best]:
-                best = kind
+        longer = len(names) > len(kinds[best]) and held[kind] >= 0.8 * held[best]
+        if kind is not best and within and longer and lists[kind] == {nn.Sequential}:
+            best = kind
     return [(name,) for name in kinds[best]]
 
 

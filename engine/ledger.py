@@ -240,7 +240,7 @@ class ParameterLedger(Books):
         self._holds.forget(gone)
         for table in (self._homes, self._slots, self._origins, self._kept):
             for name in gone:
-                table.pop(name, None)  # type: ignore[attr-defined]
+                table.pop(name, None)
         self._trainable -= gone
         self._read_names()
         self.layers.follow(tuple(self._parameters), {})
@@ -298,10 +298,10 @@ class ParameterLedger(Books):
         shared: list[dict[str, Any]] = []
         names = {id(each): name for name, each in self._parameters.items()}
         for optimizer in self.optimizers:
-            shared.append({key: value for key, value in optimizer.state.items() if isinstance(key, str)})
+            shared.append({str(key): value for key, value in optimizer.state.items() if not isinstance(key, Tensor)})
             for parameter, values in optimizer.state.items():
                 if isinstance(parameter, Tensor):
-                    state[names[id(parameter)]] = dict(values)
+                    state[names[id(parameter)]] = {str(key): value for key, value in values.items()}
         return {
             "parameters": list(self._parameters),
             "trainable": [name for name in self._parameters if name in self._trainable],
@@ -355,7 +355,7 @@ class ParameterLedger(Books):
             group.update(entry["options"])
         self._kept = {name: self._placed(name, values) for name, values in saved["kept"].items()}
         for optimizer, values in zip(self.optimizers, saved["shared"], strict=True):
-            optimizer.state.update(values)  # type: ignore[arg-type]
+            optimizer.state.update(values)
         for name, values in saved["state"].items():
             optimizer = self.optimizers[self._homes[name].optimizer]
             optimizer.state[self._parameters[name]] = self._placed(name, values)

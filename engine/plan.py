@@ -14,7 +14,6 @@ from .clock import Clock
 from .errors import ArgumentError
 from .groups import Slot
 from .ledger import ParameterLedger
-from .typing import Json
 
 # A picture needs no more columns than it has pixels.
 MAX_SAMPLES = 400
@@ -62,13 +61,13 @@ class Plan:
     samples: tuple[Sample, ...] = ()
     layers: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, Any]:
         """Return the whole timeline as JSON."""
-        spans: list[Json] = [
+        spans = [
             {**attrs.asdict(span), "layers": list(span.layers), "groups": [list(g) for g in span.groups]}
             for span in self.spans
         ]
-        samples: list[Json] = [[each.batch, each.epoch, dict(each.rates)] for each in self.samples]
+        samples = [[each.batch, each.epoch, dict(each.rates)] for each in self.samples]
         return {"spans": spans, "samples": samples, "layers": list(self.layers)}
 
     @classmethod
@@ -205,7 +204,7 @@ class Recorder:
 
     def state_dict(self, clock: Clock) -> dict[str, Any]:
         """Return what was written down, as JSON."""
-        return self.timeline(clock).to_json()  # type: ignore[return-value]
+        return self.timeline(clock).to_json()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned: the last span is open again."""

@@ -28,14 +28,14 @@ from .typing import Json
 DEFAULT_OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
 
 
-def check_optimizer(value: object) -> OptimizerLike:
+def check_optimizer(value: Any) -> OptimizerLike:
     """Return what can serve as ``optimizer=``, or raise an ArgumentError."""
     if (
         isinstance(value, Optimizer)
         or callable(value)
         or (isinstance(value, Sequence) and value and not isinstance(value, str))
     ):
-        return value  # type: ignore[return-value]
+        return value
     raise ArgumentError(
         "Trainer(optimizer=)", got=value, takes="a factory over parameters, an optimizer or a list of (select, factory)",
         example="Trainer(optimizer=partial(torch.optim.AdamW, lr=1e-4))",
@@ -63,6 +63,32 @@ def _checkpointing(value: object) -> Checkpointing | None:
     )
 
 
+def _eval_every(value: object) -> Time:
+    return interval("eval_every", value)
+
+
+def _log_every(value: object) -> Time:
+    return interval("log_every", value)
+
+
+def _needs_run_dir(recipe: Recipe, _: object, value: Checkpointing | None) -> None:
+    if value is not None and recipe.run_dir is None:
+        raise ArgumentError(
+            "Trainer(checkpoint=)", got=value, takes="a run_dir beside it, to lie in",
+            example="Trainer(run_dir='runs/first', checkpoint=Checkpointing(every='1ep'))",
+        )  # fmt: skip
+
+
+def _are_trackers(_: object, __: object, value: object) -> None:
+    example = "Trainer(trackers=[CometTracker('my-project')])"
+    if isinstance(value, Tracker) or not isinstance(value, Sequence):
+        raise ArgumentError("Trainer(trackers=)", got=value, takes="a list of trackers", example=example)
+    for each in value:
+        if not isinstance(each, Tracker):
+            takes = "objects with log_config, log_metrics, log_artifact and close"
+            raise ArgumentError("Trainer(trackers=)", got=each, takes=takes, example=example)
+
+
 @define(kw_only=True, eq=False)
 class Recipe:
     """The arguments of the :class:`~thawline.engine.Trainer`, which documents them; all validated at construction."""
@@ -78,36 +104,18 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=one_of("fp32", "bf16", "fp16"))
     microbatch_size: int | None = field(default=None, validator=whole(1, optional=True))
     accumulate: int = field(default=1, validator=whole(1))
-    eval_every: Time = field(default="1ep", converter=interval("eval_every"))
-    log_every: Time = field(default="10ba", converter=interval("log_every"))
+    eval_every: Time = field(default=Time("1ep"), converter=_eval_every)
+    log_every: Time = field(default=Time("10ba"), converter=_log_every)
     seed: int = field(default=0, validator=whole(0))
     run_dir: Path | None = field(default=None, converter=_run_dir)
-    checkpoint: Checkpointing | None = field(default=None, converter=_checkpointing)
-    trackers: Sequence[Tracker] = field(default=())
-    device: torch.device = field(default="auto", converter=device_of)
+    checkpoint: Checkpointing | None = field(default=None, converter=_checkpointing, validator=_needs_run_dir)
+    trackers: Sequence[Tracker] = field(default=(), validator=_are_trackers)
+    device: torch.device = field(factory=lambda: device_of("auto"), converter=device_of)
     distributed: Literal["auto", False] = field(default="auto", validator=one_of("auto", False))
-    compile: Literal[False] = field(default=False, validator=one_of(False))
+    compile: bool = field(default=False, validator=one_of(False))
     on_nonfinite: Literal["raise", "skip"] = field(default="raise", validator=one_of("raise", "skip"))
     progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
     debug: bool = field(default=False, validator=one_of(False, True))
-
-    @checkpoint.validator
-    def _needs_run_dir(self, _: object, value: Checkpointing | None) -> None:
-        if value is not None and self.run_dir is None:
-            raise ArgumentError(
-                "Trainer(checkpoint=)", got=value, takes="a run_dir beside it, to lie in",
-                example="Trainer(run_dir='runs/first', checkpoint=Checkpointing(every='1ep'))",
-            )  # fmt: skip
-
-    @trackers.validator
-    def _are_trackers(self, _: object, value: object) -> None:
-        example = "Trainer(trackers=[CometTracker('my-project')])"
-        if isinstance(value, Tracker) or not isinstance(value, Sequence):
-            raise ArgumentError("Trainer(trackers=)", got=value, takes="a list of trackers", example=example)
-        for each in value:
-            if not isinstance(each, Tracker):
-                takes = "objects with log_config, log_metrics, log_artifact and close"
-                raise ArgumentError("Trainer(trackers=)", got=each, takes=takes, example=example)
 
     def forward(self) -> Forward:
         """Return how a batch goes through a model."""

@@ -14,7 +14,7 @@ from .checkpoint import capture, restore, seed_everything
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, split_batch, to_device
 from .engine import Engine
-from .errors import CheckpointError, DataError, LedgerError, NonFiniteError, RunDirError
+from .errors import DataError, LedgerError, NonFiniteError
 from .evaluation import evaluate
 from .events import Event
 from .forward import is_finite, require_gradient
@@ -26,11 +26,10 @@ from .plan import Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
+from .rundir import RunDir
 from .settings import share_of, total_batches
-from .snapshot import read_checkpoint
 from .state import State
-from .store import Checkpointing, CheckpointStore
-from .tracking import JsonlTracker, Trackers
+from .store import Checkpointing
 
 MAX_SKIPPED = 5
 log = get_logger(__name__)
@@ -73,7 +72,8 @@ class Run:
         clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
         self.settings = {**trainer.describe(), "duration": str(duration)}
         self._was_training = model.training
-        self._open_run_dir(resume)
+        policy = trainer.checkpoint or Checkpointing()
+        self.folder = RunDir(trainer.run_dir, policy, trainer.trackers, resume=resume)
         try:
             model.to(trainer.device)
             schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
@@ -86,13 +86,12 @@ class Run:
             self.engine = Engine(trainer.algorithms, self.state, debug=trainer.debug)
             self.recorder = Recorder(ledger, total_batches(duration, clock))
         except BaseException:
-            self._close_run_dir()
+            self.folder.close()
             raise
         self._epoch_loss, self._log_loss = _Mean(), _Mean()
         self._evaluated_at: int | None = None
         self._exhausted = False
         self._skipped = 0
-        self._due = False
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -191,7 +190,7 @@ class Run:
         state.microbatch = state.outputs = state.loss = None
         state.log(values)
         self.engine.emit(Event.EVAL_END)
-        self.trackers.log_metrics(state.take_logged(), step=state.clock.batch)
+        self.folder.trackers.log_metrics(state.take_logged(), step=state.clock.batch)
 
     def _end_epoch(self) -> None:
         """Count the epoch if it is complete, evaluate where that is due, let everybody know, write the row of history."""
@@ -203,8 +202,7 @@ class Run:
             if self.trainer.eval_every.crossed(before, before.after_epoch(duration=state.duration)):
                 self._evaluate()
             state.tick_epoch()
-            if self.store is not None and self.checkpointing.every.crossed(before, state.clock):
-                self._due = True
+            self.folder.note(before, state.clock)
         state.metrics["train/loss"] = self._epoch_loss.value()
         self.engine.emit(Event.EPOCH_END)
         self._write_history()
@@ -282,16 +280,6 @@ class Run:
         """Why the fit ended."""
         return self.state.stop_reason or "duration"
 
-    @property
-    def best(self) -> Path | None:
-        """The checkpoint with the best monitored metric."""
-        return None if self.store is None else self.store.best
-
-    @property
-    def last(self) -> Path | None:
-        """The newest checkpoint."""
-        return None if self.store is None else self.store.latest()
-
     def _start(self) -> None:
         """Begin afresh with FIT_START, or where the checkpoint was cut."""
         state, model = self.state, self.state.model
@@ -300,13 +288,13 @@ class Run:
         seed_everything(self.trainer.seed)
         model.train()
         self.engine.attach()
-        self.trackers.log_config({"trainer": self.settings, "model": type(model).__name__})
+        self.folder.trackers.log_config({"trainer": self.settings, "model": type(model).__name__})
         self.progress.start(self.recorder.total_batches, "training", done=0)
-        if self._loaded is None:
+        if self.folder.loaded is None:
             self.engine.emit(Event.FIT_START)
         else:
-            self._restore(*self._loaded)
-        self._loaded = None
+            self._restore(*self.folder.loaded)
+            self.folder.loaded = None
         self.progress.update(state.clock.batch, {})
 
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
@@ -319,81 +307,28 @@ class Run:
         self._evaluated_at = extra["evaluated_at"]
         state.stop_reason = tree["stop_reason"]
         self.recorder.load_state_dict(extra["timeline"])
-        if self._jsonl is not None:
-            self._jsonl.truncate_after(state.clock.batch)
+        self.folder.forget_after(state.clock.batch)
         self.progress.message(f"resumed from {path} at epoch {state.clock.epoch}, batch {state.clock.batch}")
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
 
     def _save_if_due(self) -> None:
         """Cut a checkpoint just before EPOCH_START or BATCH_START."""
-        if self._due:
+        if self.folder.due:
             self._save()
 
     def _save(self) -> None:
-        self._due = False
-        if self.store is None:
-            return
-        state, monitor = self.state, self.checkpointing.monitor
+        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics)
+
+    def _capture(self) -> dict[str, Any]:
         extra = {
             "history": self.history,
             "epoch_loss": self._epoch_loss.parts(),
             "log_loss": self._log_loss.parts(),
             "skipped": self._skipped,
             "evaluated_at": self._evaluated_at,
-            "timeline": self.recorder.state_dict(state.clock),
+            "timeline": self.recorder.state_dict(self.state.clock),
         }
-        tree = capture(self.engine, self.precision, settings=self.settings, extra=extra)
-        metric = None if monitor is None else state.metrics.get(monitor)
-        try:
-            path = self.store.save(tree, step=state.clock.batch, metric=metric)
-        except CheckpointError as error:
-            if not isinstance(error.__cause__, OSError):
-                raise
-            self._due = True
-            log.error("checkpoint not written; trying again at the next batch", error=str(error))
-        else:
-            log.info("checkpoint", path=str(path))
-
-    def _open_run_dir(self, resume: bool | str | Path) -> None:
-        """Open store and trackers; find what to resume from; refuse a directory that holds another run."""
-        trainer = self.trainer
-        self.store: CheckpointStore | None = None
-        self._jsonl: JsonlTracker | None = None
-        self._loaded: tuple[Path, dict[str, Any]] | None = None
-        self.checkpointing = trainer.checkpoint or Checkpointing()
-        run_dir = trainer.run_dir
-        if isinstance(resume, (str, Path)):
-            path = Path(resume)
-            self._loaded = (path, read_checkpoint(path))
-        if run_dir is not None:
-            policy = self.checkpointing
-            self.store = CheckpointStore(run_dir, policy.keep, monitor=policy.monitor, mode=policy.mode)
-            try:
-                self._find_run(run_dir, resume)
-            except BaseException:
-                self.store.close()
-                raise
-            self._jsonl = JsonlTracker(run_dir)
-        local = [] if self._jsonl is None else [self._jsonl]
-        self.trackers = Trackers([*local, *trainer.trackers], run_dir=run_dir)
-
-    def _find_run(self, run_dir: Path, resume: bool | str | Path) -> None:
-        assert self.store is not None
-        if resume is True:
-            self._loaded = self.store.load_newest()
-        elif self._loaded is not None:
-            if self._loaded[0].resolve().parent == run_dir.resolve():
-                self.store.rewind(int(self._loaded[1]["clock"]["batch"]))
-        elif self.store.holds_run or (run_dir / "metrics.jsonl").exists():
-            raise RunDirError(
-                f"{run_dir} holds a run already. Continue it: trainer.fit(…, resume=True), or start another one: "
-                "Trainer(run_dir=<another directory>)."
-            )
-
-    def _close_run_dir(self) -> None:
-        self.trackers.close()
-        if self.store is not None:
-            self.store.close()
+        return capture(self.engine, self.precision, settings=self.settings, extra=extra)
 
     def __enter__(self) -> Self:
         return self
@@ -407,11 +342,11 @@ class Run:
             state.exception = error
             try:
                 self.engine.emit(Event.FIT_ABORT)
-            except Exception as second:
+            except Exception as second:  # noqa: BLE001 - the first error is the one to raise
                 error.add_note(f"FIT_ABORT failed as well: {second!r}")
         try:
             self.engine.close()
-        except Exception as second:
+        except Exception as second:  # noqa: BLE001 - raised below where there was none before
             failed = failed or second
             if error is not None:
                 error.add_note(f"closing the algorithms failed as well: {second!r}")
@@ -420,7 +355,7 @@ class Run:
             state.ledger.release()
             state.model.train(self._was_training)
             self.progress.close()
-            self._close_run_dir()
+            self.folder.close()
         if error is None and failed is not None:
             raise failed
 
@@ -432,14 +367,13 @@ class Run:
         if self.trainer.log_every.crossed(before, state.clock):
             self._log({"train/loss": self._log_loss.value(), **self._rates()})
             self._log_loss = _Mean()
-        if self.store is not None and self.checkpointing.every.crossed(before, state.clock):
-            self._due = True
+        self.folder.note(before, state.clock)
         self.progress.update(state.clock.batch, state.metrics)
 
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
         if self.state.logged:
-            self.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
+            self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 
     def _rates(self) -> dict[str, float]:
         return {f"lr/{group.name}": group.lr for group in self.state.ledger.groups if group.lr is not None}

@@ -283,9 +283,10 @@ def _from_description(description: object, depth: int) -> Schedule:
     owner = "schedule_from_description(description=)"
     example = '{"name": "cosine", "arguments": {"end": 0.1}}'
     known = ", ".join(FACTORIES)
-    if not isinstance(description, dict) or set(description) != {"name", "arguments"} or depth > _DEEPEST:
-        takes = f"a mapping of 'name' and 'arguments', at most {_DEEPEST} deep"
-        raise ArgumentError(owner, got=description, takes=takes, example=example)
+    if depth > _DEEPEST:  # a repr of what was got would itself be too deep
+        raise ArgumentError(owner, got="a deeper one", takes=f"schedules at most {_DEEPEST} deep", example=example)
+    if not isinstance(description, dict) or set(description) != {"name", "arguments"}:
+        raise ArgumentError(owner, got=description, takes="a mapping of 'name' and 'arguments'", example=example)
     name, arguments = description["name"], description["arguments"]
     factory = FACTORIES.get(name) if isinstance(name, str) else None
     if factory is None:

@@ -51,19 +51,15 @@ def function_or_none(_: object, attribute: Attribute[Any], value: object) -> Non
         raise _wrong(attribute.name, value, "a function or None", f"{attribute.name}=None")
 
 
-def interval(name: str) -> Callable[[object], Time]:
-    """Return a converter for an argument that says how often something happens."""
-
-    def convert(value: object) -> Time:
-        try:
-            time = Time(value)  # type: ignore[arg-type]
-        except ArgumentError as error:
-            raise _wrong(name, value, error.takes, f"{name}='1ep'") from None
-        if not time.value:
-            raise _wrong(name, value, "a time above zero", f"{name}='1ep'")
-        return time
-
-    return convert
+def interval(name: str, value: object) -> Time:
+    """Return how often something happens, or raise an ArgumentError."""
+    try:
+        time = Time(value)  # type: ignore[arg-type]  # anything may come; Time refuses it
+    except ArgumentError as error:
+        raise _wrong(name, value, error.takes, f"{name}='1ep'") from None
+    if not time.value:
+        raise _wrong(name, value, "a time above zero", f"{name}='1ep'")
+    return time
 
 
 def duration_of(value: object) -> Time:
@@ -92,7 +88,7 @@ def device_of(name: object) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)  # type: ignore[arg-type]
+        device: torch.device = torch.device(name)  # type: ignore[call-overload]  # any object may come; torch refuses it
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         known = "'auto', 'cpu'" + (", 'cuda'" if torch.cuda.is_available() else "")

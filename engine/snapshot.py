@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from .typing import Json
 
-SCHEMA = 1
-"""The version of the layout described above."""
+FORMAT, SCHEMA = "thawline checkpoint", 1
+"""The layout described above, and its version."""
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 TEMPORARY = ".tmp-"
 """What the name of an unfinished checkpoint begins with."""
@@ -49,6 +49,7 @@ MAX_MANIFEST = 1 << 20
 
 _CHUNK = 8 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_FIELDS = {"format", "schema", "parent", "info", "files"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # What the system says of a file that is damaged or missing. Anything else (no permission, too many open files) is no
 # fault of the checkpoint, which must then not be set aside.
@@ -235,7 +236,7 @@ def _render(files: Mapping[str, tuple[int, str]], info: Json, parent: str | None
     """Return the one text that a manifest of this content has, so that any other text is a damaged one."""
     records: dict[str, Json] = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
     body: dict[str, Json] = {
-        "format": "thawline checkpoint",
+        "format": FORMAT,
         "schema": SCHEMA,
         "parent": parent,
         "info": info,
@@ -264,13 +265,10 @@ def _parse(text: bytes) -> Manifest:
         raise UnreadableError(
             f"The checkpoint has schema {schema}, this thawline reads up to {SCHEMA}. Update thawline."
         )
-    info = unflatten({}, body.get("info"))
-    if (
-        schema != SCHEMA
-        or not isinstance(files, dict)
-        or files.keys() != {TENSORS, STATE}
-        or not isinstance(info, dict)
-    ):
+    if body.keys() != _FIELDS or (body["format"], type(schema), schema) != (FORMAT, int, SCHEMA):
+        raise CheckpointError("The manifest is not one that thawline writes.")
+    info = unflatten({}, body["info"])
+    if not isinstance(files, dict) or files.keys() != {TENSORS, STATE} or not isinstance(info, dict):
         raise CheckpointError("The manifest is not one that thawline writes.")
     if parent is not None and not isinstance(parent, str):
         raise CheckpointError(f"The manifest names the parent {shorten(parent)}.")

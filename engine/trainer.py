@@ -142,7 +142,7 @@ class Trainer(Recipe):
             run.train()
             return FitResult(
                 run.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.recorder.timeline(run.state.clock),
-                run.best, run.last,
+                run.folder.best, run.folder.last,
             )  # fmt: skip
 
     def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:

@@ -38,7 +38,12 @@ WATCHED = {"store.py", "snapshot.py", "tensorfile.py", "lock.py"}
 
 def tree_of(step: int, *, size: int = 1000) -> dict[str, Any]:
     """A state that shows which step it is of in every part."""
-    return {"step": step, "weight": torch.full((size,), float(step)), "betas": (step / 2, 0.999), "name": f"step {step}"}
+    return {
+        "step": step,
+        "weight": torch.full((size,), float(step)),
+        "betas": (step / 2, 0.999),
+        "name": f"step {step}",
+    }
 
 
 def is_tree_of(tree: Any, step: int, *, size: int = 1000) -> bool:
@@ -167,7 +172,7 @@ def strikes(folder: Path, count: int, seed: int) -> dict[str, Any]:
         done = max([done, *steps])
         if fault := after_the_kill(folder, done):
             faults.append(f"strike {strike}: {fault}")
-        done = max(done, int(str(sorted(folder.glob("ba*"))[-1].name)[2:]))
+        done = max(done, max(int(path.name[2:]) for path in folder.glob("ba*")))
     return {"killed": count, "faults": faults, "steps": done}
 
 
@@ -176,7 +181,7 @@ def full(folder: Path, count: int) -> dict[str, Any]:
     whole = tree_of(20, size=100_000)
     faults, errors = [], 0
     for cut in range(count):
-        limit = cut * 410_000 // count
+        limit = cut * 410_000 // (count - 1)  # the last lies behind the last byte
 
         def work(writing: int, run: Path = folder / f"full-{cut}", limit: int = limit) -> None:
             with CheckpointStore(run) as store:
@@ -226,12 +231,25 @@ def tiny(folder: Path, count: int) -> dict[str, Any]:
             outcomes.append(outcome)
             if not is_tree_of(read_checkpoint(first), 10) or any(disk.glob(f"{TEMPORARY}*")):
                 faults.append(f"{cut}: {outcome}, and the first checkpoint or a leftover suffered")
-            if outcome == "ENOSPC" and not is_tree_of(read_checkpoint(store.save(tree_of(30, size=10), step=30)), 30, size=10):
+            if outcome == "ENOSPC" and not is_tree_of(
+                read_checkpoint(store.save(tree_of(30, size=10), step=30)), 30, size=10
+            ):
                 faults.append(f"{cut}: the store did not go on")
     return {"outcomes": outcomes, "faults": faults}
 
 
-FORBIDDEN = ("exec", "compile", "import", "pickle.", "subprocess.", "os.system", "os.exec", "os.fork", "socket.", "ctypes.")
+FORBIDDEN = (
+    "exec",
+    "compile",
+    "import",
+    "pickle.",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "socket.",
+    "ctypes.",
+)
 
 
 def hostile(folder: Path) -> dict[str, Any]:
@@ -271,7 +289,13 @@ def refused(path: Path) -> str | None:
 
 def main(name: str, folder: str, *numbers: str) -> None:
     """Run one kind of fault."""
-    kinds: dict[str, Callable[..., dict[str, Any]]] = {"kills": kills, "strikes": strikes, "full": full, "tiny": tiny, "hostile": hostile}
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "kills": kills,
+        "strikes": strikes,
+        "full": full,
+        "tiny": tiny,
+        "hostile": hostile,
+    }
     json.dump(kinds[name](Path(folder), *map(int, numbers)), sys.stdout)
 
 

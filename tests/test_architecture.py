@@ -33,7 +33,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset(
         {"data", "forward", "meters", "settings", "precision", "distributed", "plan", "progress"}
         | {"batches", "randomness", "keyed", "order"}
-        | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "checkpoint", "comet", "tracking"}
+        | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
     ),
     frozenset({"evaluation", "recipe", "run", "trainer"}),
     frozenset({"testing"}),
@@ -194,15 +194,15 @@ def _public() -> frozenset[str]:
 
 
 @law(
-    "only the ledger reaches the module that changes the model's structure",
-    forbids=("engine/trainer: from .grafts import apply_graft", "engine/holds: from . import grafts"),
+    "only the ledger reaches its parts that change the model and the optimizers",
+    forbids=("engine/trainer: from .grafts import apply_graft", "engine/holds: from . import books"),
     allows=("engine/ledger: from .grafts import apply_graft",),
 )
-def only_the_ledger_grafts(module: Module) -> Iterator[Breach]:
-    """Keep `grafts` behind the ledger."""
+def hands_are_the_ledgers(module: Module) -> Iterator[Breach]:
+    """Keep `grafts` and `books` behind the ledger."""
     for name, line in engine_imports(module):
-        if name == "grafts" and not module.is_one_of(LEDGER):
-            yield Breach(line, "imports .grafts; call ledger.attach")
+        if name in LEDGER_HANDS - {"ledger"} and not module.is_one_of(LEDGER_HANDS):
+            yield Breach(line, f"imports .{name}; call the ledger")
 
 
 @law(

@@ -18,6 +18,7 @@ import torch
 from thawline.engine.errors import ArgumentError, CheckpointError
 from thawline.engine.jsontext import dump_json
 from thawline.engine.snapshot import (
+    FORMAT,
     MANIFEST,
     SCHEMA,
     STATE,
@@ -93,7 +94,9 @@ def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> 
 
 def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
     """A tree or info that no checkpoint holds is refused before anything is written."""
-    for tree, info in [(object(), {}), ({}, {"big": torch.ones(1)}), ({}, {"note": "x" * (2 << 20)})]:
+    wrong: list[tuple[object, dict[str, object]]]
+    wrong = [(object(), {}), ({}, {"big": torch.ones(1)}), ({}, {"note": "x" * (2 << 20)})]
+    for tree, info in wrong:
         with pytest.raises(CheckpointError):
             write_checkpoint(tmp_path, "one", tree, info=info)
     assert list(tmp_path.iterdir()) == []
@@ -191,7 +194,6 @@ def forge(
     state: bytes = b"{}",
     *,
     files: Mapping[str, Json] | None = None,
-    schema: Json = SCHEMA,
     **more: Json,
 ) -> Path:
     """A checkpoint with the right hashes of the wrong contents, as somebody who knows the format makes it."""
@@ -203,9 +205,10 @@ def forge(
         each: {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         for each, raw in ((TENSORS, tensors), (STATE, state))
     }
-    body: dict[str, Json] = {"format": "thawline checkpoint", "schema": schema, "parent": None, "info": {}}
-    body |= {"files": {**records, **files} if files is not None else records, **more}
-    (path / MANIFEST).write_bytes(_signed(body))
+    records |= files or {}
+    kept: dict[str, Json] = {each: record for each, record in records.items() if record != "missing"}
+    body: dict[str, Json] = {"format": FORMAT, "schema": SCHEMA, "parent": None, "info": {}, "files": kept}
+    (path / MANIFEST).write_bytes(_signed({**body, **more}))
     return path
 
 
@@ -225,14 +228,14 @@ def tensor_file(header: Any, data: bytes = b"") -> bytes:
 
 
 def hostile(folder: Path) -> list[str]:
-    """Make forty checkpoints that want to do harm or to take all memory; return the names of those in ``folder``."""
+    """Make over sixty checkpoints that want to do harm or to take all memory; return the names of those in ``folder``."""
     secret = folder.parent / "secret"
     secret.write_text("{}")
     for raw, kind in ((PICKLE, "pickle"), (b"PK\x03\x04" + bytes(60), "zip"), (b"", "empty"), (b"\x7fELF", "program")):
         forge(folder, f"tensors-{kind}", raw)
         forge(folder, f"state-{kind}", state=raw)
     forge(folder, "header-oversized", (1 << 62).to_bytes(8, "little") + b"{}")
-    forge(folder, "header-deep", tensor_file({})[:0] + (100_000).to_bytes(8, "little") + b"[" * 100_000)
+    forge(folder, "header-deep", (100_000).to_bytes(8, "little") + b"[" * 100_000)
     nothing = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     forge(folder, "tensors-many", tensor_file({str(index): nothing for index in range(250_000)}))
     forge(folder, "shape-huge", tensor_file({"t": {"dtype": "F64", "shape": [1 << 50], "data_offsets": [0, 1 << 53]}}))
@@ -254,7 +257,7 @@ def hostile(folder: Path) -> list[str]:
     forge(folder, "tag-device", state=b'{"$device":"cuda:0; import os"}')
     forge(folder, "name-traversal", files={"../../secret": RECORD})
     forge(folder, "name-absolute", files={"/etc/passwd": RECORD})
-    forge(folder, "name-fewer", files=None, **{"files": {STATE: RECORD}})
+    forge(folder, "name-fewer", files={TENSORS: "missing"})
     forge(folder, "size-negative", files={STATE: {**RECORD, "size": -1}})
     forge(folder, "size-true", files={STATE: {**RECORD, "size": True}})
     forge(folder, "hash-short", files={STATE: {**RECORD, "sha256": "00"}})
@@ -265,7 +268,9 @@ def hostile(folder: Path) -> list[str]:
     forge(folder, "info-list", info=[1])
     forge(folder, "info-tensor", info={"$tensor": "t"})
     forge(folder, "info-tag", info={"$exec": "ls"})
-    forge(folder, "format-added", format="another", extra=1)
+    forge(folder, "format-another", format="another")
+    forge(folder, "format-added", extra=1)
+    forge(folder, "schema-true", schema=True)
     (forge(folder, "manifest-pickle") / MANIFEST).write_bytes(PICKLE)
     (forge(folder, "manifest-list") / MANIFEST).write_bytes(b"[]")
     (forge(folder, "manifest-long") / MANIFEST).write_bytes(b" " * (2 << 20))
@@ -299,7 +304,7 @@ def test_hostile_checkpoints_neither_run_code_nor_open_other_files_nor_take_all_
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    wrong = {name: outcome for name, outcome in report["outcomes"].items() if outcome not in ("CheckpointError",)}
+    wrong = {name: outcome for name, outcome in report["outcomes"].items() if outcome != "CheckpointError"}
     assert wrong == {}
     assert sorted(report["outcomes"]) == names
     assert len(names) > 60

@@ -53,7 +53,7 @@ def break_(path: Path, name: str = TENSORS) -> None:
 def test_an_empty_store_has_nothing(tmp_path: Path) -> None:
     """It is made where it is missing, parents included, and says that there is nothing yet."""
     with CheckpointStore(tmp_path / "runs" / "one") as store:
-        assert store.latest() is store.best is store.load_newest() is None
+        assert (store.latest(), store.best, store.load_newest()) == (None, None, None)
         assert not store.holds_run
         assert store.checkpoints == ()
 

@@ -1,0 +1,106 @@
+"""The directory of a run: its checkpoints, its trackers, and what a resumed fit starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .clock import Clock
+from .errors import CheckpointError, RunDirError
+from .log import get_logger
+from .snapshot import read_checkpoint
+from .store import Checkpointing, CheckpointStore
+from .tracking import JsonlTracker, Tracker, Trackers
+
+log = get_logger(__name__)
+
+
+class RunDir:
+    """Opens store and trackers, finds what to resume from, and refuses a directory that holds another run.
+
+    Args:
+        folder: The run's directory; None for a fit that leaves nothing behind.
+        policy: When to save and what to keep.
+        trackers: Where metrics go besides the directory.
+        resume: True: the newest checkpoint, if there is one; a path: that checkpoint; False: none.
+
+    Raises:
+        RunDirError: The directory holds a run and ``resume`` is False, or somebody else writes there.
+        CheckpointError: What is to be resumed from is missing or damaged.
+    """
+
+    def __init__(
+        self, folder: Path | None, policy: Checkpointing, trackers: Sequence[Tracker], *, resume: bool | str | Path
+    ) -> None:
+        self.policy = policy
+        self.due = False
+        self.loaded: tuple[Path, dict[str, Any]] | None = None
+        self._store: CheckpointStore | None = None
+        self._jsonl: JsonlTracker | None = None
+        if isinstance(resume, (str, Path)):
+            self.loaded = (Path(resume), read_checkpoint(Path(resume)))
+        if folder is not None:
+            self._store = CheckpointStore(folder, policy.keep, monitor=policy.monitor, mode=policy.mode)
+            try:
+                self._find_run(self._store, folder, resume=resume)
+            except BaseException:
+                self._store.close()
+                raise
+            self._jsonl = JsonlTracker(folder)
+        local = [] if self._jsonl is None else [self._jsonl]
+        self.trackers = Trackers([*local, *trackers], run_dir=folder)
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the best monitored metric."""
+        return None if self._store is None else self._store.best
+
+    @property
+    def last(self) -> Path | None:
+        """The newest checkpoint."""
+        return None if self._store is None else self._store.latest()
+
+    def note(self, before: Clock, after: Clock) -> None:
+        """Remember that a checkpoint is due where the interval's end lies between two ticks."""
+        if self._store is not None and self.policy.every.crossed(before, after):
+            self.due = True
+
+    def save(self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: dict[str, float]) -> None:
+        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next batch."""
+        self.due = False
+        if self._store is None:
+            return
+        metric = None if self.policy.monitor is None else metrics.get(self.policy.monitor)
+        try:
+            path = self._store.save(tree(), step=step, metric=metric)
+        except CheckpointError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            self.due = True
+            log.error("checkpoint not written; trying again at the next batch", error=str(error))
+        else:
+            log.info("checkpoint", path=str(path))
+
+    def forget_after(self, step: int) -> None:
+        """Drop the lines of ``metrics.jsonl`` past ``step``, which a resumed run writes anew."""
+        if self._jsonl is not None:
+            self._jsonl.truncate_after(step)
+
+    def close(self) -> None:
+        """Close the trackers and release the directory."""
+        self.trackers.close()
+        if self._store is not None:
+            self._store.close()
+
+    def _find_run(self, store: CheckpointStore, folder: Path, *, resume: bool | str | Path) -> None:
+        if resume is True:
+            self.loaded = store.load_newest()
+        elif self.loaded is not None:
+            if self.loaded[0].resolve().parent == folder.resolve():
+                store.rewind(int(self.loaded[1]["clock"]["batch"]))
+        elif store.holds_run or (folder / "metrics.jsonl").exists():
+            raise RunDirError(
+                f"{folder} holds a run already. Continue it: trainer.fit(…, resume=True), or start another one: "
+                "Trainer(run_dir=<another directory>)."
+            )
