@@ -35,9 +35,15 @@ _QP_VP = ("q_proj", "v_proj")
 # By `model.config.model_type` of Hugging Face transformers: the projections that the LoRA paper adapts, query and value,
 # or the fused one that holds both.
 MODEL_TARGETS: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("albert", "beit", "bert", "camembert", "data2vec-text", "deit", "dinov2", "electra", "ernie", "esm"), _Q_V),
-    **dict.fromkeys(("layoutlm", "roberta", "roberta-prelayernorm", "swin", "vit", "vit_mae", "xlm-roberta", "xmod"), _Q_V),
-    **dict.fromkeys(("bart", "biogpt", "blenderbot", "clip", "codegen", "cohere", "gemma", "gemma2", "gemma3_text"), _QP_VP),
+    **dict.fromkeys(
+        ("albert", "beit", "bert", "camembert", "data2vec-text", "deit", "dinov2", "electra", "ernie", "esm"), _Q_V
+    ),
+    **dict.fromkeys(
+        ("layoutlm", "roberta", "roberta-prelayernorm", "swin", "vit", "vit_mae", "xlm-roberta", "xmod"), _Q_V
+    ),
+    **dict.fromkeys(
+        ("bart", "biogpt", "blenderbot", "clip", "codegen", "cohere", "gemma", "gemma2", "gemma3_text"), _QP_VP
+    ),
     **dict.fromkeys(("granite", "hubert", "llama", "m2m_100", "marian", "mbart", "mistral", "mixtral", "olmo"), _QP_VP),
     **dict.fromkeys(("olmo2", "opt", "pegasus", "phi", "qwen2", "qwen2_moe", "qwen3", "siglip", "smollm3"), _QP_VP),
     **dict.fromkeys(("stablelm", "starcoder2", "wav2vec2", "whisper"), _QP_VP),
@@ -102,7 +108,9 @@ def inject_lora(
     check_whole("inject_lora(rank=)", rank, at_least=1, example="inject_lora(ledger, rank=8)")
     check_in_range("inject_lora(alpha=)", alpha, above=0, example="inject_lora(ledger, alpha=16)")
     check_in_range("inject_lora(dropout=)", dropout, at_least=0, below=1, example="inject_lora(ledger, dropout=0.05)")
-    check_one_of("inject_lora(train_head=)", train_head, ("auto", True, False), example="inject_lora(ledger, train_head=True)")
+    check_one_of(
+        "inject_lora(train_head=)", train_head, ("auto", True, False), example="inject_lora(ledger, train_head=True)"
+    )
     _check_target("inject_lora(target=)", target, "inject_lora(ledger, 'all-linear')")
     model = ledger.model
     names = lora_targets(model, ledger.layers, target)
@@ -323,7 +331,9 @@ def _adapters(model: nn.Module, names: Iterable[str] = ("",)) -> frozenset[str]:
     for start in names:
         for inner, module in model.get_submodule(start).named_modules(prefix=start):
             if is_adapted(module):
-                own = (name for name, _ in module.named_parameters(recurse=False) if name.startswith(("lora_A", "lora_B")))
+                own = (
+                    name for name, _ in module.named_parameters(recurse=False) if name.startswith(("lora_A", "lora_B"))
+                )
                 found.update(f"{inner}.{name}" if inner else name for name in own)
     return frozenset(found)
 

@@ -165,10 +165,14 @@ class LoRAMultiheadAttention(nn.MultiheadAttention):
         """Return outputs and attention weights; arguments and shapes are those of ``nn.MultiheadAttention``."""
         if query.is_nested or key.is_nested or value.is_nested:
             example = "torch.nested.to_padded_tensor(query, 0.0) and a key_padding_mask"
-            raise ArgumentError("LoRAMultiheadAttention(query=)", got="a nested tensor", takes="padded ones", example=example)
+            raise ArgumentError(
+                "LoRAMultiheadAttention(query=)", got="a nested tensor", takes="padded ones", example=example
+            )
         if is_causal and attn_mask is None:
             example = "attn_mask=nn.Transformer.generate_square_subsequent_mask(length)"
-            raise ArgumentError("LoRAMultiheadAttention(attn_mask=)", got=None, takes="a mask with is_causal", example=example)
+            raise ArgumentError(
+                "LoRAMultiheadAttention(attn_mask=)", got=None, takes="a mask with is_causal", example=example
+            )
         batched = query.dim() == 3
         padding = _additive("key_padding_mask", key_padding_mask, query.dtype)
         mask = _additive("attn_mask", attn_mask, query.dtype)
@@ -304,7 +308,9 @@ def lora(site: Site, *, rank: int, alpha: float, dropout: float = 0.0) -> list[A
     check_in_range("lora(alpha=)", alpha, above=0, example="ledger.attach(name, 'lora', owner='me', rank=8, alpha=16)")
     check_in_range("lora(dropout=)", dropout, at_least=0, below=1, example="dropout=0.05")
     if is_adapted(site.module):
-        raise SurgeryError(f"{site.name!r} carries an adapter already. Detach it first: ledger.detach(name, 'lora', owner=…).")
+        raise SurgeryError(
+            f"{site.name!r} carries an adapter already. Detach it first: ledger.detach(name, 'lora', owner=…)."
+        )
     kind = check_site(site.model, site.name, site.module)
     attributes = {"lora_scaling": float(alpha) / rank, "lora_dropout": float(dropout)}
     made: list[Attachment] = []
@@ -357,7 +363,9 @@ def check_site(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module
         return kind
     if isinstance(module, nn.Linear):
         return check_class(name, module, LoRALinear, nn.Linear)
-    hint = " GPT-2's Conv1D stores its weight transposed and is not supported yet." * (type(module).__name__ == "Conv1D")
+    hint = " GPT-2's Conv1D stores its weight transposed and is not supported yet." * (
+        type(module).__name__ == "Conv1D"
+    )
     raise SurgeryError(
         f"'lora' takes nn.Linear and nn.MultiheadAttention; {name!r} is a {type(module).__name__}.{hint} "
         "Choose others: LoRAInject(target=['*.query', '*.value']), or LoRAInject(target='all-linear')."
@@ -384,7 +392,11 @@ def check_class(name: str, module: nn.Module, adapter: type[nn.Module], base: ty
             f"{' and that has its own forward' * overrides}. Write at module level (so that the model can be pickled): "
             f"class LoRA{title}({adapter.__name__}, {title}): {body}"
         )
-    wrong = [each.dtype for each in module.parameters(recurse=False) if each.dtype not in (*_HALF, torch.float32, torch.float64)]
+    wrong = [
+        each.dtype
+        for each in module.parameters(recurse=False)
+        if each.dtype not in (*_HALF, torch.float32, torch.float64)
+    ]
     if wrong:
         raise SurgeryError(
             f"the weight of {name!r} has dtype {wrong[0]}; 'lora' takes float64, float32, bfloat16 and float16. "
@@ -448,7 +460,9 @@ def _additive(name: str, mask: Tensor | None, dtype: torch.dtype) -> Tensor | No
         return mask
     if mask.dtype != torch.bool:
         takes = "a boolean or floating-point mask"
-        raise ArgumentError(f"LoRAMultiheadAttention({name}=)", got=mask.dtype, takes=takes, example=f"{name}=mask.bool()")
+        raise ArgumentError(
+            f"LoRAMultiheadAttention({name}=)", got=mask.dtype, takes=takes, example=f"{name}=mask.bool()"
+        )
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 

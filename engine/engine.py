@@ -9,7 +9,7 @@ from typing import Any, Self, TypeAlias
 from attrs import frozen
 
 from .algorithm import Algorithm
-from .errors import ArgumentError, LedgerError
+from .errors import ArgumentError, CheckpointError, LedgerError
 from .events import Event
 from .log import get_logger
 from .state import State
@@ -141,20 +141,15 @@ class Engine:
         """Give every algorithm back its state.
 
         Raises:
-            ArgumentError: The algorithms are not those that were saved; the message says which differ.
+            CheckpointError: The algorithms are not those that were saved; the message says which differ and how.
         """
         here = {each.owner: each.describe() for each in self.algorithms}
         there = {owner: entry["description"] for owner, entry in saved.items()}
         if here != there:
-            changed = [
-                f"{owner}: saved {there.get(owner, 'absent')}, now {here.get(owner, 'absent')}"
-                for owner in sorted({*here, *there})
-                if here.get(owner) != there.get(owner)
-            ]
-            raise ArgumentError(
-                "Trainer(algorithms=)", got="; ".join(changed), takes="those of the run that is resumed",
-                example="the same list, or fit(resume=False) with another run_dir",
-            )  # fmt: skip
+            raise CheckpointError(
+                f"the algorithms are not those of the run that is resumed: {_difference(there, here)}. "
+                "Give the same list, or start anew in another run_dir."
+            )
         for each in self.algorithms:
             each.load_state_dict(saved[each.owner]["state"])
 
@@ -226,3 +221,17 @@ def _begin_batch(_: Event, state: State) -> None:
     """What every loop needs before a batch: modes that follow the trainable set, and the step's learning rate."""
     state.ledger.sync_modes()
     state.ledger.apply_lr(state.clock)
+
+
+def _difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Say which algorithms differ: absent, or with which arguments."""
+    changed = []
+    for owner in sorted({*saved, *now}):
+        there, here = saved.get(owner), now.get(owner)
+        if there is None or here is None:
+            changed.append(f"{owner} is {'new' if there is None else 'missing'}")
+        elif there != here:
+            before, after = there["arguments"], here["arguments"]
+            names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+            changed += [f"{owner}({name}=): saved {before.get(name)!r}, now {after.get(name)!r}" for name in names]
+    return "; ".join(changed) or "they come in another order"

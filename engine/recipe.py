@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from attrs import define, field
@@ -28,14 +28,14 @@ from .typing import Json
 DEFAULT_OPTIMIZER = partial(torch.optim.AdamW, lr=1e-4)
 
 
-def check_optimizer(value: Any) -> OptimizerLike:
+def check_optimizer(value: object) -> OptimizerLike:
     """Return what can serve as ``optimizer=``, or raise an ArgumentError."""
     if (
         isinstance(value, Optimizer)
         or callable(value)
         or (isinstance(value, Sequence) and value and not isinstance(value, str))
     ):
-        return value
+        return cast("OptimizerLike", value)
     raise ArgumentError(
         "Trainer(optimizer=)", got=value, takes="a factory over parameters, an optimizer or a list of (select, factory)",
         example="Trainer(optimizer=partial(torch.optim.AdamW, lr=1e-4))",

@@ -172,7 +172,7 @@ def strikes(folder: Path, count: int, seed: int) -> dict[str, Any]:
         done = max([done, *steps])
         if fault := after_the_kill(folder, done):
             faults.append(f"strike {strike}: {fault}")
-        done = max(done, max(int(path.name[2:]) for path in folder.glob("ba*")))
+        done = max(done, *(int(path.name[2:]) for path in folder.glob("ba*")))
     return {"killed": count, "faults": faults, "steps": done}
 
 

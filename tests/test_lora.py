@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import Encoder, Shared, Tied, loader, mlp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  # torch's own name for it
+from typing_extensions import override
 
+from helpers import Encoder, Shared, Tied, loader, mlp
 from thawline.algorithms.lora import LoRAInject, inject_lora, lora_targets
 from thawline.algorithms.lora_modules import (
     LoRALinear,
@@ -77,7 +78,7 @@ def baked(model: nn.Module) -> nn.Module:
             for name in [each for each in module._parameters if each.startswith("lora_")]:
                 del module._parameters[name]
             known = {LoRALinear: nn.Linear, LoRAMultiheadAttention: nn.MultiheadAttention}
-            module.__class__ = known.get(type(module), type(module).__bases__[-1])  # type: ignore[assignment]
+            module.__class__ = known.get(type(module), type(module).__bases__[-1])
     plain.load_state_dict(state)
     return plain
 
@@ -108,7 +109,13 @@ class TestForward:
     ) -> None:
         """Whatever the shape, rank, bias and memory layout."""
         torch.manual_seed(0)
-        sizes: list[tuple[int, ...]] = [(*shape, inputs), (outputs, inputs), (rank, inputs), (outputs, rank), (outputs,)]
+        sizes: list[tuple[int, ...]] = [
+            (*shape, inputs),
+            (outputs, inputs),
+            (rank, inputs),
+            (outputs, rank),
+            (outputs,),
+        ]
         x, weight, down, up, bias = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
         given_bias = bias if with_bias else None
         layout = x.transpose(0, 1).contiguous().transpose(0, 1) if transposed and x.dim() > 2 else x
@@ -132,7 +139,9 @@ class TestForward:
         assert torch.autograd.gradgradcheck(partial(lora_forward, scaling=0.5), tensors)
 
     @settings(max_examples=60)
-    @given(SHAPES, st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+    @given(
+        SHAPES, st.integers(1, 70), st.integers(1, 70), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16])
+    )
     def test_with_b_zero_it_is_the_linear_layer_bit_for_bit(
         self, shape: list[int], inputs: int, outputs: int, transposed: bool, dtype: torch.dtype
     ) -> None:
@@ -171,7 +180,8 @@ class TestForward:
         want = x @ weight.T + x @ down.T @ up.T
         torch.testing.assert_close(got.float(), want, rtol=5e-2, atol=5e-2)
         want_down, want_up = torch.autograd.grad(want.sum(), (down, up))
-        assert down.grad is not None and down.grad.dtype == torch.float32
+        assert down.grad is not None
+        assert down.grad.dtype == torch.float32
         torch.testing.assert_close(down.grad, want_down, rtol=5e-2, atol=5e-2)
         torch.testing.assert_close(up.grad, want_up, rtol=5e-2, atol=5e-2)
 
@@ -196,22 +206,25 @@ class TestForward:
 class Scaled(nn.Linear):
     """A user's linear layer with its own forward, which surgery knows no class for."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
+    @override
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as users write
+        return 2 * super().forward(x)
 
 
 class Known(nn.Linear):
     """A user's linear layer for which there is a class."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
+    @override
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as users write
+        return 2 * super().forward(x)
 
 
 class LoRAKnown(LoRALinear, Known):
     """What the error message says to write."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super(LoRALinear, self).forward(input) + self.lora_branch(input)
+    @override
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # as users write
+        return super(LoRALinear, self).forward(x) + self.lora_branch(x)
 
 
 class TestLinear:
@@ -222,8 +235,10 @@ class TestLinear:
         model = mlp()
         layer, weight, keys = model[0], model[0].weight, list(model.state_dict())
         attach(model, "0")
-        assert model[0] is layer and model[0].weight is weight
-        assert type(layer) is LoRALinear and isinstance(layer, nn.Linear)
+        assert model[0] is layer
+        assert model[0].weight is weight
+        assert type(layer) is LoRALinear
+        assert isinstance(layer, nn.Linear)
         assert list(model.state_dict()) == [*keys[:2], "0.lora_A", "0.lora_B", *keys[2:]]
 
     def test_the_output_is_unchanged_at_injection(self) -> None:
@@ -273,7 +288,8 @@ class TestLinear:
         stir(model)
         ledger.detach("0", "lora", owner="test")
         assert type(model[0]) is nn.Linear
-        assert list(model.state_dict()) == keys and set(vars(model[0])) == attributes
+        assert list(model.state_dict()) == keys
+        assert set(vars(model[0])) == attributes
         assert torch.equal(model(x), before)
 
     @pytest.mark.parametrize(
@@ -342,7 +358,8 @@ class TestRefusals:
         before, kinds = list(model.state_dict()), [type(each) for each in model.modules()]
         with pytest.raises(SurgeryError) as caught:
             attach(model, name, **arguments)
-        assert list(model.state_dict()) == before and [type(each) for each in model.modules()] == kinds
+        assert list(model.state_dict()) == before
+        assert [type(each) for each in model.modules()] == kinds
         return str(caught.value)
 
     def test_an_unknown_subclass_with_its_own_forward(self) -> None:
@@ -404,7 +421,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def attention(kind: str, dtype: torch.dtype = torch.float32) -> tuple[nn.MultiheadAttention, list[Tensor]]:
     """Return a module and query, key and value of lengths 5 and 6, batch 3."""
     torch.manual_seed(0)
-    options = {"embed_dim": 8, "num_heads": 2} | KINDS[kind]
+    options: dict[str, Any] = {"embed_dim": 8, "num_heads": 2} | KINDS[kind]
     module = nn.MultiheadAttention(**options, dtype=dtype)
     tensors = [
         torch.randn(3, length, width, dtype=dtype)
@@ -633,8 +650,8 @@ class TestFastPath:
                 with torch.no_grad():
                     outputs.append(model(x, src_key_padding_mask=mask))
             for each in outputs:
+                # Not bit for bit: layers without an adapter keep torch's fused kernels.
                 torch.testing.assert_close(each, want, rtol=1e-9, atol=1e-11)
-                assert torch.equal(each, outputs[0])
 
     def test_frozen_weights_do_not_bring_it_back(self) -> None:
         """torch takes the fast path also with gradients on, where no weight wants one."""
@@ -644,8 +661,10 @@ class TestFastPath:
         with no_fast_path():
             want = model(self.inputs(True)[0])
         model.requires_grad_(False)
-        assert torch.equal(model(self.inputs(True)[0]), want)
+        torch.testing.assert_close(model(self.inputs(True)[0]), want)  # layers.1 takes the fast path again
 
+    # torch says so when it makes the nested tensors of its own fast path.
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
     @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
     def test_the_fast_path_is_off_until_the_last_adapter_goes(self, order: tuple[int, ...]) -> None:
         """In whichever order they are removed; then everything is as it was."""
@@ -682,9 +701,7 @@ class Projections(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         make = partial(nn.Linear, 4, 4)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"q_proj": make(), "v_proj": make(), "up": make()}) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.ModuleDict({"q_proj": make(), "v_proj": make(), "up": make()}) for _ in range(2))
         self.head = nn.ModuleDict({"out_proj": make()})
 
 
@@ -795,12 +812,16 @@ class TestTargets:
              {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 50}, ("q", "v")),
         ],
     )  # fmt: skip
-    def test_auto_on_hugging_face_models(self, kind: str, head: str, options: dict[str, Any], ends: tuple[str, ...]) -> None:
+    def test_auto_on_hugging_face_models(
+        self, kind: str, head: str, options: dict[str, Any], ends: tuple[str, ...]
+    ) -> None:
         """By `config.model_type`: query and value in every block."""
         model = hugging_face(kind, head, **options)
         found = targets(model)
         assert found == tuple(
-            name for name, each in model.named_modules() if isinstance(each, nn.Linear) and name.rpartition(".")[2] in ends
+            name
+            for name, each in model.named_modules()
+            if isinstance(each, nn.Linear) and name.rpartition(".")[2] in ends
         )
         assert len(found) >= 4
 
@@ -829,7 +850,8 @@ class TestInject:
     def test_without_head(self) -> None:
         """`train_head=False` holds it as well."""
         ledger = ledger_of(mlp())
-        assert ledger.trainable - set(inject_lora(ledger, rank=2, train_head=False)) == frozenset()
+        adapters = inject_lora(ledger, rank=2, train_head=False)
+        assert ledger.trainable == set(adapters)
 
     def test_the_head_of_a_language_model_is_held(self) -> None:
         """Unless asked for."""
@@ -843,7 +865,7 @@ class TestInject:
         """`lr=` sets theirs, not the head's."""
         ledger = ledger_of(mlp(), lr=0.1)
         adapters = inject_lora(ledger, rank=2, lr=0.5)
-        rates = {name: group.lr for group in ledger.groups for name in group.names}
+        rates = {name: group.lr for group in ledger.groups for name in group.parameters}
         assert {rates[name] for name in adapters} == {0.5}
         assert rates["4.weight"] == 0.1
 
@@ -863,7 +885,8 @@ class TestInject:
         before = model[0].lora_A
         ledger = ledger_of(model)
         adapters = inject_lora(ledger, rank=2)
-        assert model[0].lora_A is before and set(adapters) <= ledger.trainable
+        assert model[0].lora_A is before
+        assert set(adapters) <= ledger.trainable
         with pytest.raises(SurgeryError, match="rank 2 already"):
             inject_lora(ledger_of(model), rank=4)
 
@@ -873,7 +896,8 @@ class TestInject:
         ledger = ledger_of(model)
         with pytest.raises(SurgeryError):
             inject_lora(ledger, "all-linear")
-        assert len(ledger.trainable) == 6 and ledger.journal == ()
+        assert len(ledger.trainable) == 6
+        assert ledger.journal == ()
 
     def test_bert_changes_no_bit_and_trains_adapters_and_head(self) -> None:
         """A real architecture of transformers."""
@@ -893,9 +917,11 @@ class TestAlgorithm:
     def test_contract(self) -> None:
         """Acts once, at the start, before everything else; its description rebuilds it."""
         algorithm = LoRAInject(rank=4, target=["query", "value"], dropout=0.1)
-        assert algorithm.events == {Event.FIT_START} and algorithm.stage is Stage.SURGERY
+        assert algorithm.events == {Event.FIT_START}
+        assert algorithm.stage is Stage.SURGERY
         twin = Algorithm.from_description(algorithm.describe())
-        assert isinstance(twin, LoRAInject) and twin.describe() == algorithm.describe()
+        assert isinstance(twin, LoRAInject)
+        assert twin.describe() == algorithm.describe()
 
     @pytest.mark.parametrize(
         "name, value",
@@ -920,5 +946,53 @@ class TestAlgorithm:
         after = model.state_dict()
         for name in ("0.weight", "0.bias", "2.weight", "2.bias"):
             assert torch.equal(after[name], before[name])
-        assert after["0.lora_B"].abs().max() > 0 and after["2.lora_B"].abs().max() > 0
+        assert after["0.lora_B"].abs().max() > 0
+        assert after["2.lora_B"].abs().max() > 0
         assert not torch.equal(after["4.weight"], before["4.weight"])
+
+    @pytest.mark.parametrize("build", [mlp, partial(Encoder, 2, 0.0)])
+    def test_defaults_fit_as_they_stand(self, build: Callable[[], nn.Module]) -> None:
+        """`LoRAInject()` without arguments, on an MLP and on torch's encoder, learns its training set."""
+        torch.manual_seed(0)
+        model = build()
+        x = torch.randn(32, 4) if isinstance(model, nn.Sequential) else torch.randint(11, (32, 6))
+        y = (x[:, 0] > x.median()).long()
+        batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+        trainer = Trainer(
+            algorithms=[LoRAInject()],
+            optimizer=partial(torch.optim.AdamW, lr=0.02),
+            loss_fn=F.cross_entropy,
+            progress=False,
+        )
+        with torch.no_grad():
+            before = F.cross_entropy(model.eval()(x), y).item()
+        trainer.fit(model.train(), batches, duration="12ep")
+        with torch.no_grad():
+            assert F.cross_entropy(model.eval()(x), y).item() < 0.7 * before
+
+    def test_list_order_does_not_matter(self) -> None:
+        """Two injections in either order train the same names to the same bits."""
+        states = []
+        for flip in (False, True):
+            torch.manual_seed(0)
+            model = mlp()
+            algorithms = [LoRAInject(rank=2, target="0"), LoRAInject(rank=2, target="2", lr=0.01)]
+            if flip:
+                algorithms.reverse()
+            trainer = Trainer(algorithms=algorithms, loss_fn=F.cross_entropy, progress=False)
+            trainer.fit(model, loader(shuffle=False), duration="1ep")
+            states.append(model.state_dict())
+        assert states[0].keys() == states[1].keys()
+        for name, value in states[0].items():
+            assert torch.equal(value, states[1][name]), name
+
+    def test_a_second_fit_trains_on(self) -> None:
+        """The same Trainer on the same model: the adapters of the first fit go on."""
+        model = mlp()
+        trainer = Trainer(algorithms=[LoRAInject(rank=2)], loss_fn=F.cross_entropy, progress=False)
+        trainer.fit(model, loader(), duration="1ep")
+        adapter = model[0].lora_A
+        before = adapter.detach().clone()
+        trainer.fit(model, loader(), duration="1ep")
+        assert model[0].lora_A is adapter
+        assert not torch.equal(adapter, before)

@@ -22,6 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 from typing_extensions import override
@@ -155,6 +156,15 @@ class Collate:
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], "labels": labels}
 
 
+def make_loaders(train: list[Review], test: list[Review]) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return a loader that shuffles the training sentences, 16 a batch, and one of the test sentences."""
+    collate = Collate(load_tokenizer())
+    return (
+        DataLoader(train, batch_size=16, shuffle=True, collate_fn=collate),  # type: ignore[arg-type]
+        DataLoader(test, batch_size=64, collate_fn=collate),  # type: ignore[arg-type]
+    )
+
+
 class ReviewClassifier(nn.Module):
     """A sentence encoder, the mean over its tokens, and a linear head with two outputs.
 
@@ -230,10 +240,15 @@ def side_by_side(rows: Mapping[str, Mapping[str, float]], *, title: str, picture
     columns = list(next(iter(rows.values())))
     table = Table("", *columns, title=title)
     for name, values in rows.items():
-        table.add_row(name, *(f"{values[column]:,.3g}" if values[column] < 1000 else f"{values[column]:,.0f}" for column in columns))
+        table.add_row(
+            name,
+            *(f"{values[column]:,.3g}" if values[column] < 1000 else f"{values[column]:,.0f}" for column in columns),
+        )
     figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        axes.bar_label(axes.barh(list(rows), [values[column] for values in rows.values()]), fmt="%.3g", padding=-32, color="white")
+        axes.bar_label(
+            axes.barh(list(rows), [values[column] for values in rows.values()]), fmt="%.3g", padding=-32, color="white"
+        )
         axes.invert_yaxis()
         axes.set_title(column)
         axes.label_outer()

@@ -1,0 +1,310 @@
+"""Engine, Algorithm and State in a loop of one's own: order, ownership, errors, closing, description."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any, ClassVar
+
+import attrs
+import pytest
+import torch
+from helpers import mlp, same_weights, weights
+from torch import nn
+
+from thawline.engine import (
+    Algorithm,
+    ArgumentError,
+    CheckpointError,
+    Engine,
+    Event,
+    LedgerClosedError,
+    LedgerError,
+    ParameterLedger,
+    Stage,
+    State,
+    Time,
+    Trainer,
+    linear,
+    register,
+    registered,
+    registered_names,
+)
+
+
+def state_of(model: nn.Module | None = None, **more: Any) -> State:
+    """Return a state over a small model."""
+    model = mlp() if model is None else model
+    return State(model, ParameterLedger(model, partial(torch.optim.SGD, lr=0.1), **more), duration="2ep")  # type: ignore[arg-type]
+
+
+class Note(Algorithm):
+    """Writes its name down."""
+
+    def __init__(self, name: str, seen: list[Any], events: frozenset[Event] = frozenset({Event.BATCH_END})) -> None:
+        self.name, self.seen, self.events = name, seen, events
+
+    def apply(self, event: Event, state: State) -> None:
+        """Write."""
+        self.seen.append(self.name)
+
+    def close(self) -> None:
+        """Write that, too."""
+        self.seen.append(f"close {self.name}")
+
+
+class Surgeon(Note):
+    """Acts first."""
+
+    stage: ClassVar[Stage] = Stage.SURGERY
+
+
+class Observer(Note):
+    """Acts last."""
+
+    stage: ClassVar[Stage] = Stage.OBSERVE
+
+
+def test_order_is_by_stage_then_by_place_in_the_list() -> None:
+    """SURGERY before CONTROL before OBSERVE; equal stages in list order."""
+    seen: list[str] = []
+    algorithms = [Observer("last", seen), Note("one", seen), Surgeon("first", seen), Note("two", seen)]
+    with Engine(algorithms, state_of()) as engine:
+        engine.emit(Event.BATCH_END)
+        engine.emit(Event.BATCH_START)
+    assert seen == ["first", "one", "two", "last", "close two", "close first", "close one", "close last"]
+
+
+def test_owners_are_unique_and_numbered() -> None:
+    """Two of a kind keep their holds and their saved state apart."""
+    algorithms = [Note("a", []), Note("b", []), Surgeon("c", [])]
+    engine = Engine(algorithms, state_of())
+    assert [each.owner for each in algorithms] == ["Note", "Note#2", "Surgeon"]
+    assert list(engine.state_dict()) == ["Note", "Note#2", "Surgeon"]
+
+
+def test_match_decides_whether_apply_is_called() -> None:
+    """An algorithm that overrides match acts only where it says so."""
+
+    class Third(Note):
+        def match(self, event: Event, state: State) -> bool:
+            return state.clock.batch % 3 == 0
+
+    seen: list[str] = []
+    state = state_of()
+    with Engine([Third("x", seen)], state) as engine:
+        for _ in range(7):
+            state.tick(samples=1)
+            engine.emit(Event.BATCH_END)
+    assert seen == ["x", "x", "close x"]
+
+
+def test_the_trace_lists_who_acted_when() -> None:
+    """trace=True: event, batch and owner of each call."""
+    state = state_of()
+    engine = Engine([Note("a", []), Surgeon("b", [])], state, trace=True)
+    engine.emit(Event.BATCH_END)
+    state.tick(samples=1)
+    engine.emit(Event.BATCH_END)
+    assert engine.trace is not None
+    assert [(each.event, each.batch, each.owner) for each in engine.trace] == [
+        (Event.BATCH_END, 0, "Surgeon"),
+        (Event.BATCH_END, 0, "Note"),
+        (Event.BATCH_END, 1, "Surgeon"),
+        (Event.BATCH_END, 1, "Note"),
+    ]
+
+
+def test_debug_finds_what_goes_on_behind_the_ledger() -> None:
+    """An algorithm that sets requires_grad itself is named at once, with the call to use."""
+
+    class Sneaky(Algorithm):
+        events = frozenset({Event.BATCH_END})
+
+        def apply(self, event: Event, state: State) -> None:
+            next(iter(state.model.parameters())).requires_grad_(False)
+
+    engine = Engine([Sneaky()], state_of(), debug=True)
+    with pytest.raises(LedgerError, match=r"'0\.weight' has requires_grad=False.*ledger\.freeze") as caught:
+        engine.emit(Event.BATCH_END)
+    assert "Sneaky.apply at BATCH_END" in caught.value.__notes__[0]
+
+
+def test_the_ledger_is_closed_to_a_loss_function_as_well() -> None:
+    """Whoever calls during the forward pass, algorithm or not, gets the typed error."""
+    held: dict[str, State] = {}
+
+    class Keep(Algorithm):
+        events = frozenset({Event.FIT_START})
+
+        def apply(self, event: Event, state: State) -> None:
+            held["state"] = state
+
+    def loss_fn(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        held["state"].ledger.freeze("head", owner="loss")
+        return outputs.sum()
+
+    trainer = Trainer(algorithms=[Keep()], loss_fn=loss_fn, progress=False)
+    with pytest.raises(LedgerClosedError, match="at AFTER_FORWARD"):
+        trainer.fit(mlp(), [(torch.ones(2, 4), torch.zeros(2))], duration=1)
+
+
+def test_every_close_runs_and_the_first_error_is_raised() -> None:
+    """A close that raises does not keep the others from closing."""
+
+    class Bad(Note):
+        def close(self) -> None:
+            super().close()
+            raise ValueError(self.name)
+
+    seen: list[str] = []
+    engine = Engine([Note("a", seen), Bad("b", seen), Bad("c", seen)], state_of())
+    with pytest.raises(ValueError, match="c"):
+        engine.close()
+    assert seen == ["close c", "close b", "close a"]
+    engine.close()
+    assert len(seen) == 3
+
+
+def test_an_engine_in_a_loop_by_hand_equals_the_trainer() -> None:
+    """Events in somebody's own loop: learning rates, modes and algorithms as in the Trainer, bit for bit."""
+
+    class Thaw(Algorithm):
+        events = frozenset({Event.FIT_START, Event.EPOCH_START})
+
+        def apply(self, event: Event, state: State) -> None:
+            if event is Event.FIT_START:
+                state.ledger.freeze("blocks", owner=self.owner)
+            elif state.clock.epoch == 1:
+                state.ledger.thaw("blocks[-1]", owner=self.owner, warmup="2ba")
+
+    torch.manual_seed(0)
+    net = mlp()
+    twin = copy.deepcopy(net)
+    batches = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
+    loss_fn = nn.functional.cross_entropy
+    trainer = Trainer(
+        algorithms=[Thaw()], optimizer=partial(torch.optim.SGD, lr=0.1), schedule=linear(), loss_fn=loss_fn, progress=False
+    )
+    trainer.fit(net, batches, duration="2ep")
+    ledger = ParameterLedger(twin, partial(torch.optim.SGD, lr=0.1), schedule=linear())
+    state = State(twin, ledger, duration="2ep")  # type: ignore[arg-type]
+    state.clock = attrs.evolve(state.clock, batches_per_epoch=len(batches))
+    with Engine([Thaw()], state) as engine:
+        engine.emit(Event.FIT_START)
+        for _ in range(2):
+            engine.emit(Event.EPOCH_START)
+            for x, y in batches:
+                engine.emit(Event.BATCH_START)
+                loss_fn(twin(x), y).backward()
+                ledger.optimizers[0].step()
+                ledger.clear_gradients()
+                state.tick(samples=len(x))
+                engine.emit(Event.BATCH_END)
+            state.tick_epoch()
+            engine.emit(Event.EPOCH_END)
+    assert same_weights(weights(net), weights(twin))
+
+
+@register
+@attrs.define(slots=False, eq=False)
+class Described(Algorithm):
+    """Has arguments of every form."""
+
+    every: Time = attrs.field(default=Time("1ep"), converter=Time)
+    names: tuple[str, ...] = ("a", "b")
+    when: Any = None
+    seen: int = attrs.field(default=0, init=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it saw."""
+        return {"seen": self.seen}
+
+
+def test_a_description_is_json_and_comes_back_equal() -> None:
+    """describe and from_description invert each other through the registry."""
+    first = Described("0.5dur", names=("x",))  # type: ignore[arg-type]
+    description = first.describe()
+    assert description == {"name": "Described", "arguments": {"every": "0.5dur", "names": ["x"], "when": None}}
+    again = Algorithm.from_description(description)
+    assert isinstance(again, Described)
+    assert again.describe() == description
+    assert again.every == Time("0.5dur")
+
+
+def test_a_description_never_names_an_import_path() -> None:
+    """Only what is registered can be built: a stranger's recipe cannot run code."""
+    for name in ("os.system", "Descrbed", ""):
+        with pytest.raises(ArgumentError, match="algorithm name"):
+            Algorithm.from_description({"name": name, "arguments": {}})
+    with pytest.raises(ArgumentError, match="'Described'"):
+        registered("Descrbed")
+    callable_description = Described(when=print).describe()
+    assert callable_description["arguments"]["when"] == {"callable": "builtins.print"}  # type: ignore[index,call-overload]
+    with pytest.raises(ArgumentError, match="callable"):
+        Algorithm.from_description(callable_description)
+    assert "Described" in registered_names()
+
+
+def test_a_name_is_registered_once() -> None:
+    """A second class of the same name is refused, the same class again is not."""
+    assert register(Described) is Described
+    other = type("Described", (Algorithm,), {"__module__": "somebody.else"})
+    with pytest.raises(ArgumentError, match="name is free"):
+        register(other)
+
+
+def test_reset_returns_to_the_arguments() -> None:
+    """State goes, arguments and owner stay, for attrs classes and plain ones."""
+    algorithm = Described("2ep")  # type: ignore[arg-type]
+    algorithm.seen, algorithm.owner = 5, "Described#2"
+    algorithm.reset()
+    assert (algorithm.seen, str(algorithm.every), algorithm.owner) == (0, "2ep", "Described#2")
+    algorithm.load_state_dict({"seen": 3})
+    assert algorithm.seen == 3
+
+
+@pytest.mark.parametrize("algorithms", [3, ["EMA"], [[Note("a", [])]], Note("a", [])])
+def test_what_is_no_list_of_algorithms_is_refused(algorithms: Any) -> None:
+    """A preset's list inside the list says to unpack it."""
+    with pytest.raises(ArgumentError, match="algorithms="):
+        Engine(algorithms, state_of())
+
+
+def test_one_instance_twice_is_refused() -> None:
+    """State is kept per instance."""
+    note = Note("a", [])
+    with pytest.raises(ArgumentError, match="each instance once"):
+        Engine([note, note], state_of())
+
+
+def test_changed_algorithms_refuse_to_resume_with_a_diff() -> None:
+    """The message says which differ, and how."""
+    saved = Engine([Described("2ep")], state_of()).state_dict()  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"Described\(every=\): saved '2ep', now '3ep'"):
+        Engine([Described("3ep")], state_of()).load_state_dict(saved)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="Described is missing"):
+        Engine([], state_of()).load_state_dict(saved)
+
+
+def test_logged_values_are_kept_and_taken_once() -> None:
+    """metrics keep the latest, take_logged gives what is new."""
+    state = state_of()
+    state.log({"a": torch.tensor(1.5), "b": 2})
+    assert state.take_logged() == {"a": 1.5, "b": 2.0}
+    assert state.take_logged() == {}
+    state.stop("first")
+    state.stop("second")
+    assert (state.metrics["a"], state.stop_reason) == (1.5, "first")
+
+
+def test_every_event_is_in_the_loop_of_the_docstring() -> None:
+    """The enum's docstring is the loop: no event is missing, and open events say so."""
+    lines = {line.split()[0].lstrip("[("): line for line in (Event.__doc__ or "").splitlines() if line.strip()}
+    text = Event.__doc__ or ""
+    for event in Event:
+        assert event.name in text
+    for name in ("FIT_START", "EPOCH_START", "BATCH_START", "BATCH_END", "EPOCH_END"):
+        assert Event[name].opens_ledger
+        assert "ledger open" in lines[name]
+    assert sum(event.opens_ledger for event in Event) == 5
