@@ -124,7 +124,9 @@ def as_time(argument: str, *, example: str, zero: bool = False) -> Callable[[str
     return convert
 
 
-def as_time_or_none(argument: str, *, example: str, zero: bool = False) -> Callable[[str | int | Time | None], Time | None]:
+def as_time_or_none(
+    argument: str, *, example: str, zero: bool = False
+) -> Callable[[str | int | Time | None], Time | None]:
     """Return an attrs converter to :class:`Time` that lets None pass."""
 
     def convert(value: str | int | Time | None) -> Time | None:

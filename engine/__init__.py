@@ -18,6 +18,7 @@ from .errors import (
     SelectorError,
     SurgeryError,
     ThawlineError,
+    ThawlineWarning,
     nearest,
 )
 from .events import Event
@@ -72,6 +73,7 @@ __all__ = [
     "State",
     "SurgeryError",
     "ThawlineError",
+    "ThawlineWarning",
     "Time",
     "TraceEntry",
     "Tracker",

@@ -18,6 +18,10 @@ class ThawlineError(Exception):
     """Base of every error that thawline raises on purpose."""
 
 
+class ThawlineWarning(UserWarning):
+    """Something that is allowed and probably not meant, such as a schedule that cannot fire within the fit."""
+
+
 class ArgumentError(ThawlineError, ValueError):
     """An argument of the wrong type or out of range.
 

@@ -19,7 +19,7 @@ AnyGenerator: TypeAlias = torch.Generator | np.random.Generator | np.random.Rand
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 # What holds no generator of the data's, and may be large.
 _CLOSED = (Tensor, np.ndarray, nn.Module, ModuleType, FunctionType, type, str, bytes, int, float)
-_DEEPEST = 5  # a loader's dataset's transform's list's augmentation
+_DEEPEST = 8  # the attributes of a loader's dataset's transform's list's augmentation
 _LONGEST = 64  # a list that is longer holds data
 _MOST = 2000  # containers looked into
 
@@ -152,8 +152,8 @@ def _collect(holder: object, found: dict[int, AnyGenerator], seen: set[int], dep
         inside = list(holder.values()) if len(holder) <= _LONGEST else []
     else:
         inside = list(getattr(holder, "__dict__", {}).values())
-        bound = getattr(holder, "__self__", None)  # a method given as collate_fn or transform
-        inside += [] if bound is None else [bound]
+        # Methods and partial functions, which are given as collate functions and transforms.
+        inside += [getattr(holder, name, None) for name in ("__self__", "func", "args", "keywords")]
     for each in inside:
         _collect(each, found, seen, depth - 1)
 

@@ -5,8 +5,8 @@
         state.json            everything else; codec.py says how
         manifest.json         sizes and SHA-256 of the two, parent, facts; signed with its own SHA-256
 
-It is written under a temporary name, each file hashed on its way and fsynced, the manifest last; then renamed, and
-the rename fsynced. So a name without ``.tmp-`` in front stands for a whole checkpoint, whenever the process was
+It is written under a temporary name, each file read back, compared, hashed and fsynced, the manifest last; then renamed,
+and the rename fsynced. So a name without ``.tmp-`` in front stands for a whole checkpoint, whenever the process was
 killed. The hashes find what time does to disks; they are no signature against somebody who may write to the directory.
 Against him stands that nothing here can run code: reading follows no link, opens no device and knows only fixed names.
 """
@@ -30,10 +30,10 @@ from attrs import field, frozen
 from .codec import flatten, unflatten
 from .errors import ArgumentError, CheckpointError, shorten
 from .jsontext import MAX_TEXT, MEMORY, dump_json, load_json
-from .tensorfile import read_tensors, write_tensors
+from .tensorfile import pieces_of, read_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Mapping, Sequence
     from io import BufferedReader
     from types import TracebackType
 
@@ -97,8 +97,9 @@ def write_checkpoint(
 
     Raises:
         ArgumentError: A name that a checkpoint cannot have.
-        CheckpointError: There is such a checkpoint, the tree holds what none can, or the disk is full or fails.
-            Nothing is left behind then, and what was there before is as it was.
+        CheckpointError: There is such a checkpoint, the tree holds what none can, the disk is full or fails, or what
+            was written does not read back. What was there before is as it was, and nothing is left behind (but the
+            whole checkpoint where only the very last fsync fails).
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -122,14 +123,11 @@ def write_checkpoint(
         if os.path.lexists(final):
             raise CheckpointError(f"There is a {final} already, and a checkpoint is never overwritten.")
         temporary.mkdir()
-        with _HashedFile(temporary / TENSORS) as file:
-            write_tensors(tensors, file.write)
-        files = {TENSORS: file.record}
-        with _HashedFile(temporary / STATE) as file:
-            file.write(memoryview(text))
-        files[STATE] = file.record
-        with _HashedFile(temporary / MANIFEST) as file:
-            file.write(memoryview(_render(files, infos, parent)))
+        files = {
+            TENSORS: _write(temporary / TENSORS, pieces_of(tensors)),
+            STATE: _write(temporary / STATE, [memoryview(text)]),
+        }
+        _write(temporary / MANIFEST, [memoryview(_render(files, infos, parent))])
         sync_directory(temporary)
         temporary.rename(final)
         sync_directory(folder)
@@ -180,56 +178,29 @@ def read_manifest(path: str | Path) -> Manifest:
         return _manifest(directory)
 
 
-class _HashedFile:
-    """A new file that is hashed while it is written, fsynced when it is closed, and has a record after that.
+def _write(path: Path, pieces: Sequence[memoryview]) -> tuple[int, str]:
+    """Write a new file, read it back, compare it with ``pieces``, fsync it; return its size and SHA-256.
 
-    One thread hashes a piece while this one writes it: both release the interpreter's lock.
+    What is hashed is what came back. So one pass of hashing both makes the record and shows that it is the file's, and
+    no checkpoint gets its name, nor is an older one deleted for it, before it was read back.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("xb", buffering=0)
-        self._pool = ThreadPoolExecutor(1)
-        self._digest = hashlib.sha256()
-        self._pending = bytearray()
-        self._size = 0
-
-    @property
-    def record(self) -> tuple[int, str]:
-        """Size and SHA-256."""
-        return self._size, self._digest.hexdigest()
-
-    def write(self, data: memoryview) -> None:
-        """Append ``data``: small pieces are gathered, large ones written from where they lie."""
-        if len(data) < _CHUNK:
-            self._pending += data
-            if len(self._pending) >= _CHUNK:
-                self._flush()
-        else:
-            self._flush()
-            for start in range(0, len(data), _CHUNK):
-                self._append(data[start : start + _CHUNK])
-
-    def _flush(self) -> None:
-        pending, self._pending = self._pending, bytearray()
-        self._append(memoryview(pending))
-
-    def _append(self, piece: memoryview) -> None:
-        hashed = self._pool.submit(self._digest.update, piece)
-        self._size += len(piece)
-        while len(piece):
-            piece = piece[self._file.write(piece) :]  # a disk that is nearly full takes a part, then refuses
-        hashed.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        with self._pool, self._file:
-            if error is None:
-                self._flush()
-                os.fsync(self._file.fileno())
+    digest, size = hashlib.sha256(), 0
+    with path.open("x+b", buffering=_CHUNK) as file, ThreadPoolExecutor(1) as pool:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        synced = pool.submit(os.fsync, file.fileno())  # the disk works while this thread hashes
+        file.seek(0)
+        for piece in pieces:
+            for start in range(0, len(piece), _CHUNK):
+                expected = piece[start : start + _CHUNK]
+                found = bytearray(len(expected))  # compared by memcmp, which memoryviews are not
+                if file.readinto(found) != len(found) or found != expected:
+                    raise CheckpointError(f"{path} does not read back as it was written: disk or memory is failing.")
+                digest.update(found)
+                size += len(found)
+        synced.result()
+    return size, digest.hexdigest()
 
 
 def _render(files: Mapping[str, tuple[int, str]], info: Json, parent: str | None) -> bytes:

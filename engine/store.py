@@ -179,7 +179,7 @@ class CheckpointStore:
     def save(self, tree: object, *, step: int, metric: float | None = None, permanent: bool = False) -> Path:
         """Write ``tree`` as the checkpoint of ``step``; then delete what is neither among the newest nor the best.
 
-        Nothing is deleted before the new checkpoint was read back from its files and found whole. Where the step has a
+        Nothing is deleted before the new checkpoint was read back and found to be what was given. Where the step has a
         whole checkpoint already, that one stays and is returned: a run is a function of its step, and of two equal
         checkpoints the one that is known to be good is worth more.
 
@@ -217,7 +217,7 @@ class CheckpointStore:
         info = {"step": step, "metric": metric, "monitor": self.monitor, "permanent": bool(permanent)}
         parent = None if newest is None else newest.name
         path = write_checkpoint(self.folder, f"ba{step:08d}", tree, parent=parent, info=info)
-        self._retire(path)
+        self._retire()
         return path
 
     def load_newest(self) -> tuple[Path, Any] | None:
@@ -288,19 +288,13 @@ class CheckpointStore:
                 found[path] = None
         return found
 
-    def _retire(self, newest: Path) -> None:
+    def _retire(self) -> None:
+        """Delete what is neither among the newest nor the best; :func:`write_checkpoint` has verified the newest."""
         manifests = self._manifests()
         spared = {*self.checkpoints[-self.keep :], _best(manifests, self.monitor, self.mode)}
         # One whose manifest cannot be read may be permanent.
         spared |= {path for path, manifest in manifests.items() if not manifest or manifest.info.get("permanent")}
-        if not (condemned := [path for path in manifests if path not in spared]):
-            return
-        try:
-            verify_checkpoint(newest)
-        except CheckpointError as error:
-            self._set_aside([(newest, error)])
-            raise
-        for path in condemned:
+        for path in manifests.keys() - spared:
             # Renamed first, so that a kill half-way leaves rubbish to sweep instead of a damaged checkpoint.
             doomed = self.folder / f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}"
             try:

@@ -1,9 +1,8 @@
-"""Tensors in a safetensors file: written in one pass and read in one pass, checked before anything is allocated.
+"""Tensors as a safetensors file: laid out without a copy, read in one pass, checked before anything is allocated.
 
-The package ``safetensors`` reads and writes the same files, and the tests hold the two against each other. Ours works
-on an open stream, so that bytes are hashed on their way to the disk and no name is followed twice on the way back;
-gives each tensor memory of its own, so that keeping one does not keep the file; and refuses what it cannot read with
-a typed error.
+The package ``safetensors`` reads and writes the same files, and the tests hold the two against each other. Ours leaves
+the files to the caller, who hashes what it writes and follows no name twice; gives each tensor memory of its own, so
+that keeping one does not keep the file; and refuses what it cannot read with a typed error.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from .errors import CheckpointError, shorten
 from .jsontext import MEMORY, dump_json, load_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from io import BufferedIOBase
 
     from torch import Tensor
@@ -56,21 +55,22 @@ _MAX_SIZE = 1 << 63
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_tensors(tensors: Mapping[str, Tensor], write: Callable[[memoryview], object]) -> None:
-    """Write ``tensors`` in the safetensors format.
+def pieces_of(tensors: Mapping[str, Tensor]) -> list[memoryview]:
+    """Return the bytes of a safetensors file that holds ``tensors``, in pieces that are to be written one by one.
 
     Args:
         tensors: Contiguous tensors on the CPU, by name.
-        write: Takes the file's bytes, piece by piece. The pieces are the tensors' own memory, not copies.
+
+    Returns:
+        The header, and then the tensors' own memory, not copies of it.
 
     Raises:
         CheckpointError: A dtype that the format has no name for, or more tensors than a header may list.
 
     Example:
         >>> from io import BytesIO
-        >>> file = BytesIO()
-        >>> write_tensors({"weight": torch.ones(2)}, file.write)
-        >>> read_tensors(BytesIO(file.getvalue()), len(file.getvalue()))
+        >>> raw = b"".join(pieces_of({"weight": torch.ones(2)}))
+        >>> read_tensors(BytesIO(raw), len(raw))
         {'weight': tensor([1., 1.])}
     """
     # The widest dtypes first, as the package does: every tensor then lies aligned.
@@ -87,9 +87,10 @@ def write_tensors(tensors: Mapping[str, Tensor], write: Callable[[memoryview], o
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise CheckpointError(f"{len(tensors)} tensors need a header of {len(text)} bytes, more than {MAX_HEADER}.")
-    write(memoryview(len(text).to_bytes(8, "little") + text))
-    for name in ordered:
-        write(bytes_of(tensors[name]).numpy().data)
+    return [
+        memoryview(len(text).to_bytes(8, "little") + text),
+        *(bytes_of(tensors[name]).numpy().data for name in ordered),
+    ]
 
 
 def read_tensors(file: BufferedIOBase, size: int) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 class Pair(NamedTuple):
+    """A batch as a named tuple."""
+
     x: Tensor
     y: Tensor
 

@@ -2,6 +2,7 @@
 
 import pickle
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from attrs.exceptions import FrozenInstanceError
@@ -101,7 +102,7 @@ def test_reached_and_crossed() -> None:
     """A time is reached once and for all, and crossed in the tick in which a multiple of it lies."""
     clocks = [Clock(batch=k) for k in range(7)]
     assert [Time("3ba").reached(clock) for clock in clocks] == [False] * 3 + [True] * 4
-    assert [Time("3ba").crossed(a, b) for a, b in zip(clocks, clocks[1:], strict=False)] == [False, False, True] * 2
+    assert [Time("3ba").crossed(a, b) for a, b in pairwise(clocks)] == [False, False, True] * 2
 
 
 def test_every_zero_is_refused() -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from thawline.engine.codec import _TAGS, MAX_DEPTH, flatten, unflatten
 from thawline.engine.errors import CheckpointError
 from thawline.engine.jsontext import dump_json, load_json
-from thawline.engine.tensorfile import DTYPES, bytes_of, read_tensors, write_tensors
+from thawline.engine.tensorfile import DTYPES, bytes_of, pieces_of, read_tensors
 
 BYTES_ONLY = [
     getattr(torch, name)
@@ -120,11 +120,8 @@ def same(left: Any, right: Any) -> bool:
 def round_trip(tree: object) -> Any:
     """``tree`` after it was two files."""
     tensors, state = flatten(tree)
-    file = BytesIO()
-    write_tensors(tensors, file.write)
-    size = file.tell()
-    file.seek(0)
-    return unflatten(read_tensors(file, size), load_json(dump_json(state)))
+    raw = b"".join(pieces_of(tensors))
+    return unflatten(read_tensors(BytesIO(raw), len(raw)), load_json(dump_json(state)))
 
 
 @given(TREES)

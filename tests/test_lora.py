@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -73,18 +74,18 @@ def baked(model: nn.Module) -> nn.Module:
             weight = f"{last[-1]}_proj_weight"
         state[f"{path}.{weight}" if path else weight] += module.lora_scaling * (up @ down)
     plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if isinstance(module, (LoRALinear, LoRAMultiheadAttention)):
-            for name in [each for each in module._parameters if each.startswith("lora_")]:
-                del module._parameters[name]
-            known = {LoRALinear: nn.Linear, LoRAMultiheadAttention: nn.MultiheadAttention}
-            module.__class__ = known.get(type(module), type(module).__bases__[-1])
+    for part in plain.modules():
+        if isinstance(part, (LoRALinear, LoRAMultiheadAttention)):
+            for name in [each for each in part._parameters if each.startswith("lora_")]:
+                del part._parameters[name]
+            known: dict[type[nn.Module], Any] = {LoRALinear: nn.Linear, LoRAMultiheadAttention: nn.MultiheadAttention}
+            nn.Module.__setattr__(part, "__class__", known.get(type(part), type(part).__bases__[-1]))
     plain.load_state_dict(state)
     return plain
 
 
 @contextmanager
-def no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Generator[None]:
     """Let torch's own modules take the path that they take in training."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -176,7 +177,7 @@ class TestForward:
         with torch.autocast("cpu", torch.bfloat16):
             got = lora_forward(x, weight, None, down, up)
         assert got.dtype == torch.bfloat16
-        got.float().sum().backward()
+        torch.autograd.backward(got.float().sum())
         want = x @ weight.T + x @ down.T @ up.T
         torch.testing.assert_close(got.float(), want, rtol=5e-2, atol=5e-2)
         want_down, want_up = torch.autograd.grad(want.sum(), (down, up))
@@ -321,7 +322,7 @@ class TestLinear:
             before = torch.get_rng_state()
             attach(model, "0", rank=50)
             assert torch.equal(torch.get_rng_state(), before)
-            drawn.append(model[0].lora_A.detach())
+            drawn.append(model.get_parameter("0.lora_A").detach())
         assert torch.equal(*drawn)
         assert drawn[0].abs().max() <= 0.05
         assert drawn[0].std().item() == pytest.approx(0.05 / 3**0.5, rel=0.02)
@@ -855,7 +856,8 @@ class TestInject:
 
     def test_the_head_of_a_language_model_is_held(self) -> None:
         """Unless asked for."""
-        for train_head, want in (("auto", False), (True, True)):
+        cases: list[tuple[Literal["auto", True], bool]] = [("auto", False), (True, True)]
+        for train_head, want in cases:
             model = hugging_face("Llama", "ForCausalLM", **LLAMA)
             ledger = ledger_of(model)
             inject_lora(ledger, train_head=train_head)
@@ -877,6 +879,20 @@ class TestInject:
             inject_lora(ledger, second, rank=3, owner="b")
             names = {f"{index}.lora_{part}" for index in "02" for part in "AB"}
             assert ledger.trainable == names | {"4.weight", "4.bias"}
+
+    @pytest.mark.parametrize("injected_first", [True, False])
+    def test_what_another_owner_thaws_trains_its_adapters_only(self, injected_first: bool) -> None:
+        """Holds add up: the base weights stay with the injection, the adapters follow whoever holds their layer."""
+        ledger = ledger_of(mlp())
+        if injected_first:
+            inject_lora(ledger, rank=2)
+        ledger.freeze(["stem", "blocks"] if ledger.layers.stem.parameters else "blocks", owner="thaw")
+        if not injected_first:
+            inject_lora(ledger, rank=2)
+        assert ledger.trainable == {"4.weight", "4.bias"}
+        ledger.thaw("blocks[-1]", owner="thaw")
+        assert ledger.trainable == {"4.weight", "4.bias", "2.lora_A", "2.lora_B"}
+        ledger.verify()
 
     def test_a_second_fit_goes_on_with_the_adapters(self) -> None:
         """A new ledger over an adapted model keeps the adapters; other settings are refused."""
@@ -986,12 +1002,34 @@ class TestAlgorithm:
         for name, value in states[0].items():
             assert torch.equal(value, states[1][name]), name
 
+    def test_a_resumed_run_ends_in_the_same_bits(self, tmp_path: Path) -> None:
+        """The adapters are rebuilt from the checkpoint's journal on a plain model."""
+        weights = []
+        for parts in (("2ep",), ("1ep", "2ep")):
+            run_dir = tmp_path / str(len(parts))
+            model: nn.Module = mlp()
+            for duration in parts:
+                torch.manual_seed(0)
+                model = mlp()
+                trainer = Trainer(
+                    algorithms=[LoRAInject(rank=2, dropout=0.1)],
+                    loss_fn=F.cross_entropy,
+                    progress=False,
+                    run_dir=run_dir,
+                )
+                trainer.fit(model, loader(), duration=duration, resume=True)
+            assert isinstance(model.get_submodule("0"), LoRALinear)
+            weights.append(model.state_dict())
+        assert weights[0].keys() == weights[1].keys()
+        for name, value in weights[0].items():
+            assert torch.equal(value, weights[1][name]), name
+
     def test_a_second_fit_trains_on(self) -> None:
         """The same Trainer on the same model: the adapters of the first fit go on."""
         model = mlp()
         trainer = Trainer(algorithms=[LoRAInject(rank=2)], loss_fn=F.cross_entropy, progress=False)
         trainer.fit(model, loader(), duration="1ep")
-        adapter = model[0].lora_A
+        adapter = model.get_parameter("0.lora_A")
         before = adapter.detach().clone()
         trainer.fit(model, loader(), duration="1ep")
         assert model[0].lora_A is adapter

@@ -24,6 +24,7 @@ def regression() -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
 
 
 def train(kind: PrecisionKind, steps: int = 8) -> nn.Linear:
+    """Return a model trained with :class:`Precision`."""
     model, x, y = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     precision = Precision(kind, CPU)
@@ -38,6 +39,7 @@ def train(kind: PrecisionKind, steps: int = 8) -> nn.Linear:
 
 
 def by_hand(dtype: torch.dtype, steps: int = 8) -> nn.Linear:
+    """Return a model trained with torch's own autocast and scaler."""
     model, x, y = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)

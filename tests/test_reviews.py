@@ -10,10 +10,10 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import reviews
 import torch
-from reviews import Collate, Review, load_classifier, load_reviews, load_tokenizer, parse_reviews, split_reviews
 
+import reviews
+from reviews import Collate, Review, load_classifier, load_reviews, load_tokenizer, parse_reviews, split_reviews
 from thawline.engine import LayerMap
 
 # In the form of the real file; the sentences are our own.

@@ -54,10 +54,12 @@ def rates(make: Callable[[torch.optim.Optimizer], LRScheduler]) -> list[float]:
 
 
 def square(progress: float) -> float:
+    """Decay as a user would write it."""
     return (1 - progress) ** 2
 
 
 def scaled(progress: float, *, factor: float) -> float:
+    """Decay with a setting."""
     return factor * (1 - progress)
 
 

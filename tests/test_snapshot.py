@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import safetensors.torch
 import torch
+from typing_extensions import override
 
 from thawline.engine.errors import ArgumentError, CheckpointError
 from thawline.engine.jsontext import dump_json
@@ -25,6 +26,7 @@ from thawline.engine.snapshot import (
     TENSORS,
     UnreadableError,
     _signed,
+    _write,
     read_checkpoint,
     read_manifest,
     verify_checkpoint,
@@ -32,7 +34,7 @@ from thawline.engine.snapshot import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from thawline.engine.typing import Json
 
@@ -53,8 +55,8 @@ def test_its_tensors_are_a_safetensors_file(tmp_path: Path) -> None:
     assert torch.equal(safetensors.torch.load_file(path / TENSORS)["model/weight"], TREE["weight"])  # type: ignore[arg-type]
 
 
-def test_large_tensors_are_hashed_as_they_are_written(tmp_path: Path) -> None:
-    """The manifest's sizes and hashes are those of the files, for tensors below, at and above a piece's size."""
+def test_the_manifest_has_size_and_hash_of_each_file(tmp_path: Path) -> None:
+    """The manifest's sizes and hashes are those of the files, for tensors below, at and above the size of a read."""
     sizes = [1, (8 << 20) - 1, 8 << 20, (8 << 20) + 1, 0, 3]
     tree = [torch.arange(size, dtype=torch.int64).to(torch.uint8) for size in sizes]
     path = write_checkpoint(tmp_path, "one", tree)
@@ -62,6 +64,23 @@ def test_large_tensors_are_hashed_as_they_are_written(tmp_path: Path) -> None:
         raw = (path / name).read_bytes()
         assert (len(raw), hashlib.sha256(raw).hexdigest()) == (size, digest)
     assert all(map(torch.equal, read_checkpoint(path), tree))
+
+
+class Unsteady(list[memoryview]):
+    """Memory that is another each time it is looked at, as that of a model which trains on while it is saved."""
+
+    looks = 0
+
+    @override
+    def __iter__(self) -> Iterator[memoryview]:
+        self.looks += 1
+        return iter([memoryview(b"%d" % self.looks)])
+
+
+def test_what_does_not_read_back_as_it_was_written_is_an_error(tmp_path: Path) -> None:
+    """Whether the disk lost it or the memory changed meanwhile: such a file gets no name and no older one makes way."""
+    with pytest.raises(CheckpointError, match="does not read back"):
+        _write(tmp_path / "file", Unsteady())
 
 
 def test_the_manifest_tells_parent_and_info_without_the_rest(tmp_path: Path) -> None:

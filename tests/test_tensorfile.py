@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thawline.engine.errors import CheckpointError
-from thawline.engine.tensorfile import DTYPES, MAX_HEADER, bytes_of, read_tensors, write_tensors
+from thawline.engine.tensorfile import DTYPES, MAX_HEADER, bytes_of, pieces_of, read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 def saved(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The file of ``tensors``."""
-    file = BytesIO()
-    write_tensors(tensors, file.write)
-    return file.getvalue()
+    return b"".join(pieces_of(tensors))
 
 
 def loaded(raw: bytes) -> dict[str, torch.Tensor]:

@@ -15,18 +15,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads leave the core free
 
 import torch
-from reviews import (
-    Review,
-    load_classifier,
-    load_reviews,
-    make_loaders,
-    peak_memory,
-    reset_peak_memory,
-    side_by_side,
-)
 from rich.console import Console
 from torch import Tensor, nn
 
+import reviews
 from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, head_only
 from thawline.engine import Checkpointing, FitResult, Trainer, linear
 
@@ -40,7 +32,6 @@ RECIPES = {
     "LoRA, thawed": (3e-3, [LoRAInject(rank=8), LayerThaw(every="0.1dur", lr_scale=0.8)]),
     "blocks, thawed": (3e-4, [LayerThaw(every="0.1dur", lr_scale=0.9), GradClip(1.0), EMA(half_life="0.1dur")]),
 }
-Split = tuple[list[Review], list[Review]]
 console = Console()
 
 
@@ -50,7 +41,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def fit(
-    recipe: str, split: Split, seed: int, run_dir: Path, *, resume: bool = False, quiet: bool = False
+    recipe: str, split: reviews.Split, seed: int, run_dir: Path, *, resume: bool = False, quiet: bool = False
 ) -> tuple[nn.Module, FitResult]:
     """Train MiniLM under a new head for two epochs by a recipe, or go on where the run in ``run_dir`` stopped."""
     torch.set_num_threads(2)
@@ -68,35 +59,35 @@ def fit(
         checkpoint=Checkpointing(every="0.5dur", keep=1),
         progress=False if quiet else "auto",
     )
-    model = load_classifier(seed)
-    train_loader, eval_loader = make_loaders(*split)
+    model = reviews.load_classifier(seed)
+    train_loader, eval_loader = reviews.make_loaders(*split)
     return model, trainer.fit(model, train_loader, eval_loader, duration="2ep", resume=resume)
 
 
-def compare(split: Split, seed: int, out: Path) -> None:
+def compare(split: reviews.Split, seed: int, out: Path) -> None:
     """Run the three recipes on the same sentences; print and draw their figures side by side."""
     figures: dict[str, dict[str, float]] = {}
     for recipe in RECIPES:
         console.rule(recipe)
         run_dir = out / recipe.replace(", ", "-").replace(" ", "-")
-        reset_peak_memory()
+        reviews.reset_peak_memory()
         start = time.perf_counter()
         _, result = fit(recipe, split, seed, run_dir)
         figures[recipe] = {
             "accuracy": result.metrics["eval/accuracy"],
             "seconds": time.perf_counter() - start,
             "trainable at the end (%)": 100 * result.timeline.spans[-1].share,
-            "peak memory (MiB)": peak_memory(),
+            "peak memory (MiB)": reviews.peak_memory(),
         }
         print(result.timeline)
         print(f"picture: {result.timeline.save(run_dir / 'timeline.png', title=recipe)}")
         print(f"to go on from: {result.last}")
     title = f"{len(split[0]):,} training sentences, {len(split[1]):,} test sentences"
-    console.print(side_by_side(figures, title=title, picture=out / "comparison.png"))
+    console.print(reviews.side_by_side(figures, title=title, picture=out / "comparison.png"))
     print(f"picture: {out / 'comparison.png'}")
 
 
-def kill_and_resume(split: Split, seed: int, out: Path) -> None:
+def kill_and_resume(split: reviews.Split, seed: int, out: Path) -> None:
     """Kill a run half-way, resume it, and compare its weights with those of a run that nobody stopped."""
     console.rule(f"a run on {len(split[0])} sentences, killed half-way")
     whole, expected = fit("blocks, thawed", split, seed, out / "whole", quiet=True)
@@ -126,7 +117,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the split, the head, and the training")
     parser.add_argument("--out", type=Path, default=Path(".demo/runs"), help="where checkpoints and pictures go")
     args = parser.parse_args()
-    train, test = load_reviews(ARCHIVE, train=args.train, test=1000, seed=args.seed)
+    train, test = reviews.load_reviews(ARCHIVE, train=args.train, test=1000, seed=args.seed)
     compare((train, test), args.seed, args.out)
     kill_and_resume((train[:200], test[:100]), args.seed, args.out)
 

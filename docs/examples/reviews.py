@@ -16,7 +16,7 @@ import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from matplotlib.figure import Figure
@@ -38,7 +38,11 @@ class Review(NamedTuple):
     label: int
 
 
-def load_reviews(archive: Path, *, train: int, test: int, seed: int) -> tuple[list[Review], list[Review]]:
+Split: TypeAlias = tuple[list[Review], list[Review]]
+"""Training and test sentences."""
+
+
+def load_reviews(archive: Path, *, train: int, test: int, seed: int) -> Split:
     """Read the reviews out of vaderSentiment's source distribution and split them.
 
     Args:
@@ -104,9 +108,7 @@ def normalize(sentence: str) -> str:
     return " ".join(re.findall(r"\w+", sentence.casefold()))
 
 
-def split_reviews(
-    reviews: Sequence[Review], *, train: int, test: int, seed: int = 0
-) -> tuple[list[Review], list[Review]]:
+def split_reviews(reviews: Sequence[Review], *, train: int, test: int, seed: int = 0) -> Split:
     """Draw training and test sentences, half of each positive and half negative.
 
     The test sentences of a seed are the same for every ``train``, and a smaller training set is the

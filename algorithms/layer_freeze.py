@@ -1,0 +1,176 @@
+"""Progressive freezing from the input side, by Composer's linear law."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import attrs
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from ..engine import Algorithm, Event, LayerMap, ParameterLedger, Stage, State, get_logger, register
+from .arguments import check_in_range, check_one_of, in_range, one_of
+
+Granularity: TypeAlias = Literal["block", "leaf"]
+log = get_logger(__name__)
+
+
+def freeze_share(progress: float, *, start: float = 0.5, level: float = 1.0) -> float:
+    """Return the share of layers that is frozen at ``progress``: 0 until ``start``, then linear to ``level`` at 1.
+
+    Args:
+        progress: Share of the fit completed, 0 to 1.
+        start: Share of the fit before freezing begins, below 1.
+        level: Share of layers frozen at the end.
+
+    Source: MosaicML Composer, ``layer_freezing``.
+
+    Example:
+        >>> freeze_share(0.75, start=0.5, level=0.8)
+        0.4
+    """
+    return 0.0 if progress <= start else level * ((progress - start) / (1.0 - start))
+
+
+def freeze_units(model: nn.Module, layers: LayerMap, granularity: Granularity = "block") -> list[tuple[str, ...]]:
+    """Return the parameter names of each unit that freezing counts, from the input side, the last one included.
+
+    Args:
+        model: The model.
+        layers: Its layers.
+        granularity: ``"block"`` counts layers; ``"leaf"`` counts modules without children that have
+            parameters, depth first, as Composer does. Parameters of a module with children, which Composer
+            never freezes (attention's ``in_proj_weight``), belong to the first leaf below it.
+    """
+    if granularity == "block":
+        return [layer.parameters for layer in layers]
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        first.setdefault(id(parameter), name)
+    units: list[list[str]] = []
+    seen: set[str] = set()
+
+    def walk(module: nn.Module, above: list[str]) -> list[str]:
+        own = [first[id(each)] for each in module.parameters(recurse=False)]
+        waiting = [*above, *own]
+        children = list(module.children())
+        if not children and own:
+            units.append([name for name in dict.fromkeys(waiting) if name not in seen])
+            seen.update(waiting)
+            return []
+        for child in children:
+            waiting = walk(child, waiting)
+        return waiting
+
+    left = walk(model, [])
+    if left and units:
+        units[-1] += [name for name in left if name not in seen]
+    return [tuple(unit) for unit in units]
+
+
+def freeze_layers(
+    model: nn.Module,
+    optimizers: Optimizer | Sequence[Optimizer],
+    *,
+    progress: float,
+    start: float = 0.5,
+    level: float = 1.0,
+    granularity: Granularity = "block",
+) -> tuple[int, float]:
+    """Freeze the layers that Composer's law freezes at ``progress``, in a loop of one's own.
+
+    Args:
+        model: The model; frozen parameters lose ``requires_grad`` and ``.grad``.
+        optimizers: One or several; frozen parameters leave their groups and their state.
+        progress: Share of the training completed, 0 to 1.
+        start: Share before freezing begins.
+        level: Share of layers frozen at the end; the last layer never freezes.
+        granularity: ``"block"`` or ``"leaf"``.
+
+    Returns:
+        The number of layers frozen, and the share that the law asks for.
+
+    Raises:
+        ArgumentError: A share outside of its range.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> freeze_layers(model, optimizer, progress=0.75)
+        (1, 0.5)
+        >>> [name for name, each in model.named_parameters() if not each.requires_grad]
+        ['0.weight', '0.bias']
+    """
+    check_in_range(
+        "freeze_layers(progress=)", progress, at_least=0, at_most=1, example="freeze_layers(…, progress=0.5)"
+    )
+    check_in_range("freeze_layers(start=)", start, at_least=0, below=1, example="freeze_layers(…, start=0.5)")
+    check_in_range("freeze_layers(level=)", level, at_least=0, at_most=1, example="freeze_layers(…, level=1.0)")
+    check_one_of("freeze_layers(granularity=)", granularity, ("block", "leaf"), example="granularity='block'")
+    ledger = ParameterLedger(model, optimizers if isinstance(optimizers, Optimizer) else list(optimizers))
+    units = freeze_units(model, ledger.layers, granularity)
+    share = freeze_share(progress, start=start, level=level)
+    depth = int(share * (len(units) - 1))
+    names = [name for unit in units[:depth] for name in unit]
+    if names:
+        ledger.freeze(names, owner="freeze_layers")
+    return depth, share
+
+
+@register
+@attrs.define(slots=False, eq=False)
+class LayerFreeze(Algorithm):
+    """Freeze more and more layers from the input side, evaluated at each epoch's end.
+
+    At progress p above ``start``, ``int(level * (p - start) / (1 - start) * (n - 1))`` of n layers are frozen; the
+    last one never is. Optimizer state and gradients are freed; unlike Composer's, a run resumes.
+
+    Args:
+        start: Share of the fit before freezing begins, 0 or above and below 1.
+        level: Share of layers frozen at the end, 0 to 1.
+        granularity: ``"block"`` counts the model's layers, ``"leaf"`` its leaf modules as Composer does.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+
+    Source: MosaicML Composer, ``layer_freezing``; Brock et al., FreezeOut, arXiv:1706.04983.
+
+    Example:
+        >>> LayerFreeze(start=0.25, level=0.5).describe()["arguments"]["granularity"]
+        'block'
+    """
+
+    events = frozenset({Event.EPOCH_END})
+    stage: ClassVar[Stage] = Stage.TRAINABILITY
+
+    start: float = attrs.field(default=0.5, validator=in_range(at_least=0, below=1))
+    level: float = attrs.field(default=1.0, validator=in_range(at_least=0, at_most=1))
+    granularity: Granularity = attrs.field(default="block", validator=one_of(("block", "leaf")))
+    depth: int = attrs.field(default=0, init=False)
+
+    @override
+    def apply(self, event: Event, state: State) -> None:
+        """Freeze what the law adds."""
+        units = freeze_units(state.model, state.layers, self.granularity)
+        share = freeze_share(state.clock.progress, start=self.start, level=self.level)
+        depth = int(share * (len(units) - 1))
+        if depth > self.depth:
+            names = [name for unit in units[:depth] for name in unit]
+            blocks = [layer.name for layer in state.layers][:depth]
+            state.ledger.freeze(names if self.granularity == "leaf" else blocks, owner=self.owner)
+            self.depth = depth
+            log.info("frozen", layers=depth, share=share, epoch=state.clock.epoch)
+        state.log({"layer_freeze/layers": self.depth, "layer_freeze/share": share})
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many layers are frozen."""
+        return {"depth": self.depth}
+
+    @override
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take back how many layers are frozen."""
+        self.depth = int(saved["depth"])

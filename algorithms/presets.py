@@ -1,0 +1,119 @@
+"""Presets: the common ways to fine-tune, each a function that returns a list of algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from ..engine import Algorithm, Time
+from .arguments import check_whole
+from .layer_thaw import LayerThaw
+from .layerwise_lr import LayerwiseLR
+from .lora import LoRAInject
+from .train_only import TrainOnly
+
+
+def head_only(*, lr: float | None = None) -> list[Algorithm]:
+    """Train the head alone: a linear probe.
+
+    Args:
+        lr: Base learning rate of the head; None is the optimizer's.
+
+    Example:
+        >>> [type(each).__name__ for each in head_only(lr=1e-3)]
+        ['TrainOnly']
+    """
+    return [TrainOnly("head", lr=_named(head=lr))]
+
+
+def lora(
+    *,
+    rank: int = 8,
+    alpha: float = 16,
+    target: str | Sequence[str] = "auto",
+    dropout: float = 0.0,
+    lr_head: float | None = None,
+    lr_lora: float | None = None,
+) -> list[Algorithm]:
+    """Train low-rank adapters and the head, each at a rate of its own.
+
+    Args:
+        rank: Rank of the adapters.
+        alpha: Their scale is alpha / rank.
+        target: As for :class:`LoRAInject`.
+        dropout: On the adapters' input.
+        lr_head: Base rate of the head.
+        lr_lora: Base rate of the adapters.
+
+    Example:
+        >>> [type(each).__name__ for each in lora(lr_head=1e-3, lr_lora=1e-4)]
+        ['LoRAInject', 'LayerwiseLR']
+    """
+    inject = LoRAInject(rank=rank, alpha=alpha, target=target, dropout=dropout, lr=lr_lora)
+    return [inject] if lr_head is None else [inject, LayerwiseLR(decay=1.0, lr_head=lr_head)]
+
+
+def partial(
+    *, last: int, also: Sequence[str] = (), lr_trunk: float | None = None, lr_head: float | None = None
+) -> list[Algorithm]:
+    """Train the last blocks and the head.
+
+    Args:
+        last: How many blocks beside the head train.
+        also: Further selectors, such as a named part ``"structure_module"``.
+        lr_trunk: Base rate of the blocks.
+        lr_head: Base rate of the head.
+
+    Raises:
+        ArgumentError: ``last`` is no whole number from 1 on.
+
+    Example:
+        >>> partial(last=2, lr_trunk=1e-5)[0].describe()["arguments"]
+        {'select': ['blocks[-2:]', 'head'], 'lr': {'blocks[-2:]': 1e-05}}
+    """
+    check_whole("partial(last=)", last, at_least=1, example="partial(last=2)")
+    trunk = f"blocks[-{last}:]"
+    rates = {**({} if lr_trunk is None else {trunk: lr_trunk}), **_named(head=lr_head)}
+    return [TrainOnly([trunk, "head", *also], lr=rates)]
+
+
+def full(*, lr_head: float | None = None, layer_decay: float | None = 0.9) -> list[Algorithm]:
+    """Train everything, with learning rates that decay from the head to the input.
+
+    Args:
+        lr_head: Base rate of the head.
+        layer_decay: Factor from a layer to the one below it; None for none.
+
+    Example:
+        >>> full(layer_decay=0.8)[0].describe()["arguments"]["decay"]
+        0.8
+    """
+    return [LayerwiseLR(decay=1.0 if layer_decay is None else layer_decay, lr_head=lr_head)]
+
+
+def progressive(
+    *,
+    every: Time | str | int = 1,
+    lr_scale: float = 0.5,
+    limit: int | None = None,
+    warmup: Time | str | int | None = None,
+    order: Literal["top", "bottom"] = "top",
+) -> list[Algorithm]:
+    """Train the head first, then one block more from the end at each interval.
+
+    Args:
+        every: The interval.
+        lr_scale: The k-th released block trains at ``lr * lr_scale ** k``.
+        limit: How many layers are released at most.
+        warmup: Of what is released.
+        order: ``"top"`` or ``"bottom"``.
+
+    Example:
+        >>> progressive(every=2)[0].describe()["arguments"]["every"]
+        2
+    """
+    return [LayerThaw(every, limit=limit, lr_scale=lr_scale, order=order, warmup=warmup)]  # type: ignore[arg-type]
+
+
+def _named(*, head: float | None) -> dict[str, float]:
+    return {} if head is None else {"head": head}
