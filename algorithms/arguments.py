@@ -5,8 +5,8 @@ As attrs validators they know by themselves whose argument they check::
     rank: int = attrs.field(default=8, validator=whole(at_least=1))
 
 says ``LoRAInject(rank=) takes a whole number, 1 or above, got 0. Write: LoRAInject(rank=8)``: the example is the
-field's default, or what ``example=`` says. :func:`as_time` is a converter, so it is told the argument's name. The
-``check_…`` functions are the same for arguments of plain functions.
+field's default, or what ``example=`` says. The ``check_…`` functions are the same for arguments of plain functions
+and for converters; they are told the argument's name.
 """
 
 from __future__ import annotations
@@ -103,36 +103,6 @@ def text(*, example: str, or_none: bool = False) -> Validator:
         raise ArgumentError(argument, got=value, takes="a string" + " or None" * or_none, example=call)
 
     return validate
-
-
-def as_time(argument: str, *, example: str, zero: bool = False) -> Callable[[str | int | Time], Time]:
-    """Return an attrs converter to :class:`Time`; use :func:`as_time_or_none` where None is allowed.
-
-    Args:
-        argument: The argument with its owner, such as ``"LayerThaw(every=)"``.
-        example: A corrected call.
-        zero: Whether a span of zero passes.
-
-    Example:
-        >>> as_time("LayerThaw(every=)", example="LayerThaw(every=2)")("100ba")
-        Time('100ba')
-    """
-
-    def convert(value: str | int | Time) -> Time:
-        return check_time(argument, value, example=example, zero=zero)
-
-    return convert
-
-
-def as_time_or_none(
-    argument: str, *, example: str, zero: bool = False
-) -> Callable[[str | int | Time | None], Time | None]:
-    """Return an attrs converter to :class:`Time` that lets None pass."""
-
-    def convert(value: str | int | Time | None) -> Time | None:
-        return None if value is None else check_time(argument, value, example=example, zero=zero, or_none=True)
-
-    return convert
 
 
 def check_time(argument: str, value: object, *, example: str, zero: bool = False, or_none: bool = False) -> Time:

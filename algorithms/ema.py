@@ -281,10 +281,9 @@ class EMA(Algorithm):
 
     @torch.no_grad()
     def _swap_in(self, state: State) -> None:
-        if self._backup is not None:  # a second EVAL_START without an end: what lies aside is still the live weights
-            return
-        if _EVALUATED.get(state.model) is not None:
-            if not self._tracks_only:
+        owner = _EVALUATED.get(state.model)
+        if owner is not None:  # this one: EVAL_START came twice, and what lies aside is still the live weights
+            if owner is not self and not self._tracks_only:
                 self._tracks_only = True
                 log.info("tracks only: the first EMA in the list is evaluated", owner=self.owner)
             return

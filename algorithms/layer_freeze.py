@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -10,7 +11,20 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from ..engine import Algorithm, Event, LayerMap, ParameterLedger, Stage, State, get_logger, register
+from ..engine import (
+    Algorithm,
+    ArgumentError,
+    Clock,
+    Event,
+    LayerMap,
+    ParameterLedger,
+    Stage,
+    State,
+    ThawlineWarning,
+    Time,
+    get_logger,
+    register,
+)
 from .arguments import check_in_range, check_one_of, in_range, one_of
 
 Granularity: TypeAlias = Literal["block", "leaf"]
@@ -31,6 +45,7 @@ def freeze_share(progress: float, *, start: float = 0.5, level: float = 1.0) -> 
         >>> freeze_share(0.75, start=0.5, level=0.8)
         0.4
     """
+    # Composer's own order of operations: rounding down turns a last bit into a layer.
     return 0.0 if progress <= start else level * ((progress - start) / (1.0 - start))
 
 
@@ -72,7 +87,7 @@ def freeze_units(model: nn.Module, layers: LayerMap, granularity: Granularity = 
 
 def freeze_layers(
     model: nn.Module,
-    optimizers: Optimizer | Sequence[Optimizer],
+    optimizers: Optimizer | Sequence[Optimizer] | ParameterLedger,
     *,
     progress: float,
     start: float = 0.5,
@@ -81,9 +96,14 @@ def freeze_layers(
 ) -> tuple[int, float]:
     """Freeze the layers that Composer's law freezes at ``progress``, in a loop of one's own.
 
+    Call it after ``model.train()``, which puts the BatchNorm of frozen layers back into train mode. A group that is
+    wholly frozen leaves the optimizer, and torch's schedulers count groups: beside one, keep the parameters in one
+    group, or let a ledger with a ``schedule`` set the rates.
+
     Args:
         model: The model; frozen parameters lose ``requires_grad`` and ``.grad``.
-        optimizers: One or several; frozen parameters leave their groups and their state.
+        optimizers: One or several; frozen parameters leave their groups and their state. Or the model's ledger, where
+            a loop has one.
         progress: Share of the training completed, 0 to 1.
         start: Share before freezing begins.
         level: Share of layers frozen at the end; the last layer never freezes.
@@ -93,7 +113,7 @@ def freeze_layers(
         The number of layers frozen, and the share that the law asks for.
 
     Raises:
-        ArgumentError: A share outside of its range.
+        ArgumentError: A share outside of its range, or the ledger of another model.
 
     Example:
         >>> import torch
@@ -110,7 +130,10 @@ def freeze_layers(
     check_in_range("freeze_layers(start=)", start, at_least=0, below=1, example="freeze_layers(…, start=0.5)")
     check_in_range("freeze_layers(level=)", level, at_least=0, at_most=1, example="freeze_layers(…, level=1.0)")
     check_one_of("freeze_layers(granularity=)", granularity, ("block", "leaf"), example="granularity='block'")
-    ledger = ParameterLedger(model, optimizers if isinstance(optimizers, Optimizer) else list(optimizers))
+    ledger = optimizers if isinstance(optimizers, ParameterLedger) else ParameterLedger(model, optimizers)
+    if ledger.model is not model:
+        takes, example = "the model of the ledger", "freeze_layers(ledger.model, ledger, progress=0.5)"
+        raise ArgumentError("freeze_layers(model=)", got=type(model).__name__, takes=takes, example=example)
     units = freeze_units(model, ledger.layers, granularity)
     share = freeze_share(progress, start=start, level=level)
     depth = int(share * (len(units) - 1))
@@ -120,21 +143,38 @@ def freeze_layers(
     return depth, share
 
 
+def last_progress(at: Literal["epoch", "batch"], duration: Time, clock: Clock) -> float | None:
+    """Return the progress at the last occasion to freeze that a step follows; None where that depends on the data."""
+    length = clock.batches_per_epoch
+    if duration.unit == "ep" and at == "epoch":
+        return (duration.value - 1) / duration.value
+    if duration.unit == "ep" and length:
+        return (duration.value * length - 1) / (duration.value * length)
+    if duration.unit == "ba" and (at == "batch" or length):
+        steps = int(duration.value) - 1
+        return (steps if at == "batch" else steps // length * length) / duration.value
+    return None
+
+
 @register
 @attrs.define(slots=False, eq=False)
 class LayerFreeze(Algorithm):
-    """Freeze more and more layers from the input side, evaluated at each epoch's end.
+    """Freeze more and more layers from the input side.
 
     At progress p above ``start``, ``int(level * (p - start) / (1 - start) * (n - 1))`` of n layers are frozen; the
-    last one never is. Optimizer state and gradients are freed; unlike Composer's, a run resumes.
+    last one never is. Logs ``layer_freeze/layers`` and ``layer_freeze/share``. Optimizer state and gradients are freed; unlike Composer's, a run resumes.
 
     Args:
         start: Share of the fit before freezing begins, 0 or above and below 1.
         level: Share of layers frozen at the end, 0 to 1.
         granularity: ``"block"`` counts the model's layers, ``"leaf"`` its leaf modules as Composer does.
+        at: ``"epoch"``: at each EPOCH_END, as Composer does; ``"batch"``: at each BATCH_END, for a fit of few epochs.
 
     Raises:
         ArgumentError: An argument of the wrong type or out of range.
+
+    Warns:
+        ThawlineWarning: At the start of a fit in which nothing can freeze before the last step.
 
     Source: MosaicML Composer, ``layer_freezing``; Brock et al., FreezeOut, arXiv:1706.04983.
 
@@ -143,18 +183,26 @@ class LayerFreeze(Algorithm):
         'block'
     """
 
-    events = frozenset({Event.EPOCH_END})
     stage: ClassVar[Stage] = Stage.TRAINABILITY
 
     start: float = attrs.field(default=0.5, validator=in_range(at_least=0, below=1))
     level: float = attrs.field(default=1.0, validator=in_range(at_least=0, at_most=1))
     granularity: Granularity = attrs.field(default="block", validator=one_of(("block", "leaf")))
+    at: Literal["epoch", "batch"] = attrs.field(default="epoch", validator=one_of(("epoch", "batch")))
     depth: int = attrs.field(default=0, init=False)
+    _units: list[tuple[str, ...]] = attrs.field(factory=list, init=False, repr=False)
+    _version: int | None = attrs.field(default=None, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.events = frozenset({Event.FIT_START, Event.EPOCH_END if self.at == "epoch" else Event.BATCH_END})
 
     @override
     def apply(self, event: Event, state: State) -> None:
         """Freeze what the law adds."""
-        units = freeze_units(state.model, state.layers, self.granularity)
+        if event is Event.FIT_START:
+            self._warn_of_no_effect(state)
+            return
+        units = self._counted(state)
         share = freeze_share(state.clock.progress, start=self.start, level=self.level)
         depth = int(share * (len(units) - 1))
         if depth > self.depth:
@@ -162,7 +210,7 @@ class LayerFreeze(Algorithm):
             blocks = [layer.name for layer in state.layers][:depth]
             state.ledger.freeze(names if self.granularity == "leaf" else blocks, owner=self.owner)
             self.depth = depth
-            log.info("frozen", layers=depth, share=share, epoch=state.clock.epoch)
+            log.info("frozen", layers=depth, share=share, epoch=state.clock.epoch, batch=state.clock.batch)
         state.log({"layer_freeze/layers": self.depth, "layer_freeze/share": share})
 
     @override
@@ -174,3 +222,22 @@ class LayerFreeze(Algorithm):
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take back how many layers are frozen."""
         self.depth = int(saved["depth"])
+
+    def _counted(self, state: State) -> list[tuple[str, ...]]:
+        """Return the units; found again where the ledger has moved, since surgery may have added to them."""
+        if state.ledger.version != self._version:
+            self._units, self._version = freeze_units(state.model, state.layers, self.granularity), state.ledger.version
+        return self._units
+
+    def _warn_of_no_effect(self, state: State) -> None:
+        progress = last_progress(self.at, state.duration, state.clock)
+        if progress is None or not self.level:
+            return
+        share = freeze_share(progress, start=self.start, level=self.level)
+        if not int(share * (len(self._counted(state)) - 1)):
+            warnings.warn(
+                f"LayerFreeze(start={self.start}, level={self.level}, at={self.at!r}) freezes nothing before the last step "
+                f"of {state.duration}. Write a smaller start, or LayerFreeze(at='batch').",
+                ThawlineWarning,
+                stacklevel=2,
+            )

@@ -12,6 +12,7 @@ from typing_extensions import override
 from ..engine import (
     Algorithm,
     ArgumentError,
+    Clock,
     Event,
     LayerError,
     LayerMap,
@@ -23,7 +24,8 @@ from ..engine import (
     nearest,
     register,
 )
-from .arguments import as_time, as_time_or_none, flag, one_of, positive, whole
+from .arguments import check_time, flag, one_of, positive, whole
+from .train_only import all_but
 
 Start: TypeAlias = str | int | Sequence[str]
 Order: TypeAlias = Literal["top", "bottom"] | Sequence[str]
@@ -35,28 +37,43 @@ def thaw_order(layers: LayerMap, *, order: Order = "top", stem: bool = True) -> 
 
     Args:
         layers: The model's layers.
-        order: ``"top"`` begins beside the head, ``"bottom"`` beside the input; a list names the layers.
-        stem: Whether the stem (embeddings) thaws as well, always after the blocks.
+        order: ``"top"`` begins beside the head, ``"bottom"`` beside the input; a list names the layers, slices of
+            blocks included.
+        stem: Whether the stem (embeddings) thaws as well, always after the blocks; a list decides itself.
 
     Raises:
-        ArgumentError: A list names a layer that the model does not have.
+        ArgumentError: A list names a layer twice, or one that the model does not have.
+        SelectorError: A list names a block that the model does not have.
 
     Example:
         >>> from torch import nn
-        >>> thaw_order(LayerMap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))))
-        ('blocks[1]', 'blocks[0]')
+        >>> layers = LayerMap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+        >>> thaw_order(layers), thaw_order(layers, order=["blocks[0]", "blocks[-1]"])
+        (('blocks[1]', 'blocks[0]'), ('blocks[0]', 'blocks[1]'))
     """
     body = [layer.name for layer in layers if layer.name not in ("stem", "head")]
-    if not isinstance(order, str):
-        for name in order:
-            if name not in layers.names:
-                raise ArgumentError(
-                    "LayerThaw(order=)", got=name, takes=f"layers of this model, such as {nearest(name, layers.names)}",
-                    example=f"LayerThaw(order={body[::-1][:2]})",
-                )  # fmt: skip
-        return tuple(order)
-    below = ["stem"] if stem and layers.stem.parameters else []
-    return (*(body[::-1] if order == "top" else body), *below)
+    if isinstance(order, str):
+        below = ["stem"] if stem and layers.stem.parameters else []
+        return (*(body[::-1] if order == "top" else body), *below)
+    example = f"LayerThaw(order={body[::-1][:2]})"
+    for name in order:
+        if not layers.names_layer(name):
+            takes = f"layers of this model, such as {nearest(name, layers.names)}"
+            raise ArgumentError("LayerThaw(order=)", got=name, takes=takes, example=example)
+    named = [layer.name for text in order for layer in layers[text] if layer.parameters]
+    if len(set(named)) < len(named):
+        raise ArgumentError("LayerThaw(order=)", got=list(order), takes="each layer once", example=example)
+    return tuple(named)
+
+
+def thawed_count(clock: Clock, every: Time, layers: int) -> int:
+    """Return how many of ``layers`` layers are released at ``clock``: one more each ``every``.
+
+    Example:
+        >>> [thawed_count(Clock(epoch=epoch), Time("2ep"), 3) for epoch in range(8)]
+        [0, 0, 1, 1, 2, 2, 3, 3]
+    """
+    return min(every.count(clock), layers)
 
 
 def cannot_fire(every: Time, state: State) -> bool:
@@ -72,8 +89,8 @@ def cannot_fire(every: Time, state: State) -> bool:
     return False
 
 
-def _is_start(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    listed = isinstance(value, Sequence) and bool(value) and all(isinstance(each, str) for each in value)
+def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    listed = isinstance(value, Sequence) and bool(value) and all(isinstance(each, str) and each for each in value)
     if isinstance(value, bool) or not (listed or (isinstance(value, int) and value >= 0)):
         raise ArgumentError(
             "LayerThaw(start=)", got=value, takes="'head', a number of blocks beside it, or selectors",
@@ -81,15 +98,20 @@ def _is_start(instance: object, attribute: attrs.Attribute[Any], value: object) 
         )  # fmt: skip
 
 
-def _is_order(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+def _check_order(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
     listed = not isinstance(value, str) and isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
     if value not in ("top", "bottom") and not (listed and value):
-        raise ArgumentError(
-            "LayerThaw(order=)",
-            got=value,
-            takes="'top', 'bottom' or a list of layers",
-            example="LayerThaw(order='top')",
-        )
+        takes = "'top', 'bottom' or a list of layers"
+        raise ArgumentError("LayerThaw(order=)", got=value, takes=takes, example="LayerThaw(order='top')")
+
+
+def _every(value: str | int | Time) -> Time:
+    return check_time("LayerThaw(every=)", value, example="LayerThaw(every=2)")
+
+
+def _warmup(value: str | int | Time | None) -> Time | None:
+    example = "LayerThaw(warmup='50ba')"
+    return None if value is None else check_time("LayerThaw(warmup=)", value, example=example, or_none=True)
 
 
 @register
@@ -113,6 +135,9 @@ class LayerThaw(Algorithm):
     Raises:
         ArgumentError: An argument of the wrong type or out of range.
 
+    Warns:
+        ThawlineWarning: At the start of a fit in which nothing can be released.
+
     Source: Howard and Ruder, ULMFiT, arXiv:1801.06146, section 3.3; lr_scale=1/2.6 is theirs.
 
     Example:
@@ -122,22 +147,26 @@ class LayerThaw(Algorithm):
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY
 
-    every: Time = attrs.field(default=Time(1), converter=as_time("LayerThaw(every=)", example="LayerThaw(every=2)"))
-    start: Start = attrs.field(default="head", validator=_is_start)
-    limit: int | None = attrs.field(default=None, validator=whole(at_least=0, or_none=True, example=3))
+    every: Time = attrs.field(default=Time(1), converter=_every)
+    start: Start = attrs.field(default="head", validator=_check_start)
+    limit: int | None = attrs.field(default=None, validator=whole(at_least=1, or_none=True, example=3))
     lr_scale: float = attrs.field(default=0.5, validator=positive())
-    order: Order = attrs.field(default="top", validator=_is_order)
-    warmup: Time | None = attrs.field(
-        default=None, converter=as_time_or_none("LayerThaw(warmup=)", example="LayerThaw(warmup='50ba')")
-    )
+    order: Order = attrs.field(default="top", validator=_check_order)
+    warmup: Time | None = attrs.field(default=None, converter=_warmup)
     moments: Literal["drop", "keep"] = attrs.field(default="drop", validator=one_of(("drop", "keep")))
     stem: bool = attrs.field(default=True, validator=flag())
+    steps: tuple[str, ...] = attrs.field(default=(), init=False)
     thawed: int = attrs.field(default=0, init=False)
 
-    @property
-    def events(self) -> frozenset[Event]:  # type: ignore[override]  # depends on the arguments, as the contract allows
-        """FIT_START, and where an interval can end."""
-        return frozenset({Event.FIT_START, Event.EPOCH_START if self.every.unit == "ep" else Event.BATCH_START})
+    def __attrs_post_init__(self) -> None:
+        self.events = frozenset({Event.FIT_START, Event.EPOCH_START if self.every.unit == "ep" else Event.BATCH_START})
+
+    @override
+    def match(self, event: Event, state: State) -> bool:
+        """Return whether the fit begins, or a layer is due."""
+        if event is Event.FIT_START:
+            return True
+        return self.thawed < len(self.steps) and self.every.count(state.clock) > self.thawed
 
     @override
     def apply(self, event: Event, state: State) -> None:
@@ -149,13 +178,13 @@ class LayerThaw(Algorithm):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return how many layers were released."""
-        return {"thawed": self.thawed}
+        """Return the layers to release, in order, and how many of them were."""
+        return {"steps": list(self.steps), "thawed": self.thawed}
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take back how many layers were released."""
-        self.thawed = int(saved["thawed"])
+        """Take back what :meth:`state_dict` returned."""
+        self.steps, self.thawed = tuple(saved["steps"]), int(saved["thawed"])
 
     def _begin(self, state: State) -> None:
         ledger, layers = state.ledger, state.layers
@@ -164,43 +193,55 @@ class LayerThaw(Algorithm):
                 f"LayerThaw needs layers below the head, and all parameters lie in one:\n{layers}\nPass them: "
                 "trainer.fit(…, layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'})"
             )
-        start = self._started(layers)
-        for layer in layers:
-            if layer.name not in start:
-                ledger.freeze(layer.name, owner=self.owner, moments=self.moments)
-        if isinstance(self.start, int) or set(start) == {self.start}:
-            pass
-        else:
-            ledger.thaw(self.start, owner=self.owner)
-        if cannot_fire(self.every, state):
+        started = frozenset(ledger.select(self._selector(layers)))
+        self.steps = self._order(layers, started)[: self.limit]
+        self.thawed = 0
+        if held := all_but(layers, started):
+            ledger.freeze(held, owner=self.owner, moments=self.moments)
+        # Set now, while they are in no group, and not at the release: that then derives the groups once.
+        for number, step in enumerate(self.steps if self.lr_scale != 1.0 else (), start=1):
+            names = [name for name in layers.parameters(step) if name not in started]
+            ledger.scale(names, self.lr_scale**number, owner=self.owner)
+        if why := self._idle(state):
             warnings.warn(
-                f"LayerThaw(every='{self.every}') releases nothing within {state.duration}: only {self.start!r} will "
-                f"train. Write a shorter interval, such as LayerThaw(every='0.2dur').",
+                f"LayerThaw(every='{self.every}', start={self.start!r}) releases nothing: {why}",
                 ThawlineWarning,
                 stacklevel=2,
             )
 
     def _release(self, state: State) -> None:
-        order = self._waiting(state.layers)
-        due = min(self.every.count(state.clock), len(order))
-        while self.thawed < due:
-            layer = order[self.thawed]
-            self.thawed += 1
-            if self.lr_scale != 1.0:
-                state.ledger.scale(layer, self.lr_scale**self.thawed, owner=self.owner)
-            state.ledger.thaw(layer, owner=self.owner, warmup=self.warmup)
-            log.info("thawed", layer=layer, epoch=state.clock.epoch, batch=state.clock.batch)
+        count = thawed_count(state.clock, self.every, len(self.steps))
+        due = self.steps[self.thawed : count]
+        state.ledger.thaw(due, owner=self.owner, warmup=self.warmup)
+        self.thawed = count
+        log.info("thawed", layers=list(due), epoch=state.clock.epoch, batch=state.clock.batch)
 
-    def _started(self, layers: LayerMap) -> tuple[str, ...]:
-        """Return the layers that train from the beginning as a whole."""
-        if isinstance(self.start, int):
-            beside = [layer.name for layer in layers.blocks][len(layers.blocks) - self.start :] if self.start else []
-            return ("head", *beside)
-        wanted = [self.start] if isinstance(self.start, str) else self.start
-        return tuple(layer.name for part in wanted if layers.names_layer(part) for layer in layers[part])
+    def _idle(self, state: State) -> str | None:
+        """Return why nothing can ever be released, and what to write instead; None where something can."""
+        if not self.steps:
+            return "there is no other layer. Write a smaller start=, or stem=True."
+        if cannot_fire(self.every, state):
+            return f"the fit ends after {state.duration}. Write a shorter interval, such as LayerThaw(every='0.2dur')."
+        owners = state.ledger.owners
+        if all("user" in owners(name) for step in self.steps for name in state.layers.parameters(step)):
+            return "all of it was frozen before the fit, and stays so. Write model.requires_grad_(True) before the fit."
+        return None
 
-    def _waiting(self, layers: LayerMap) -> tuple[str, ...]:
-        """Return the layers that are released one by one."""
-        start = self._started(layers)
-        order = [name for name in thaw_order(layers, order=self.order, stem=self.stem) if name not in start]
-        return tuple(order if self.limit is None else order[: self.limit])
+    def _selector(self, layers: LayerMap) -> list[str]:
+        """Return selectors of what trains from the beginning."""
+        if not isinstance(self.start, int):
+            return [self.start] if isinstance(self.start, str) else list(self.start)
+        body = [layer.name for layer in layers if layer.name not in ("stem", "head")]
+        if self.start > len(body):
+            raise ArgumentError(
+                "LayerThaw(start=)", got=self.start, takes=f"at most {len(body)}, the blocks of this model",
+                example="LayerThaw(start='head')",
+            )  # fmt: skip
+        return ["head", *body[len(body) - self.start :]]
+
+    def _order(self, layers: LayerMap, started: frozenset[str]) -> tuple[str, ...]:
+        """Return the layers that are released one by one: what does not train from the beginning, the head included."""
+        order = thaw_order(layers, order=self.order, stem=self.stem)
+        if isinstance(self.order, str):
+            order = ("head", *order) if self.order == "top" else (*order, "head")
+        return tuple(name for name in order if not started.issuperset(layers.parameters(name)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ..engine import Algorithm, Time
-from .arguments import check_whole
+from ..engine import Algorithm, ArgumentError, Time
+from .arguments import check_in_range, check_whole
 from .layer_thaw import LayerThaw
 from .layerwise_lr import LayerwiseLR
 from .lora import LoRAInject
@@ -19,11 +19,14 @@ def head_only(*, lr: float | None = None) -> list[Algorithm]:
     Args:
         lr: Base learning rate of the head; None is the optimizer's.
 
+    Raises:
+        ArgumentError: ``lr`` is not above 0.
+
     Example:
         >>> [type(each).__name__ for each in head_only(lr=1e-3)]
         ['TrainOnly']
     """
-    return [TrainOnly("head", lr=_named(head=lr))]
+    return [TrainOnly("head", lr=_rates("head_only", lr=("head", lr)))]
 
 
 def lora(
@@ -37,6 +40,8 @@ def lora(
 ) -> list[Algorithm]:
     """Train low-rank adapters and the head, each at a rate of its own.
 
+    A language model's pre-trained head trains only where ``lr_head`` is given; see :class:`LoRAInject`.
+
     Args:
         rank: Rank of the adapters.
         alpha: Their scale is alpha / rank.
@@ -45,11 +50,22 @@ def lora(
         lr_head: Base rate of the head.
         lr_lora: Base rate of the adapters.
 
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+
     Example:
         >>> [type(each).__name__ for each in lora(lr_head=1e-3, lr_lora=1e-4)]
         ['LoRAInject', 'LayerwiseLR']
     """
-    inject = LoRAInject(rank=rank, alpha=alpha, target=target, dropout=dropout, lr=lr_lora)
+    _rates("lora", lr_head=("head", lr_head), lr_lora=("*", lr_lora))
+    inject = LoRAInject(
+        rank=rank,
+        alpha=alpha,
+        target=target,
+        dropout=dropout,
+        lr=lr_lora,
+        train_head="auto" if lr_head is None else True,
+    )
     return [inject] if lr_head is None else [inject, LayerwiseLR(decay=1.0, lr_head=lr_head)]
 
 
@@ -59,21 +75,27 @@ def partial(
     """Train the last blocks and the head.
 
     Args:
-        last: How many blocks beside the head train.
+        last: How many blocks beside the head train; all where the model has fewer.
         also: Further selectors, such as a named part ``"structure_module"``.
-        lr_trunk: Base rate of the blocks.
+        lr_trunk: Base rate of the blocks and of ``also``.
         lr_head: Base rate of the head.
 
     Raises:
-        ArgumentError: ``last`` is no whole number from 1 on.
+        ArgumentError: An argument of the wrong type or out of range.
 
     Example:
         >>> partial(last=2, lr_trunk=1e-5)[0].describe()["arguments"]
         {'select': ['blocks[-2:]', 'head'], 'lr': {'blocks[-2:]': 1e-05}}
     """
     check_whole("partial(last=)", last, at_least=1, example="partial(last=2)")
+    if isinstance(also, str) or not isinstance(also, Sequence):
+        raise ArgumentError(
+            "partial(also=)", got=also, takes="a list", example="partial(last=2, also=['structure_module'])"
+        )
     trunk = f"blocks[-{last}:]"
-    rates = {**({} if lr_trunk is None else {trunk: lr_trunk}), **_named(head=lr_head)}
+    rates = _rates("partial", lr_trunk=(trunk, lr_trunk), lr_head=("head", lr_head))
+    if lr_trunk is not None:
+        rates.update(dict.fromkeys(also, lr_trunk))
     return [TrainOnly([trunk, "head", *also], lr=rates)]
 
 
@@ -84,10 +106,18 @@ def full(*, lr_head: float | None = None, layer_decay: float | None = 0.9) -> li
         lr_head: Base rate of the head.
         layer_decay: Factor from a layer to the one below it; None for none.
 
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+
     Example:
         >>> full(layer_decay=0.8)[0].describe()["arguments"]["decay"]
         0.8
     """
+    _rates("full", lr_head=("head", lr_head))
+    if layer_decay is not None:
+        check_in_range(
+            "full(layer_decay=)", layer_decay, above=0, at_most=1, example="full(layer_decay=0.9)", or_none=True
+        )
     return [LayerwiseLR(decay=1.0 if layer_decay is None else layer_decay, lr_head=lr_head)]
 
 
@@ -108,12 +138,23 @@ def progressive(
         warmup: Of what is released.
         order: ``"top"`` or ``"bottom"``.
 
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+
+    Source: Howard and Ruder, ULMFiT, arXiv:1801.06146.
+
     Example:
         >>> progressive(every=2)[0].describe()["arguments"]["every"]
         2
     """
-    return [LayerThaw(every, limit=limit, lr_scale=lr_scale, order=order, warmup=warmup)]  # type: ignore[arg-type]
+    return [LayerThaw(every, limit=limit, lr_scale=lr_scale, order=order, warmup=warmup)]
 
 
-def _named(*, head: float | None) -> dict[str, float]:
-    return {} if head is None else {"head": head}
+def _rates(preset: str, **rates: tuple[str, float | None]) -> dict[str, float]:
+    """Check each argument, and return selector to rate where there is one."""
+    found: dict[str, float] = {}
+    for name, (select, lr) in rates.items():
+        if lr is not None:
+            argument, example = f"{preset}({name}=)", f"{preset}({name}=1e-3)"
+            found[select] = check_in_range(argument, lr, above=0, example=example, or_none=True)
+    return found

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 import attrs
 from typing_extensions import override
 
-from ..engine import Algorithm, ArgumentError, Event, Stage, State, register
+from ..engine import Algorithm, ArgumentError, Event, LayerMap, Stage, State, register
+
+
+def all_but(layers: LayerMap, names: Collection[str]) -> list[str]:
+    """Return selectors of everything but ``names``.
+
+    A layer that lies wholly outside is named as a layer, so that a hold on it covers what is attached to it later.
+
+    Args:
+        layers: The model's layers.
+        names: Names of parameters.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> all_but(LayerMap(model), {"2.bias", "4.weight", "4.bias"})
+        ['blocks[0]', '2.weight']
+    """
+    chosen = frozenset(names)
+    found: list[str] = []
+    for layer in layers:
+        rest = [name for name in layer.parameters if name not in chosen]
+        found += [layer.name] if len(rest) == len(layer.parameters) else rest
+    return found
 
 
 def _selectors(value: object) -> tuple[str, ...]:
@@ -19,6 +42,8 @@ def _selectors(value: object) -> tuple[str, ...]:
 
 
 def _rates(value: object) -> dict[str, float]:
+    if value is None:
+        return {}
     if isinstance(value, Mapping) and all(
         isinstance(name, str) and isinstance(lr, (int, float)) and not isinstance(lr, bool) and 0 < lr < float("inf")
         for name, lr in value.items()
@@ -27,7 +52,7 @@ def _rates(value: object) -> dict[str, float]:
     raise ArgumentError(
         "TrainOnly(lr=)",
         got=value,
-        takes="a mapping of selectors to rates above 0",
+        takes="a mapping of selectors to rates above 0, or None",
         example="TrainOnly('head', lr={'head': 1e-3})",
     )
 
@@ -39,7 +64,7 @@ class TrainOnly(Algorithm):
 
     Args:
         select: What trains: a selector or a list of them.
-        lr: Selector to absolute base learning rate; what is not named keeps the optimizer's.
+        lr: Selector to absolute base learning rate; what is not named keeps the optimizer's; None names nothing.
 
     Raises:
         ArgumentError: An argument of the wrong type.
@@ -53,18 +78,13 @@ class TrainOnly(Algorithm):
     stage: ClassVar[Stage] = Stage.TRAINABILITY
 
     select: tuple[str, ...] = attrs.field(converter=_selectors)
-    lr: dict[str, float] = attrs.field(factory=dict, converter=_rates)
+    lr: Mapping[str, float] = attrs.field(default=None, converter=_rates)
 
     @override
     def apply(self, event: Event, state: State) -> None:
         """Hold the rest, and set the rates."""
         ledger = state.ledger
-        chosen: set[str] = {name for each in self.select for name in ledger.select(each)}
-        for layer in state.layers:
-            inside = chosen.intersection(layer.parameters)
-            if not inside:
-                ledger.freeze(layer.name, owner=self.owner)  # by layer: covers what is attached there later
-            elif len(inside) < len(layer.parameters):
-                ledger.freeze([name for name in layer.parameters if name not in inside], owner=self.owner)
+        if rest := all_but(state.layers, ledger.select(self.select)):
+            ledger.freeze(rest, owner=self.owner)
         for select, lr in self.lr.items():
             ledger.set_lr(select, lr, owner=self.owner)

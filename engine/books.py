@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -18,6 +19,12 @@ from .modes import ModeKeeper
 from .schedules import Schedule, constant
 from .selectors import Selection
 from .surgery import JournalEntry
+
+# What is attached to a model outlives the fit that attached it: the next ledger over the same model knows it, can undo
+# it, and writes it into its own journal.
+_ATTACHED: WeakKeyDictionary[nn.Module, tuple[list[tuple[JournalEntry, tuple[Graft, ...]]], Overrides]] = (
+    WeakKeyDictionary()
+)
 
 
 class Books:
@@ -59,8 +66,7 @@ class Books:
         self._interned: dict[tuple[object, ...], Slot] = {}
         self._slots: dict[str, Slot] = {}
         self._live: dict[Slot, dict[str, Any]] = {}
-        self._journal: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
-        self._overrides: Overrides = {}
+        self._journal, self._overrides = _ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
         self._factor = 1.0
         self._begin()

@@ -11,6 +11,7 @@ import math
 import re
 import struct
 from collections import OrderedDict
+from reprlib import repr as brief  # bounded also for what is huge or deep
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
@@ -104,7 +105,7 @@ def unflatten(tensors: Mapping[str, Tensor], state: Json) -> Any:  # a checkpoin
     decoder = _Decoder(tensors)
     tree = decoder.decode(state, ())
     if unused := tensors.keys() - decoder.used:
-        raise CheckpointError(f"{len(unused)} tensors are used nowhere in the state, such as {shorten(min(unused))}.")
+        raise CheckpointError(f"{len(unused)} tensors are used nowhere in the state, such as {brief(min(unused))}.")
     return tree
 
 
@@ -340,12 +341,12 @@ class _Decoder:
     def _named(self, node: dict[str, Json], tag: str, place: Place) -> Tensor:
         name = node[tag]
         if not isinstance(name, str) or name not in self.tensors:
-            raise CheckpointError(f"{_where(place)} refers to the tensor {shorten(name)}, which is not there.")
+            raise CheckpointError(f"{_where(place)} refers to the tensor {brief(name)}, which is not there.")
         self.used.add(name)
         return self.tensors[name]
 
     def _malformed(self, node: Json, place: Place) -> CheckpointError:
-        return CheckpointError(f"{_where(place)} is nothing that thawline writes: {shorten(node)}.")
+        return CheckpointError(f"{_where(place)} is nothing that thawline writes: {brief(node)}.")
 
 
 # The keys of an object say which it is, so that one with a key too many or too few is none.
@@ -374,7 +375,9 @@ def _tensor_of(raw: bytes) -> Tensor:
 
 
 def _where(place: Place) -> str:
-    return f"state[{shorten('/'.join(place[:8]) + ('/…' if len(place) > 8 else ''))}]" if place else "The state"
+    if not place:
+        return "The state"
+    return f"state[{'/'.join(each[:40] for each in place[:8]) + ('/…' if len(place) > 8 else '')!r}]"
 
 
 def _name(value: object) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 from typing_extensions import override
 
-from .errors import ArgumentError, ThawlineError
+from .errors import ArgumentError, MissingExtraError
 from .log import get_logger, jsonable
 
 if TYPE_CHECKING:
@@ -45,10 +45,6 @@ _NOTHING_AUTOMATIC: dict[str, Any] = {
     "log_git_patch": False,
     "display_summary_level": 0,
 }
-
-
-class MissingExtraError(ThawlineError, ImportError):
-    """A package that an optional part needs and that is not installed."""
 
 
 def _folder(path: str | os.PathLike[str] | None) -> Path | None:

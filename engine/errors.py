@@ -101,6 +101,10 @@ class RunDirError(CheckpointError, FileExistsError):
     """A run directory that already holds a run."""
 
 
+class MissingExtraError(ThawlineError, ImportError):
+    """A package that an optional part needs and that is not installed."""
+
+
 class DistributedError(ThawlineError, RuntimeError):
     """Ranks that disagree, or a launch that is incomplete."""
 
@@ -111,7 +115,10 @@ class RecompileError(ThawlineError, RuntimeError):
 
 def shorten(value: object, limit: int = 120) -> str:
     """Return ``repr(value)``, cut to ``limit`` characters."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # what a hostile file nested too deep
+        text = f"<{type(value).__name__}, nested too deep to show>"
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError, shorten
@@ -25,14 +26,17 @@ def dump_json(value: Json, *, budget: int = MEMORY, indent: int | None = None) -
         indent: As in :func:`json.dumps`.
 
     Raises:
-        CheckpointError: The text would be longer, or dearer to read, than may be.
+        CheckpointError: The value is not strict JSON, or its text longer or dearer to read than may be.
 
     Example:
         >>> dump_json({"step": 120})
         b'{"step":120}'
     """
     separators = (",", ":") if indent is None else (",", ": ")
-    text = json.dumps(value, allow_nan=False, separators=separators, indent=indent).encode("ascii")
+    try:
+        text = json.dumps(value, allow_nan=False, separators=separators, indent=indent).encode("ascii")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"Not strict JSON: {error}.") from None
     _check_cost(text, budget)
     return text
 
@@ -56,7 +60,9 @@ def load_json(text: bytes, *, budget: int = MEMORY) -> Json:
     """
     _check_cost(text, budget)
     try:
-        loaded: Json = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        loaded: Json = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:  # ValueError also: too many digits, bad UTF-8
         raise CheckpointError(f"Not JSON that thawline wrote: {shorten(str(error))}.") from None
     return loaded
@@ -89,6 +95,13 @@ def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     if len(found) != len(pairs):
         raise CheckpointError("Not strict JSON: an object has the same key twice.")
     return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise CheckpointError("Not strict JSON: a number is too large for a float.")
+    return number
 
 
 def _no_constant(name: str) -> float:

@@ -151,7 +151,8 @@ class ParameterLedger(Books):
         span = None if warmup is None else Time(warmup)
         selection = self._resolve(select)
         for name in selection.names:
-            if name not in self._homes:
+            # An integer tensor is held by the user: others may release a layer with one in it, the last holder may not.
+            if name not in self._homes and not set(self._holds.owners(name)) - {owner}:
                 raise LedgerError(f"{name!r} has dtype {self._parameters[name].dtype} and cannot train. Thaw others.")
         released = self._holds.thaw(selection, owner, span)
         joining = [name for name in released if not self._holds.is_held(name)]

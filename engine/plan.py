@@ -11,7 +11,7 @@ from attrs import define, field, frozen
 from typing_extensions import override
 
 from .clock import Clock
-from .errors import ArgumentError
+from .errors import ArgumentError, MissingExtraError
 from .groups import Slot
 from .ledger import ParameterLedger
 
@@ -116,7 +116,8 @@ class Plan:
             title: A line above it.
 
         Raises:
-            ArgumentError: There is nothing to draw, or matplotlib is missing.
+            ArgumentError: There is nothing to draw.
+            MissingExtraError: matplotlib is not installed.
         """
         if not self.samples:
             raise ArgumentError(
@@ -127,9 +128,7 @@ class Plan:
             from matplotlib.colors import LogNorm
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ArgumentError(
-                "Plan.save()", got="no matplotlib", takes="the extra 'plot'", example="pip install 'thawline[plot]'"
-            ) from error
+            raise MissingExtraError("Plan.save needs matplotlib. Write: pip install 'thawline[plot]'") from error
         import numpy as np
 
         names = list(self.layers)

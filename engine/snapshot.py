@@ -23,19 +23,19 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 from errno import EIO, EISDIR, ELOOP, ENOENT, ENOTDIR, ENXIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from reprlib import repr as brief  # bounded also for what is huge or deep
+from typing import TYPE_CHECKING, Any
 
 from attrs import field, frozen
 
 from .codec import flatten, unflatten
-from .errors import ArgumentError, CheckpointError, shorten
+from .errors import ArgumentError, CheckpointError
 from .jsontext import MAX_TEXT, MEMORY, dump_json, load_json
 from .tensorfile import pieces_of, read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping, Sequence
     from io import BufferedReader
-    from types import TracebackType
 
     from .typing import Json
 
@@ -185,7 +185,7 @@ def _write(path: Path, pieces: Sequence[memoryview]) -> tuple[int, str]:
     no checkpoint gets its name, nor is an older one deleted for it, before it was read back.
     """
     digest, size = hashlib.sha256(), 0
-    with path.open("x+b", buffering=_CHUNK) as file, ThreadPoolExecutor(1) as pool:
+    with path.open("x+b") as file, ThreadPoolExecutor(1) as pool:
         for piece in pieces:
             file.write(piece)
         file.flush()
@@ -242,7 +242,7 @@ def _parse(text: bytes) -> Manifest:
     if not isinstance(files, dict) or files.keys() != {TENSORS, STATE} or not isinstance(info, dict):
         raise CheckpointError("The manifest is not one that thawline writes.")
     if parent is not None and not isinstance(parent, str):
-        raise CheckpointError(f"The manifest names the parent {shorten(parent)}.")
+        raise CheckpointError(f"The manifest names the parent {brief(parent)}.")
     return Manifest({name: _record(name, record) for name, record in files.items()}, info, parent)
 
 
@@ -251,7 +251,7 @@ def _record(name: str, record: Json) -> tuple[int, str]:
         size, digest = record["size"], record["sha256"]
         if type(size) is int and size >= 0 and isinstance(digest, str) and _SHA256.fullmatch(digest):
             return size, digest
-    raise CheckpointError(f"The manifest describes {name} as {shorten(record)}.")
+    raise CheckpointError(f"The manifest describes {name} as {brief(record)}.")
 
 
 @contextlib.contextmanager

@@ -8,12 +8,13 @@ import re
 import secrets
 import shutil
 from pathlib import Path
+from reprlib import repr as brief  # bounded also for what is huge or deep
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from attrs import define, field, frozen
 
 from .clock import Time
-from .errors import ArgumentError, CheckpointError, shorten
+from .errors import ArgumentError, CheckpointError
 from .lock import RunLock
 from .log import get_logger
 from .snapshot import (
@@ -341,7 +342,7 @@ def _check_place(path: Path) -> None:
     """Refuse a checkpoint under another's name: a copy of an old one must not pass for the newest."""
     step = read_manifest(path).info.get("step")
     if step != _step(path):
-        raise CheckpointError(f"{path} holds the checkpoint of step {shorten(step)}.")
+        raise CheckpointError(f"{path} holds the checkpoint of step {brief(step)}.")
 
 
 def _step(path: Path) -> int:

@@ -8,6 +8,7 @@ that keeping one does not keep the file; and refuses what it cannot read with a 
 from __future__ import annotations
 
 import math
+from reprlib import repr as brief  # bounded also for what is huge or deep
 from typing import TYPE_CHECKING
 
 import torch
@@ -119,7 +120,7 @@ def read_tensors(file: BufferedIOBase, size: int) -> dict[str, Tensor]:
     at = 0
     for entry in entries:
         if entry.begin != at:
-            raise CheckpointError(f"The tensor {shorten(entry.name)} begins at byte {entry.begin}, not at {at}.")
+            raise CheckpointError(f"The tensor {brief(entry.name)} begins at byte {entry.begin}, not at {at}.")
         at = entry.end
     if 8 + length + at != size:
         raise CheckpointError(f"The tensors end at byte {8 + length + at} of a file of {size}.")
@@ -147,8 +148,8 @@ def bytes_of(tensor: Tensor) -> Tensor:
         >>> bytes_of(torch.tensor([1.0]))
         tensor([  0,   0, 128,  63], dtype=torch.uint8)
     """
-    # An empty tensor counts as contiguous whatever its strides, and view minds them.
-    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    # Not reshape: a tensor of one element or none counts as contiguous whatever its strides, and view minds them.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 @frozen
@@ -162,14 +163,14 @@ class _Entry:
 
 def _entry(name: str, entry: Json) -> _Entry:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"The tensor {shorten(name)} is described by {shorten(entry)}.")
+        raise CheckpointError(f"The tensor {brief(name)} is described by {brief(entry)}.")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     shape, offsets = shape_of(entry["shape"]), shape_of(entry["data_offsets"])
     if dtype is None or shape is None or offsets is None or len(offsets) != 2:
-        raise CheckpointError(f"The tensor {shorten(name)} is described by {shorten(entry)}.")
+        raise CheckpointError(f"The tensor {brief(name)} is described by {brief(entry)}.")
     begin, end = offsets
     if math.prod(shape) * dtype.itemsize != end - begin:
-        raise CheckpointError(f"The tensor {shorten(name)} of shape {shorten(shape)} has {end - begin} bytes.")
+        raise CheckpointError(f"The tensor {brief(name)} of shape {brief(shape)} has {end - begin} bytes.")
     return _Entry(name, dtype, shape, begin, end)
 
 
@@ -178,7 +179,7 @@ def _tensor(file: BufferedIOBase, entry: _Entry) -> Tensor:
     if raw.numel():
         _fill(file, raw.numpy().data)
         if entry.dtype is torch.bool and raw.max() > 1:
-            raise CheckpointError(f"The tensor {shorten(entry.name)} is of bool and holds neither true nor false.")
+            raise CheckpointError(f"The tensor {brief(entry.name)} is of bool and holds neither true nor false.")
     return raw.view(entry.dtype).reshape(entry.shape)
 
 

@@ -154,7 +154,7 @@ class Trainer(Recipe):
         _check_module("evaluate", model)
         return evaluate(
             model.to(self.device),
-            ResumableLoader(loader, seed=self.seed),
+            ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)"),
             forward=self.forward(),
             metrics=self.metrics,
             precision=Precision(self.precision, self.device),

@@ -270,12 +270,19 @@ def hostile(folder: Path) -> dict[str, Any]:
             if name not in ("tensors.safetensors", "state.json", "manifest.json"):  # relative to the directory
                 events.append(f"open {name}")
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kib(forget=True)
     sys.addaudithook(hook)
     outcomes = {path.name: refused(path) for path in paths}
     watching = False
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+    grown = (peak_kib() - before) >> 10
     return {"outcomes": outcomes, "events": events, "grown_mib": grown}
+
+
+def peak_kib(*, forget: bool = False) -> int:
+    """Return the most memory that this process ever had; with ``forget``, from now on."""
+    if forget:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line).split()[1])
 
 
 def refused(path: Path) -> str | None:

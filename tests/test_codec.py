@@ -106,7 +106,9 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, torch.Tensor):
-        bits = [bytes_of(each.view(torch.uint8) if each.itemsize == 1 else each.contiguous()) for each in (left, right)]
+        bits = [
+            bytes_of((each.view(torch.uint8) if each.itemsize == 1 else each).contiguous()) for each in (left, right)
+        ]
         return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*bits)
     if isinstance(left, np.ndarray | np.generic):
         return bool(
@@ -152,6 +154,14 @@ def test_every_dtype_and_shape_comes_back(dtype: torch.dtype, shape: tuple[int, 
     """Each dtype that a model or optimizer may have comes back in each kind of shape."""
     tensor = tensor_of(dtype, shape, bytes(range(1, 60)))
     assert same(round_trip([tensor, tensor.T if tensor.dim() == 2 else tensor]), [tensor, tensor])
+
+
+@pytest.mark.parametrize("dtype", TENSOR_DTYPES, ids=str)
+def test_strides_that_no_element_uses_do_no_harm(dtype: torch.dtype) -> None:
+    """A tensor of one element or none counts as contiguous whatever its strides; its bytes are found all the same."""
+    pair = tensor_of(dtype, (2,), bytes(range(1, 60)))
+    tree = [pair[::2], pair[1::2], pair[:0:2], pair[:1].expand(1, 1).T]
+    assert same(round_trip(tree), [each.clone() for each in (pair[:1], pair[1:], pair[:0], pair[:1].reshape(1, 1))])
 
 
 def test_the_betas_of_an_optimizer_are_still_a_tuple() -> None:
@@ -335,6 +345,8 @@ BYTES = torch.arange(4, dtype=torch.uint8)
         {"$float": 1.0},
         {"$str": "ff"},
         {"$str": None},
+        {"$eval": deep(400)},
+        {"$eval": "x" * 1_000_000},
         {"$dtype": "load"},
         {"$dtype": 3},
         {"$device": "warp"},

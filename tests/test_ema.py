@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from typing_extensions import override
 
 from helpers import MODELS, cnn, loader, mlp, pseudo_gradients, same_weights, weights
 from thawline.algorithms.ema import EMA, ema_decay, ema_update
@@ -43,10 +44,12 @@ class Do(Algorithm):
     def __init__(self, event: Event, what: Callable[[State], object], batch: int | None = None) -> None:
         self.events, self.what, self.batch = frozenset({event}), what, batch
 
+    @override
     def match(self, event: Event, state: State) -> bool:
         """Match the one batch."""
         return self.batch is None or state.clock.batch == self.batch
 
+    @override
     def apply(self, event: Event, state: State) -> None:
         """Call it."""
         self.what(state)
@@ -319,6 +322,7 @@ def test_what_freezes_again_goes_on_toward_its_frozen_value() -> None:
     loop.state.ledger.freeze("blocks[0]", owner="test")
     loop.batches(5)
     assert np.array_equal(loop.lives[3]["0.weight"], loop.lives[-1]["0.weight"])
+    assert "0.weight" in ema.average
     assert_average(ema, loop, [0.8] * 8)
 
 
@@ -383,6 +387,9 @@ def test_statistics_of_a_frozen_norm_have_no_average() -> None:
     for _ in range(3):
         loop.batch(data=data)
     assert_average(ema, loop, [0.75] * 5, iter(["1.running_mean", "1.running_var", "1.weight"]))
+    loop.state.ledger.freeze(["1.weight", "1.bias"], owner="test")
+    loop.batch(data=data)
+    assert_average(ema, loop, [0.75] * 6, iter(["1.running_mean", "1.running_var", "1.weight"]))
 
 
 # -- the swap ----------------------------------------------------------------------------------------------------------
@@ -394,22 +401,23 @@ def test_evaluation_sees_the_average_and_training_its_own_bits_again(dtype: torc
     seen: dict[str, list[bytes]] = {}
     ema = EMA(decay=0.9)
     model = cnn().to(dtype)
-    watch = [
-        Watcher(event, lambda state, event=event: seen.__setitem__(event.name, bits(state.model)))
-        for event in (Event.EVAL_START, Event.EVAL_BATCH_END, Event.EVAL_END)
-    ]
+
+    def look(state: State) -> None:
+        seen[str(state.ledger.phase)] = bits(state.model)
+
+    watch = [Watcher(event, look) for event in (Event.EVAL_START, Event.EVAL_BATCH_END, Event.EVAL_END)]
     loop = Loop(model, ema, *watch)
     loop.batches(3)
     with torch.no_grad():
-        model[0].weight[0] = float("nan")
-        model[0].bias[0] = -0.0
+        model.get_parameter("0.weight")[0] = float("nan")
+        model.get_parameter("0.bias")[0] = -0.0
     live, average = bits(model), copy.deepcopy(model)
     ema.apply(average)
     places = [(id(each), each.data_ptr()) for each in [*model.parameters(), *model.buffers()]]
     for event in (Event.EVAL_START, Event.EVAL_BATCH_START, Event.EVAL_BATCH_END, Event.EVAL_END):
         loop.engine.emit(event)
-    assert seen["EVAL_START"] == seen["EVAL_BATCH_END"] == bits(average) != live
-    assert seen["EVAL_END"] == bits(model) == live
+    assert seen["eval_start"] == seen["eval_batch_end"] == bits(average) != live
+    assert seen["eval_end"] == bits(model) == live
     assert [(id(each), each.data_ptr()) for each in [*model.parameters(), *model.buffers()]] == places
 
 
@@ -485,7 +493,10 @@ def test_of_two_the_first_is_evaluated_and_the_second_says_that_it_only_tracks(
     first, second = EMA(decay=0.5), EMA(decay=0.9)
     seen: list[Tensor] = []
     loop = Loop(
-        mlp(), first, second, Watcher(Event.EVAL_START, lambda state: seen.append(state.model[0].weight.clone()))
+        mlp(),
+        first,
+        second,
+        Watcher(Event.EVAL_START, lambda state: seen.append(state.model.get_parameter("0.weight").clone())),
     )
     loop.batches(4)
     live = bits(loop.state.model)
@@ -586,6 +597,18 @@ def test_a_resumed_run_has_the_same_averages_to_the_bit(tmp_path: Path, argument
 def thaw_first(state: State) -> None:
     """Thaw what the user froze."""
     state.ledger.thaw("blocks[0]", owner="user")
+
+
+def test_a_loaded_average_is_a_copy() -> None:
+    """Training on moves neither what was saved nor the EMA that it came from."""
+    first, second = Loop(mlp(), EMA(decay=0.9)), Loop(mlp(), ema := EMA(decay=0.9))
+    first.batches(2)
+    saved = first.engine.algorithms[0].state_dict()
+    before = {name: each.clone() for name, each in saved["shadow"].items()}
+    ema.load_state_dict(saved)
+    second.batches(2)
+    assert same_weights(saved["shadow"], before)
+    assert not torch.equal(ema.average["0.weight"], before["0.weight"])
 
 
 def test_a_longer_duration_on_resume_goes_on_from_there() -> None:

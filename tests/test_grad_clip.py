@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from typing_extensions import override
 
 from helpers import loader, mlp, pseudo_gradients, same_weights, weights
 from thawline.algorithms.grad_clip import GradClip, clip_gradients, gradient_norm
@@ -49,6 +50,7 @@ class Spoil(Algorithm):
     def __init__(self, value: float, batch: int = 1) -> None:
         self.value, self.batch = value, batch
 
+    @override
     def apply(self, event: Event, state: State) -> None:
         """Spoil it."""
         if state.clock.batch == self.batch:
@@ -175,7 +177,7 @@ def test_a_fit_equals_the_loop_by_hand_bit_for_bit(limits: dict[str, Any]) -> No
     by_hand = optimizer(plain.parameters())
     for x, y in batches:
         for half in (slice(0, 4), slice(4, 8)):
-            (cross_entropy(plain(x[half]), y[half]) * 0.5).backward()
+            torch.autograd.backward(cross_entropy(plain(x[half]), y[half]) * 0.5)
         if "value" in limits:
             nn.utils.clip_grad_value_(plain.parameters(), limits["value"])
         else:
@@ -183,6 +185,17 @@ def test_a_fit_equals_the_loop_by_hand_bit_for_bit(limits: dict[str, Any]) -> No
         by_hand.step()
         by_hand.zero_grad()
     assert same_weights(weights(model), weights(plain))
+
+
+def test_gradients_of_fp16_are_unscaled_before_they_are_measured() -> None:
+    """The norm is that of full precision, not 65536 times as much."""
+    norms: list[float] = []
+    torch.manual_seed(3)
+    model = mlp()
+    for precision in ("fp32", "fp16"):
+        fit = Trainer(algorithms=[GradClip(max_norm=0.05)], loss_fn=cross_entropy, precision=precision, progress=False)
+        norms.append(fit.fit(copy.deepcopy(model), loader(), duration="1ba").metrics["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
 @pytest.mark.parametrize("clip", [GradClip(max_norm=1.0), GradClip(value=0.1)], ids=str)
@@ -199,7 +212,7 @@ def test_an_infinite_gradient_raises_by_default_and_is_skipped_on_request(clip: 
 def test_a_sparse_gradient_is_refused_by_name() -> None:
     """The error says which layer makes them."""
     embedding = nn.Embedding(4, 2, sparse=True)
-    embedding(torch.tensor([1, 1])).sum().backward()
+    torch.autograd.backward(embedding(torch.tensor([1, 1])).sum())
     with pytest.raises(ArgumentError, match="sparse=False"):
         clip_gradients(embedding.parameters(), max_norm=1.0)
 

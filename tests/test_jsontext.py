@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     "text",
     [
+        b"1e999",
+        b'{"lr": -1e999}',
         b"",
         b"{",
         b"[1,]",

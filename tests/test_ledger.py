@@ -646,3 +646,21 @@ def test_release_gives_requires_grad_back_as_the_user_had_it() -> None:
     ledger.freeze("blocks", owner="me")
     ledger.release()
     assert [name for name, each in net.named_parameters() if not each.requires_grad] == ["0.bias"]
+
+
+def test_what_is_attached_is_known_to_the_next_ledger_over_the_model() -> None:
+    """A second fit can undo and save what the first one attached, and restore it into the adapted or a fresh model."""
+    net = mlp()
+    factory = partial(torch.optim.AdamW, lr=0.1)
+    ParameterLedger(net, factory).attach("0", "gain", owner="first")
+    second = ParameterLedger(net, factory)
+    take_step(second, 0)
+    saved = copy.deepcopy(second.state_dict())
+    assert [entry.module for entry in second.journal] == ["0"]
+    for model in (net, mlp()):
+        ledger = ParameterLedger(model, factory)
+        ledger.load_state_dict(saved)
+        ledger.verify()
+        assert ledger.digest() == second.digest()
+    ParameterLedger(net, factory).detach("0", "gain", owner="first")
+    assert "0.gain" not in dict(net.named_parameters())

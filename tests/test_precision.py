@@ -172,7 +172,7 @@ def test_the_scaler_continues_where_it_was() -> None:
 def test_no_scaler_has_no_state() -> None:
     """What another precision saved is left aside."""
     for kind in ("fp32", "bf16"):
-        precision = Precision(kind, CPU)  # type: ignore[arg-type]
+        precision = Precision(kind, CPU)
         assert precision.state_dict() == {}
         precision.load_state_dict({"scale": 4.0, "growth_tracker": 0})
         assert precision.scale == 1.0
@@ -188,7 +188,7 @@ def test_no_scaler_has_no_state() -> None:
 def test_a_damaged_scale_is_refused(saved: dict[str, float | str]) -> None:
     """A scale that would ruin the gradients is an error, not a start."""
     with pytest.raises(CheckpointError, match="a scale above 0"):
-        Precision("fp16", CPU).load_state_dict(saved)  # type: ignore[arg-type]
+        Precision("fp16", CPU).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "float16", "", None, 16, torch.float16])

@@ -190,6 +190,11 @@ class ReviewClassifier(nn.Module):
         return logits
 
 
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the share of sentences that are told right."""
+    return (logits.argmax(-1) == labels).float().mean()
+
+
 def load_tokenizer() -> Any:
     """Load MiniLM's tokenizer, offline."""
     return AutoTokenizer.from_pretrained(_minilm(), local_files_only=True)
@@ -231,16 +236,15 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def side_by_side(rows: Mapping[str, Mapping[str, float]], *, title: str, picture: Path) -> Table:
+def side_by_side(rows: Mapping[str, Mapping[str, float]], *, picture: Path) -> Table:
     """Return a table of figures, and draw each of its columns as bars.
 
     Args:
         rows: Name of each row to its figures by column, the same columns in every row.
-        title: A line above the table.
         picture: Where the bars are drawn; the suffix decides the format.
     """
     columns = list(next(iter(rows.values())))
-    table = Table("", *columns, title=title)
+    table = Table("", *columns)
     for name, values in rows.items():
         table.add_row(
             name,
