@@ -20,7 +20,10 @@ ENTRY_POINTS = "thawline.algorithms"
 
 
 class Stage(IntEnum):
-    """The order in which algorithms act at one event; within a stage the order of the list."""
+    """The order in which algorithms act at one event; within a stage the order of the list.
+
+    At EVAL_START and EVAL_END, WEIGHTS come before all others: evaluation sees averaged weights, everybody else live ones.
+    """
 
     SURGERY = 0
     TRAINABILITY = 1

@@ -8,7 +8,7 @@ from typing import Any, Self, TypeAlias
 
 from attrs import frozen
 
-from .algorithm import Algorithm
+from .algorithm import Algorithm, Stage
 from .errors import ArgumentError, CheckpointError, LedgerError
 from .events import Event
 from .log import get_logger
@@ -75,7 +75,13 @@ class Engine:
         ordered = sorted(self.algorithms, key=lambda each: each.stage)  # stable: the list decides within a stage
         self._authors = {}
         for event in Event:
-            handlers = [self._handler(each) for each in ordered if event in each.events]
+            listening = [each for each in ordered if event in each.events]
+            if event in (
+                Event.EVAL_START,
+                Event.EVAL_END,
+            ):  # averages are in place before, and out again before, all others
+                listening.sort(key=lambda each: each.stage is not Stage.WEIGHTS)
+            handlers = [self._handler(each) for each in listening]
             if event is Event.BATCH_START:
                 handlers.append(_begin_batch)
             self._handlers[event] = tuple(handlers)
@@ -195,7 +201,7 @@ class Engine:
 
 
 def check_algorithms(algorithms: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
-    """Return the algorithms as a tuple, presets' lists flattened, or say what is no algorithm."""
+    """Return the algorithms as a tuple, or raise an ArgumentError that says what is no algorithm."""
     example = "Trainer(algorithms=[LoRAInject(), LayerThaw(every=2)])"
     if isinstance(algorithms, Algorithm) or not isinstance(algorithms, Iterable):
         raise ArgumentError("Trainer(algorithms=)", got=algorithms, takes="a list of algorithms", example=example)

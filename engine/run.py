@@ -67,9 +67,11 @@ class Run:
         self.forward = trainer.forward()
         self.precision = Precision(trainer.precision, trainer.device)
         self.data = ResumableLoader(train_loader, seed=trainer.seed)
-        self.eval_data = None if eval_loader is None else ResumableLoader(
-                eval_loader, seed=trainer.seed, argument="Trainer.fit(eval_loader=)"
-            )
+        self.eval_data = (
+            None
+            if eval_loader is None
+            else ResumableLoader(eval_loader, seed=trainer.seed, argument="Trainer.fit(eval_loader=)")
+        )
         length = self.data.length
         clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
         self.settings = {**trainer.describe(), "duration": str(duration)}

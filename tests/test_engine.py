@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import torch
-from helpers import mlp, same_weights, weights
 from torch import nn
 
+from helpers import mlp, same_weights, weights
 from thawline.engine import (
     Algorithm,
     ArgumentError,
@@ -73,6 +73,20 @@ def test_order_is_by_stage_then_by_place_in_the_list() -> None:
         engine.emit(Event.BATCH_END)
         engine.emit(Event.BATCH_START)
     assert seen == ["first", "one", "two", "last", "close two", "close first", "close one", "close last"]
+
+
+def test_averaged_weights_are_in_place_for_everybody_during_an_evaluation_only() -> None:
+    """At EVAL_START and EVAL_END the stage WEIGHTS acts before all others, SURGERY included."""
+
+    class Swap(Note):
+        stage: ClassVar[Stage] = Stage.WEIGHTS
+
+    seen: list[str] = []
+    events = frozenset({Event.EVAL_START, Event.EVAL_END, Event.BATCH_END})
+    engine = Engine([Surgeon("first", seen, events), Swap("swap", seen, events)], state_of())
+    for event in (Event.EVAL_START, Event.EVAL_END, Event.BATCH_END):
+        engine.emit(event)
+    assert seen == ["swap", "first", "swap", "first", "first", "swap"]
 
 
 def test_owners_are_unique_and_numbered() -> None:
@@ -184,7 +198,11 @@ def test_an_engine_in_a_loop_by_hand_equals_the_trainer() -> None:
     batches = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
     loss_fn = nn.functional.cross_entropy
     trainer = Trainer(
-        algorithms=[Thaw()], optimizer=partial(torch.optim.SGD, lr=0.1), schedule=linear(), loss_fn=loss_fn, progress=False
+        algorithms=[Thaw()],
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        schedule=linear(),
+        loss_fn=loss_fn,
+        progress=False,
     )
     trainer.fit(net, batches, duration="2ep")
     ledger = ParameterLedger(twin, partial(torch.optim.SGD, lr=0.1), schedule=linear())

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODELS, Bare, Encoder, Shared, Tied, cnn, mlp
 from torch import nn
 
+from helpers import MODELS, Bare, Encoder, Shared, Tied, cnn, mlp
 from thawline.engine import LayerError, LayerMap, SelectorError
 
 
@@ -51,7 +51,12 @@ def hugging_face(kind: str) -> nn.Module:
     """Return a small randomly initialized model of a known architecture."""
     import transformers as hf
 
-    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     if kind == "bert":
         return hf.BertForSequenceClassification(hf.BertConfig(vocab_size=30, **small))
     if kind == "llama":
@@ -117,7 +122,8 @@ def test_layers_are_named_by_index_and_slice() -> None:
 def test_given_layers_win_and_named_parts_are_layers() -> None:
     """layers= takes globs, module names and parts of one's own, in depth order."""
     layers = LayerMap(
-        Encoder(3, 0.0), {"stem": "embed", "blocks": "encoder.layers.*", "head": ["classifier.weight", "classifier.bias"]}
+        Encoder(3, 0.0),
+        {"stem": "embed", "blocks": "encoder.layers.*", "head": ["classifier.weight", "classifier.bias"]},
     )
     assert [layer.name for layer in layers] == ["stem", "blocks[0]", "blocks[1]", "blocks[2]", "head"]
     parts = LayerMap(Bare(), {"stem": "scale", "blocks": [["body.0"]], "structure_module": "body.2", "head": "head"})

@@ -73,7 +73,14 @@ def selectors_of(ledger: ParameterLedger) -> list[Any]:
     names = list(ledger.parameters)
     layers = [layer.name for layer in ledger.layers]
     modules = sorted({name.rpartition(".")[0] for name in names if "." in name})
-    return [*layers, *names[:6], *modules, "*", "*.bias" if any(n.endswith(".bias") for n in names) else "*", names[::2]]
+    return [
+        *layers,
+        *names[:6],
+        *modules,
+        "*",
+        "*.bias" if any(n.endswith(".bias") for n in names) else "*",
+        names[::2],
+    ]
 
 
 def covered(selector: Any, name: str, ledger: ParameterLedger) -> bool:
@@ -212,7 +219,9 @@ def test_the_order_of_owners_calls_does_not_matter(model: str, optimizer: str, b
 
 @settings(max_examples=60)
 @given(model=st.sampled_from(sorted(MODELS)), optimizer=st.sampled_from(OPTIMIZERS), plan=operations)
-def test_a_saved_ledger_restored_into_a_fresh_model_steps_on_bit_for_bit(model: str, optimizer: str, plan: list[Any]) -> None:
+def test_a_saved_ledger_restored_into_a_fresh_model_steps_on_bit_for_bit(
+    model: str, optimizer: str, plan: list[Any]
+) -> None:
     """state_dict into a fresh ledger: same digest, and the same weights after three more steps."""
     torch.manual_seed(0)
     net = MODELS[model]()
@@ -572,7 +581,15 @@ def test_a_frozen_tensor_with_a_gradient_is_found() -> None:
 def test_a_selector_that_matches_nothing_lists_the_nearest_names() -> None:
     """Globs, names, layers, lists and predicates alike."""
     ledger = ParameterLedger(Tied(), partial(torch.optim.SGD, lr=0.1))
-    for selector in ("embd.weight", ["embed.weight", "nope.*"], "blocks[9]", lambda name, p: False, [], 3, "blocks.1.0.wait"):
+    for selector in (
+        "embd.weight",
+        ["embed.weight", "nope.*"],
+        "blocks[9]",
+        lambda name, p: False,
+        [],
+        3,
+        "blocks.1.0.wait",
+    ):
         with pytest.raises(SelectorError):
             ledger.freeze(selector, owner="me")  # type: ignore[arg-type]
     with pytest.raises(SelectorError, match="'embed.weight'"):
@@ -592,8 +609,8 @@ def test_a_module_name_does_not_take_its_longer_namesakes() -> None:
     [
         (lambda net: torch.optim.LBFGS(net.parameters()), "needs a closure"),
         (lambda net: torch.optim.SGD(mlp().parameters(), lr=0.1), "not in the model"),
-        (lambda net: (lambda ps: torch.optim.SGD(list(ps)[:2], lr=0.1)), "leaves out 4 of 6"),
-        (lambda net: (lambda ps: None), "no torch Optimizer"),
+        (lambda net: lambda ps: torch.optim.SGD(list(ps)[:2], lr=0.1), "leaves out 4 of 6"),
+        (lambda net: lambda ps: None, "no torch Optimizer"),
         (lambda net: [("head", partial(torch.optim.SGD, lr=0.1))], "leaves out 4 of 6"),
         (lambda net: [("*", partial(torch.optim.SGD, lr=0.1)), ("head", partial(torch.optim.SGD, lr=0.1))], "nothing"),
         (lambda net: "adam", "takes an optimizer"),

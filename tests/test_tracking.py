@@ -20,8 +20,7 @@ import pytest
 from attrs import define, field, frozen
 from typing_extensions import override
 
-from thawline.engine.errors import MissingExtraError
-from thawline.engine.errors import ArgumentError
+from thawline.engine.errors import ArgumentError, MissingExtraError
 from thawline.engine.tracking import CometTracker, JsonlTracker, MemoryTracker, Tracker, Trackers
 
 KEY = "dummyKEY0123456789abcdefghijklmnop"

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MODELS, Encoder, cnn, loader, mlp, same_weights, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers import MODELS, Encoder, cnn, loader, mlp, same_weights, weights
 from thawline.engine import (
     Algorithm,
     ArgumentError,
@@ -159,9 +159,7 @@ def test_the_learning_rate_at_step_k_is_the_function_at_k(schedule: Any, formula
 
 
 @settings(max_examples=25)
-@given(
-    size=st.integers(1, 9), accumulate=st.sampled_from([1, 2, 4]), ignored=st.integers(0, 5), double=st.booleans()
-)
+@given(size=st.integers(1, 9), accumulate=st.sampled_from([1, 2, 4]), ignored=st.integers(0, 5), double=st.booleans())
 def test_cutting_a_batch_does_not_change_its_gradient(size: int, accumulate: int, ignored: int, double: bool) -> None:
     """k microbatches equal one batch within 1e-6, in float64 within 1e-12, also where labels are ignored unevenly."""
     dtype = torch.float64 if double else torch.float32
@@ -203,7 +201,11 @@ def test_batches_are_mappings_tuples_or_one_tensor() -> None:
     assert same_weights(weights(inside), weights(outside))
     assert torch.equal(inside.layer.weight, tuples.weight)
     own = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
-    trainer = Trainer(optimizer=partial(torch.optim.SGD, lr=0.01), progress=False, forward_fn=lambda model, batch: model(batch).square().mean())
+    trainer = Trainer(
+        optimizer=partial(torch.optim.SGD, lr=0.01),
+        progress=False,
+        forward_fn=lambda model, batch: model(batch).square().mean(),
+    )
     history = trainer.fit(own, [x], duration="5ep").history
     assert history[-1]["train/loss"] < history[0]["train/loss"]
 
@@ -254,7 +256,9 @@ def test_the_model_is_given_back_as_it_was() -> None:
     assert [name for name, each in net.named_parameters() if not each.requires_grad] == ["0.weight"]
     assert {name: (id(each), each.data_ptr()) for name, each in net.named_parameters()} == identities
     assert all(each.grad is None for each in net.parameters())
-    assert not any(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in net.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks for module in net.modules()
+    )
 
 
 def test_a_second_fit_starts_every_algorithm_afresh() -> None:
@@ -313,7 +317,14 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path) -> None:
 
     def trainer(folder: Path) -> Trainer:
         every = Checkpointing(every="1ba", keep=3)
-        return Trainer_(optimizer=ADAMW, schedule=cosine(), run_dir=folder, checkpoint=every, algorithms=[StopEvery()], log_every="3ba")
+        return Trainer_(
+            optimizer=ADAMW,
+            schedule=cosine(),
+            run_dir=folder,
+            checkpoint=every,
+            algorithms=[StopEvery()],
+            log_every="3ba",
+        )
 
     whole = trainer(tmp_path / "whole").fit(net, data, data, duration="2ep")
     expected, generator = weights(net), torch.get_rng_state()
@@ -332,7 +343,10 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     assert result.history == whole.history
     assert result.clock == whole.clock
     assert result.timeline.spans == whole.timeline.spans
-    lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("whole", "cut")]
+    lines = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
     for line in itertools.chain(*lines):
         line.pop("time")
     assert lines[0] == lines[1]
@@ -374,7 +388,10 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     current = {"value": 0.0}
     result = trainer.fit(mlp(), loader(8, 8), loader(8, 8), duration="4ep")
     assert result.best is not None
-    assert (result.best.name, sorted(path.name for path in tmp_path.glob("ba*"))) == ("ba00000002", ["ba00000002", "ba00000004"])
+    assert (result.best.name, sorted(path.name for path in tmp_path.glob("ba*"))) == (
+        "ba00000002",
+        ["ba00000002", "ba00000004"],
+    )
 
 
 # -- failure -----------------------------------------------------------------------------------------------------------
@@ -396,15 +413,28 @@ def test_an_exception_names_its_author_and_everything_is_closed(event: Event) ->
 
     net = mlp()
     with pytest.raises(RuntimeError, match="on purpose") as caught:
-        Trainer_(algorithms=[Closing(), Raise(event, 0 if event.name.endswith("START") and not event.name.startswith("EVAL") or event in EARLY else 1)]).fit(
-            net, loader(8, 8), loader(8, 8), duration="2ep"
-        )
+        Trainer_(
+            algorithms=[
+                Closing(),
+                Raise(
+                    event,
+                    0 if (event.name.endswith("START") and not event.name.startswith("EVAL")) or event in EARLY else 1,
+                ),
+            ]
+        ).fit(net, loader(8, 8), loader(8, 8), duration="2ep")
     assert seen == [(Event.FIT_ABORT, RuntimeError), "closed"]
     assert f"Raise.apply at {event.name}" in caught.value.__notes__[0]
     assert all(each.requires_grad for each in net.parameters())
 
 
-EARLY = {Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.AFTER_BACKWARD, Event.BEFORE_STEP, Event.AFTER_STEP}
+EARLY = {
+    Event.BEFORE_FORWARD,
+    Event.AFTER_FORWARD,
+    Event.AFTER_LOSS,
+    Event.AFTER_BACKWARD,
+    Event.BEFORE_STEP,
+    Event.AFTER_STEP,
+}
 
 
 def poisoned(at: int, total: int = 8) -> list[tuple[Tensor, Tensor]]:

@@ -1,0 +1,100 @@
+"""The timeline of a fit: table, picture, JSON, and agreement with what the optimizers had."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import loader, mlp
+from thawline.algorithms import LayerThaw
+from thawline.engine import Algorithm, ArgumentError, Event, FitResult, Plan, State, Trainer, cosine, linear
+
+
+def thawed(**more: object) -> FitResult:
+    """Return a fit in which two blocks thaw."""
+    trainer = Trainer(
+        algorithms=[LayerThaw(every=1)], optimizer=partial(torch.optim.SGD, lr=0.1), loss_fn=nn.functional.cross_entropy,
+        progress=False, **more,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return trainer.fit(mlp(), loader(), duration="4ep")
+
+
+def test_spans_are_exact_at_their_ends() -> None:
+    """Each span says what trains, and each group's rate at its first batch and after its last."""
+    spans = thawed(schedule=linear()).timeline.spans
+    assert [(span.start.batch, span.end.batch) for span in spans] == [(0, 4), (4, 8), (8, 16)]
+    assert [span.trainable for span in spans] == [10, 30, 50]
+    assert [span.share for span in spans] == [0.2, 0.6, 1.0]
+    rates = [[(name, first, last) for name, _, first, last in span.groups] for span in spans]
+    assert rates[0] == [("head", 0.1, pytest.approx(0.075))]
+    assert rates[1] == [
+        ("blocks[1]", pytest.approx(0.0375), pytest.approx(0.025)),
+        ("head", pytest.approx(0.075), pytest.approx(0.05)),
+    ]
+    assert rates[2][0] == ("blocks[0]", pytest.approx(0.0125), 0.0)
+
+
+def test_samples_are_what_the_optimizer_had() -> None:
+    """The picture's colors are the learning rates of the groups at that batch, layer by layer."""
+    seen: list[dict[str, float]] = []
+
+    class Watch(Algorithm):
+        """Reads the optimizer's groups."""
+
+        events = frozenset({Event.BEFORE_STEP})
+
+        def apply(self, event: Event, state: State) -> None:
+            """Note the rate of each layer."""
+            seen.append(
+                {
+                    state.layers.of(name).name: group.lr or 0.0
+                    for group in state.ledger.groups
+                    for name in group.parameters
+                }
+            )
+
+    trainer = Trainer(
+        algorithms=[LayerThaw(every=1), Watch()], optimizer=partial(torch.optim.SGD, lr=0.1), schedule=cosine(),
+        loss_fn=nn.functional.cross_entropy, progress=False,
+    )  # fmt: skip
+    plan = trainer.fit(mlp(), loader(), duration="4ep").timeline
+    assert [sample.batch for sample in plan.samples] == list(range(16))
+    assert [dict(sample.rates) for sample in plan.samples] == seen
+
+
+def test_a_plan_survives_json() -> None:
+    """to_json and from_json invert each other."""
+    import json
+
+    plan = thawed().timeline
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_the_table_has_a_row_a_span() -> None:
+    """print(timeline): batches, epochs, parameters, share, layers, learning rates."""
+    lines = str(thawed().timeline).splitlines()
+    assert len(lines) == 4
+    assert lines[1].split()[:3] == ["0", "-", "4"]
+    assert "20.0%" in lines[1]
+    assert "blocks[0] 0.025" in lines[3]
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    """A PNG with the frozen cells gray and the training ones colored."""
+    from matplotlib.image import imread
+
+    path = thawed().timeline.save(tmp_path / "plan.png")
+    picture = imread(path)
+    colors = {tuple(round(float(value), 2) for value in pixel[:3]) for pixel in picture.reshape(-1, 4)[::7]}
+    assert (0.82, 0.82, 0.82) in colors
+    assert len(colors) > 20
+
+
+def test_an_empty_plan_says_what_it_needs(tmp_path: Path) -> None:
+    """Nothing to draw is a typed error."""
+    with pytest.raises(ArgumentError, match="at least one batch"):
+        Plan().save(tmp_path / "plan.png")
