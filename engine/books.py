@@ -69,6 +69,7 @@ class Books:
         self._journal, self._overrides = _ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
         self._factor = 1.0
+        self._rated = self.clock  # for which the rates were last written: the clock ticks before the next batch's are
         self._begin()
 
     def apply_lr(self, clock: Clock) -> None:
@@ -200,6 +201,7 @@ class Books:
         self.version += 1
 
     def _write_lr(self) -> None:
+        self._rated = self.clock
         for slot, group in self._live.items():
             if slot.base_lr is None:
                 continue

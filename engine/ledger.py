@@ -264,7 +264,7 @@ class ParameterLedger(Books):
             has_state = home is not None and parameter in self.optimizers[home.optimizer].state
             holders = self._holds.owners(name)
             check_parameter(name, parameter, trains=name in self._trainable, holders=holders, has_state=has_state)
-        check_rates(self._live, self._members, self._factor, self.clock, self.min_lr)
+        check_rates(self._live, self._members, self._factor, self._rated, self.min_lr)
         if [id(each) for _, each in self.model.named_parameters()] != [id(each) for each in self._parameters.values()]:
             raise LedgerError(
                 "the model's parameters were exchanged behind the ledger. Write ledger.attach(module, op, owner=...)."

@@ -328,6 +328,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path) -> None:
 
     whole = trainer(tmp_path / "whole").fit(net, data, data, duration="2ep")
     expected, generator = weights(net), torch.get_rng_state()
+    attempt, result = 0, whole
     for attempt in range(20):
         net, data = data_with_dropout()
         torch.manual_seed(attempt + 100)
@@ -380,12 +381,12 @@ def test_resume_with_other_settings_says_what_differs(tmp_path: Path) -> None:
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     """monitor= keeps the checkpoint with the best metric besides the newest."""
     values = iter([0.5, 0.1, 0.7, 0.9])
+    current = {"value": 0.0}
     trainer = Trainer_(
         run_dir=tmp_path, checkpoint=Checkpointing(keep=1, monitor="eval/score", mode="min"),
         metrics={"score": lambda outputs, targets: current["value"]},
         algorithms=[Watch([], lambda state: current.update(value=next(values)), [Event.EVAL_START])],
     )  # fmt: skip
-    current = {"value": 0.0}
     result = trainer.fit(mlp(), loader(8, 8), loader(8, 8), duration="4ep")
     assert result.best is not None
     assert (result.best.name, sorted(path.name for path in tmp_path.glob("ba*"))) == (

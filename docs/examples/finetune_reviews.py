@@ -27,14 +27,11 @@ ARCHIVE, OUT = Path(".demo/vaderSentiment-3.3.2.tar.gz"), Path(".demo/runs")
 
 # A recipe is a learning rate and a list of algorithms. In all three the head trains from the start. LayerThaw adds a
 # block of the encoder each tenth of the fit, from the top down, each slower than the one above it. Where LoRAInject
-# stands beside it, the blocks' own weights stay held, and only the adapters in them thaw. `stem=False` leaves the embeddings frozen.
+# stands beside it, the blocks' own weights stay held, and only the adapters in them thaw.
 RECIPES = {
     "head only": (3e-3, head_only()),
-    "LoRA, thawed": (3e-3, [LoRAInject(rank=8), LayerThaw(every="0.1dur", lr_scale=0.8)]),
-    "blocks, thawed": (
-        3e-4,
-        [LayerThaw(every="0.1dur", lr_scale=0.9, stem=False), GradClip(1.0), EMA(half_life="0.1dur")],
-    ),
+    "LoRA, thawed": (3e-3, [LoRAInject(rank=8), LayerThaw("0.1dur", lr_scale=0.8)]),
+    "blocks, thawed": (3e-4, [LayerThaw("0.1dur", lr_scale=0.9, stem=False), GradClip(1.0), EMA("0.1dur")]),
 }
 
 
