@@ -203,16 +203,20 @@ class Recorder:
 
     def state_dict(self, clock: Clock) -> dict[str, Any]:
         """Return what was written down, as JSON."""
-        return self.timeline(clock).to_json()
+        return {**self.timeline(clock).to_json(), "current": self.ledger.version == self._version}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned: the last span is open again."""
+        """Go on from what :meth:`state_dict` returned: the last span is open again.
+
+        It is not where the ledger had moved since the last batch, as at an EPOCH_END: the next batch begins a new span.
+        """
         plan = Plan.from_json(saved)
         self._spans, self._samples = list(plan.spans), list(plan.samples)
-        if self._spans:
+        self._open, self._version = None, -1
+        if self._spans and saved["current"]:
+            self._version = self.ledger.version
             self._open = self._spans.pop()
             self._layers_of_group, self._slots = self._layers(), self.ledger.slots
-        self._version = self.ledger.version
         self._next_sample = self._samples[-1].batch + self._step() if self._samples else 0
 
     def _begin(self, clock: Clock) -> None:

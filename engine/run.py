@@ -93,6 +93,7 @@ class Run:
             self.folder.close()
             raise
         self._epoch_loss, self._log_loss = _Mean(), _Mean()
+        self._shown: dict[str, float] = {}
         self._evaluated_at: int | None = None
         self._exhausted = False
         self._skipped = 0
@@ -372,10 +373,12 @@ class Run:
             self._log({"train/loss": self._log_loss.value(), **self._rates()})
             self._log_loss = _Mean()
         self.folder.note(before, state.clock)
-        self.progress.update(state.clock.batch, state.metrics)
+        self.progress.update(state.clock.batch, self._shown)
 
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
+        shown = {name: value for name, value in self.state.metrics.items() if name.startswith(("train/", "eval/"))}
+        self._shown = shown | {"lr": max(self._rates().values(), default=0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 

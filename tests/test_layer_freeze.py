@@ -18,7 +18,7 @@ from timelines import Loop, stack
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from thawline.algorithms import EMA, GradClip, LayerFreeze, freeze_layers, freeze_share
+from thawline.algorithms import EMA, GradClip, LayerFreeze, LayerwiseLR, freeze_layers, freeze_share
 from thawline.algorithms.layer_freeze import freeze_units
 from thawline.engine import (
     Algorithm,
@@ -133,9 +133,12 @@ def test_leaves_are_the_modules_without_children_depth_first(model: nn.Module) -
 
 
 def test_a_shared_leaf_counts_as_often_as_composer_meets_it() -> None:
-    """Composer's list has the shared module twice, so the share means as many layers here."""
-    units = freeze_units(Shared(), LayerMap(Shared()), "leaf")
-    assert units == [("first.weight", "first.bias"), ("middle.weight", "middle.bias"), (), ("head.weight", "head.bias")]
+    """Composer's list has a module that two others share twice, so that a share means as many layers here."""
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(layer), nn.Sequential(layer), nn.Linear(4, 2))
+    units = freeze_units(model, LayerMap(model), "leaf")
+    assert units == [("0.0.weight", "0.0.bias"), (), ("2.weight", "2.bias")]
+    assert len(freeze_units(Shared(), LayerMap(Shared()), "leaf")) == 3  # twice in one module: met once
 
 
 def test_parameters_of_modules_with_children_freeze_with_the_leaf_below_them() -> None:
@@ -287,11 +290,27 @@ def test_a_fit_resumed_at_any_batch_goes_on_as_if_never_stopped(
     arguments: Any = {"start": 0.3, "at": at, "granularity": granularity}
     model, whole = _fit(tmp_path / "whole", LayerFreeze(**arguments))
     assert len(whole.timeline.spans) > 2
-    for batch in (3, 12, 17, 20):
+    for batch in (3, 12, 16, 17, 20):
         again, result = _fit(tmp_path / f"from{batch}", LayerFreeze(**arguments), tmp_path / "whole" / f"ba{batch:08d}")
         assert same_weights(weights(again), weights(model)), batch
         assert result.timeline.spans == whole.timeline.spans
         assert result.history == whole.history
+
+
+def test_a_group_that_freezes_at_the_cut_does_not_disturb_the_resume(tmp_path: Path) -> None:
+    """A checkpoint cut after an EPOCH_END that took a whole group away: the timeline has a new span from there."""
+
+    def fit(folder: Path, resume: Path | bool = False) -> Any:
+        torch.manual_seed(0)
+        trainer = Trainer(
+            algorithms=[LayerFreeze(0.3), LayerwiseLR()], loss_fn=cross_entropy, run_dir=tmp_path / folder, progress=False,
+            checkpoint=Checkpointing(every="1ba", keep=30),
+        )  # fmt: skip
+        return trainer.fit(mlp(depth=4), loader(), duration="6ep", resume=resume)
+
+    whole = fit(Path("whole"))
+    assert [len(span.groups) for span in whole.timeline.spans] == [4, 3, 2]
+    assert fit(Path("again"), tmp_path / "whole" / "ba00000016").timeline.spans == whole.timeline.spans
 
 
 def test_a_fit_logs_layers_and_share() -> None:

@@ -244,19 +244,22 @@ def side_by_side(rows: Mapping[str, Mapping[str, float]], *, picture: Path) -> T
         picture: Where the bars are drawn; the suffix decides the format.
     """
     columns = list(next(iter(rows.values())))
+    texts = {name: [_shortened(values[column]) for column in columns] for name, values in rows.items()}
     table = Table("", *columns)
-    for name, values in rows.items():
-        table.add_row(
-            name,
-            *(f"{values[column]:,.3g}" if values[column] < 1000 else f"{values[column]:,.0f}" for column in columns),
-        )
-    figure = Figure(figsize=(3 * len(columns), 3), layout="constrained")
-    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        axes.bar_label(
-            axes.barh(list(rows), [values[column] for values in rows.values()]), fmt="%.3g", padding=-32, color="white"
-        )
+    for name, cells in texts.items():
+        table.add_row(name, *cells)
+    figure = Figure(figsize=(3 * len(columns), 2.5), layout="constrained")
+    for index, axes in enumerate(figure.subplots(1, len(columns), squeeze=False)[0]):
+        bars = axes.barh(list(rows), [values[columns[index]] for values in rows.values()])
+        axes.bar_label(bars, [cells[index] for cells in texts.values()], padding=3)
+        axes.margins(x=0.25)
+        axes.set_title(columns[index])
         axes.invert_yaxis()
-        axes.set_title(column)
         axes.label_outer()
     figure.savefig(picture, dpi=150)
     return table
+
+
+def _shortened(value: float) -> str:
+    """Return a number with three digits that count."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
