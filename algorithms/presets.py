@@ -88,12 +88,12 @@ def partial(
         {'select': ['blocks[-2:]', 'head'], 'lr': {'blocks[-2:]': 1e-05}}
     """
     check_whole("partial(last=)", last, at_least=1, example="partial(last=2)")
-    if isinstance(also, str) or not isinstance(also, Sequence):
+    if isinstance(also, str) or not isinstance(also, Sequence) or not all(isinstance(each, str) for each in also):
         raise ArgumentError(
             "partial(also=)", got=also, takes="a list", example="partial(last=2, also=['structure_module'])"
         )
     trunk = f"blocks[-{last}:]"
-    rates = _rates("partial", lr_trunk=(trunk, lr_trunk), lr_head=("head", lr_head))
+    rates = _rates("partial", "last=2, ", lr_trunk=(trunk, lr_trunk), lr_head=("head", lr_head))
     if lr_trunk is not None:
         rates.update(dict.fromkeys(also, lr_trunk))
     return [TrainOnly([trunk, "head", *also], lr=rates)]
@@ -150,11 +150,11 @@ def progressive(
     return [LayerThaw(every, limit=limit, lr_scale=lr_scale, order=order, warmup=warmup)]
 
 
-def _rates(preset: str, **rates: tuple[str, float | None]) -> dict[str, float]:
+def _rates(preset: str, before: str = "", /, **rates: tuple[str, float | None]) -> dict[str, float]:
     """Check each argument, and return selector to rate where there is one."""
     found: dict[str, float] = {}
     for name, (select, lr) in rates.items():
         if lr is not None:
-            argument, example = f"{preset}({name}=)", f"{preset}({name}=1e-3)"
+            argument, example = f"{preset}({name}=)", f"{preset}({before}{name}=1e-3)"
             found[select] = check_in_range(argument, lr, above=0, example=example, or_none=True)
     return found

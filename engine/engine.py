@@ -208,8 +208,8 @@ def check_algorithms(algorithms: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
     found = tuple(algorithms)
     for each in found:
         if not isinstance(each, Algorithm):
-            what = "a list: write [*progressive(), EMA()]" if isinstance(each, list) else each
-            raise ArgumentError("Trainer(algorithms=)", got=what, takes="instances of Algorithm", example=example)
+            example = "Trainer(algorithms=[*progressive(), EMA()])" if isinstance(each, list) else example
+            raise ArgumentError("Trainer(algorithms=)", got=each, takes="instances of Algorithm", example=example)
         bad = [event for event in each.events if not isinstance(event, Event)]
         if bad:
             raise ArgumentError(

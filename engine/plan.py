@@ -135,17 +135,18 @@ class Plan:
         grid = np.full((len(names), len(self.samples)), np.nan)
         for column, each in enumerate(self.samples):
             for row, name in enumerate(names):
-                rate = each.rates.get(name)
-                grid[row, column] = rate or np.nan
+                grid[row, column] = each.rates.get(name, np.nan)  # frozen is NaN; a rate of zero is a rate
         edges = [each.epoch for each in self.samples]
         edges.append(max(_epochs(self.spans[-1].end), edges[-1] + 1e-9))
         figure = Figure(figsize=(8, 0.9 + 0.28 * len(names)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         axes.set_facecolor("0.82")
-        if np.isfinite(grid).any():
-            low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
-            norm = LogNorm(low * 0.999 if low == high else max(low, high * 1e-4), high, clip=True)
+        if (positive := grid[grid > 0]).size:
+            low, high = float(positive.min()), float(positive.max())
+            low = low * 0.999 if low == high else max(low, high * 1e-4)
+            norm = LogNorm(low, high, clip=True)
+            grid = np.where(grid < low, low, grid)
             mesh = axes.pcolormesh(
                 edges, np.arange(len(names) + 1), grid, cmap="viridis", norm=norm, linewidth=0, rasterized=True
             )

@@ -96,7 +96,7 @@ def _one(
         found += [true for alias, true in aliases.items() if fnmatchcase(alias, text)]
     if not found:
         raise SelectorError(
-            f"the selector {text!r} matches nothing. Nearest names: {nearest(text, parameters)}. "
+            f"the selector {text!r} matches nothing. Nearest names: {nearest(text, [*layers.names, *parameters])}. "
             f"Layers: {', '.join(layers.names)}. Write a layer, one of these names, or a glob such as '*.bias'."
         )
     return Selection(tuple(dict.fromkeys(found)), (text,))

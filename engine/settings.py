@@ -69,12 +69,12 @@ def duration_of(value: object) -> Time:
         ArgumentError: It is no time, zero, or a share of itself.
     """
     example = "trainer.fit(model, train_loader, duration='3ep')"
+    takes = "a time above zero in epochs ('3ep' or 3), batches ('200ba') or samples ('5000sp')"
     try:
         time = Time(value)  # type: ignore[arg-type]
-    except ArgumentError as error:
-        raise ArgumentError("Trainer.fit(duration=)", got=value, takes=error.takes, example=example) from None
+    except ArgumentError:
+        raise ArgumentError("Trainer.fit(duration=)", got=value, takes=takes, example=example) from None
     if time.unit == "dur" or not time.value:
-        takes = "a time above zero in epochs ('3ep' or 3), batches ('200ba') or samples ('5000sp')"
         raise ArgumentError("Trainer.fit(duration=)", got=value, takes=takes, example=example)
     return time
 

@@ -80,6 +80,7 @@ class Trainer(Recipe):
         ArgumentError: An argument of the wrong type or out of range.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import DataLoader, TensorDataset
         >>> x, y = torch.randn(32, 4), torch.randint(2, (32,))
         >>> loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True)

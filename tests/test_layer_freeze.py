@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from helpers import MODELS, Bare, Shared, Tied, cnn, encoder, loader, mlp, pseudo_gradients, same_weights, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from timelines import Loop, stack
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from helpers import MODELS, Bare, Shared, Tied, cnn, encoder, loader, mlp, pseudo_gradients, same_weights, weights
 from thawline.algorithms import EMA, GradClip, LayerFreeze, LayerwiseLR, freeze_layers, freeze_share
 from thawline.algorithms.layer_freeze import freeze_units
 from thawline.engine import (
@@ -335,7 +335,7 @@ def test_a_fit_logs_layers_and_share() -> None:
 )  # fmt: skip
 def test_a_bad_argument_is_an_error_that_names_it(arguments: dict[str, Any]) -> None:
     """The message names the argument and what it got, and ends with a call that works."""
-    (name, value), = arguments.items()
+    ((name, value),) = arguments.items()
     with pytest.raises(ArgumentError) as caught:
         LayerFreeze(**arguments)
     assert caught.value.argument == f"LayerFreeze({name}=)"

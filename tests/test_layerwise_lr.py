@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Tied, decay_groups, encoder, loader, mlp
 from hypothesis import given
 from hypothesis import strategies as st
 from timelines import Loop, stack, timeline
 from torch.nn.functional import cross_entropy
 
+from helpers import Tied, decay_groups, encoder, loader, mlp
 from thawline.algorithms import LayerThaw, LayerwiseLR, LoRAInject, TrainOnly, layer_factors
 from thawline.engine import (
     Algorithm,
@@ -48,8 +48,12 @@ def test_rates_written_out() -> None:
 
 def test_the_heads_own_rate_leaves_the_others_alone() -> None:
     """lr_head is absolute; the layers below relate to the optimizer's rate."""
-    assert timeline(LayerwiseLR(0.5, lr_head=3.0), stack(1), duration=1) == [{"stem": 0.25, "blocks[0]": 0.5, "head": 3.0}]
-    assert timeline(LayerwiseLR(1.0, lr_head=3.0), stack(1), duration=1) == [{"stem": 1.0, "blocks[0]": 1.0, "head": 3.0}]
+    assert timeline(LayerwiseLR(0.5, lr_head=3.0), stack(1), duration=1) == [
+        {"stem": 0.25, "blocks[0]": 0.5, "head": 3.0}
+    ]
+    assert timeline(LayerwiseLR(1.0, lr_head=3.0), stack(1), duration=1) == [
+        {"stem": 1.0, "blocks[0]": 1.0, "head": 3.0}
+    ]
 
 
 def test_factors_multiply_with_those_of_others() -> None:
@@ -81,7 +85,9 @@ def test_the_schedule_goes_on_top() -> None:
     assert len(rows) == 8
     for step, row in enumerate(rows):
         at = factor(step / 8)
-        assert row == pytest.approx({"blocks[0]": 0.2 * 0.49 * at, "blocks[1]": 0.2 * 0.7 * at, "head": 0.2 * at}, rel=1e-12)
+        assert row == pytest.approx(
+            {"blocks[0]": 0.2 * 0.49 * at, "blocks[1]": 0.2 * 0.7 * at, "head": 0.2 * at}, rel=1e-12
+        )
 
 
 def test_weight_decay_and_other_options_stay_with_their_parameters() -> None:
@@ -89,7 +95,9 @@ def test_weight_decay_and_other_options_stay_with_their_parameters() -> None:
     model = mlp(depth=3)
     state = State(model, ParameterLedger(model, decay_groups(model)))
     Engine([LayerwiseLR(0.5)], state, debug=True).emit(Event.FIT_START)
-    found = {name: (group.lr, group.options["weight_decay"]) for group in state.ledger.groups for name in group.parameters}
+    found = {
+        name: (group.lr, group.options["weight_decay"]) for group in state.ledger.groups for name in group.parameters
+    }
     assert found == {
         "0.weight": (0.005, 0.1), "0.bias": (0.005, 0.0), "2.weight": (0.01, 0.1), "2.bias": (0.01, 0.0),
         "4.weight": (0.02, 0.1), "4.bias": (0.02, 0.0),
@@ -123,7 +131,7 @@ def test_two_owners_of_the_heads_rate_are_an_error_that_names_both() -> None:
 )  # fmt: skip
 def test_a_bad_argument_is_an_error_that_names_it(arguments: dict[str, Any]) -> None:
     """The message names the argument and what it got, and ends with a call that works."""
-    (name, value), = arguments.items()
+    ((name, value),) = arguments.items()
     with pytest.raises(ArgumentError) as caught:
         LayerwiseLR(**arguments)
     assert caught.value.argument == f"LayerwiseLR({name}=)"

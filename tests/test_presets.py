@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import encoder, loader, mlp
 from timelines import Loop, Rates, rates, stack, timeline
 from torch.nn.functional import cross_entropy
 
-from thawline.algorithms import EMA, GradClip, LayerThaw, full, head_only, lora, partial, progressive
+from helpers import encoder, loader, mlp
+from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, full, head_only, lora, partial, progressive
 from thawline.engine import Algorithm, ArgumentError, LayerMap, SelectorError, Trainer
 
 EVERYTHING: Rates = dict.fromkeys(("stem", "blocks[0]", "blocks[1]", "blocks[2]", "head"), 1.0)
@@ -36,7 +36,10 @@ DECAYED: Rates = {"stem": 0.0625, "blocks[0]": 0.125, "blocks[1]": 0.25, "blocks
             progressive(every=2, lr_scale=0.1, limit=1),
             [{"head": 1.0}] * 2 + [{"blocks[2]": 0.1, "head": 1.0}] * 2,
         ),
-        (progressive(every="2ba", order="bottom", limit=1), [{"head": 1.0}] * 2 + [{"blocks[0]": 0.5, "head": 1.0}] * 2),
+        (
+            progressive(every="2ba", order="bottom", limit=1),
+            [{"head": 1.0}] * 2 + [{"blocks[0]": 0.5, "head": 1.0}] * 2,
+        ),
     ],
 )
 def test_what_trains_in_each_epoch(preset: list[Algorithm], expected: list[Rates]) -> None:
@@ -64,7 +67,9 @@ class TinyForCausalLM(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = torch.nn.Embedding(7, 4)
-        self.layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()) for _ in range(2)])
+        self.layers = torch.nn.ModuleList(
+            [torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()) for _ in range(2)]
+        )
         self.lm_head = torch.nn.Linear(4, 7)
 
 
@@ -75,16 +80,16 @@ def test_lora_trains_a_language_models_head_only_where_it_is_given_a_rate() -> N
 
 
 @pytest.mark.parametrize(
-    "preset", [head_only(lr=0.1), partial(last=1), full(lr_head=0.1), progressive(limit=1), lora(rank=2, lr_lora=0.1)]
+    "preset", [head_only(lr=0.1), partial(last=1), full(lr_head=0.02), progressive(limit=1), lora(rank=2, lr_lora=0.02)]
 )
 def test_presets_join_with_others_and_train(preset: list[Algorithm]) -> None:
     """A list is a list: more algorithms go beside it, the whole is described as JSON, and the loss falls."""
     torch.manual_seed(0)
     trainer = Trainer(
-        algorithms=[GradClip(1.0), *preset, EMA(half_life="0.1dur")], optimizer=bind(torch.optim.AdamW, lr=0.05),
+        algorithms=[GradClip(1.0), *preset, EMA(half_life="0.1dur")], optimizer=bind(torch.optim.AdamW, lr=0.01),
         loss_fn=cross_entropy, progress=False, debug=True,
     )  # fmt: skip
-    result = trainer.fit(mlp(depth=4), loader(), duration="4ep")
+    result = trainer.fit(mlp(depth=4), loader(), duration="6ep")
     assert result.history[-1]["train/loss"] < result.history[0]["train/loss"]
     again = [Algorithm.from_description(each.describe()).describe() for each in preset]
     assert again == [each.describe() for each in preset]
@@ -123,11 +128,12 @@ def test_each_call_makes_its_own_algorithms() -> None:
     ],
 )
 def test_a_bad_argument_is_an_error_that_names_it(call: Callable[[], Any], argument: str) -> None:
-    """By the preset's own argument, or by that of the algorithm it goes to under the same name."""
+    """By the preset's own argument, or by that of the algorithm it goes to under the same name; the example works."""
     with pytest.raises(ArgumentError) as caught:
         call()
     assert caught.value.argument == argument
-    eval(caught.value.example)
+    names = {each.__name__: each for each in (LayerThaw, LoRAInject, full, head_only, lora, partial, progressive)}
+    assert eval(caught.value.example, dict(names))
 
 
 def test_a_part_that_the_model_does_not_have_lists_what_it_has() -> None:

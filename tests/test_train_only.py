@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helpers import Tied, gain, mlp
 from timelines import Loop, stack, timeline
 
+from helpers import Tied, mlp  # registers the op "gain" as well
 from thawline.algorithms import TrainOnly
 from thawline.algorithms.train_only import all_but
 from thawline.engine import Algorithm, ArgumentError, LayerMap, SelectorError
-
-assert gain  # registers the op of that name
 
 
 def test_what_is_selected_trains_and_nothing_else() -> None:
