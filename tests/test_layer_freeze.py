@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timelines import Loop, stack
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -31,6 +30,7 @@ from thawline.engine import (
     ThawlineWarning,
     Trainer,
 )
+from timelines import Loop, stack
 
 pytestmark = pytest.mark.filterwarnings("ignore:LayerFreeze.*freezes nothing:thawline.engine.errors.ThawlineWarning")
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timelines import Loop, Rates, rates, stack, timeline
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -33,6 +32,7 @@ from thawline.engine import (
     Time,
     Trainer,
 )
+from timelines import Loop, Rates, rates, stack, timeline
 
 HEAD: Rates = {"head": 1.0}
 ONE: Rates = {"blocks[2]": 0.5, **HEAD}

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from timelines import Loop, stack, timeline
 from torch.nn.functional import cross_entropy
 
 from helpers import Tied, decay_groups, encoder, loader, mlp
@@ -26,6 +25,7 @@ from thawline.engine import (
     Trainer,
     cosine,
 )
+from timelines import Loop, stack, timeline
 
 
 @given(blocks=st.integers(0, 12), decay=st.floats(0.05, 1.0))

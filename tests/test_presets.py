@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from timelines import Loop, Rates, rates, stack, timeline
 from torch.nn.functional import cross_entropy
 
 from helpers import encoder, loader, mlp
 from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, full, head_only, lora, partial, progressive
 from thawline.engine import Algorithm, ArgumentError, LayerMap, SelectorError, Trainer
+from timelines import Loop, Rates, rates, stack, timeline
 
 EVERYTHING: Rates = dict.fromkeys(("stem", "blocks[0]", "blocks[1]", "blocks[2]", "head"), 1.0)
 DECAYED: Rates = {"stem": 0.0625, "blocks[0]": 0.125, "blocks[1]": 0.25, "blocks[2]": 0.5, "head": 1.0}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from timelines import Loop, stack, timeline
 
 from helpers import Tied, mlp  # registers the op "gain" as well
 from thawline.algorithms import TrainOnly
 from thawline.algorithms.train_only import all_but
 from thawline.engine import Algorithm, ArgumentError, LayerMap, SelectorError
+from timelines import Loop, stack, timeline
 
 
 def test_what_is_selected_trains_and_nothing_else() -> None:
