@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import reviews
 from reviews import Collate, Review, load_classifier, load_reviews, load_tokenizer, parse_reviews, split_reviews
@@ -185,3 +186,41 @@ def test_peak_memory_counts_what_was_used() -> None:
     before = reviews.peak_memory()
     held = torch.ones(64 * 2**18, device="cuda" if torch.cuda.is_available() else "cpu")
     assert reviews.peak_memory() - before > 0.8 * held.numel() * 4 / 2**20
+
+
+def test_table_and_picture_show_every_figure(tmp_path: Path) -> None:
+    """The table has a row for each recipe, with three digits that count, and the picture is drawn."""
+    rows = {"slow": {"accuracy": 0.81234, "MiB": 1163.4}, "quick": {"accuracy": 0.7, "MiB": 87.0}}
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(reviews.side_by_side(rows, picture=tmp_path / "bars.png"))
+    text = console.export_text()
+    assert all(word in text for word in ("accuracy", "MiB", "slow", "0.812", "1,163", "quick", "0.7", "87"))
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+DEMO = """
+import sys
+from pathlib import Path
+from finetune_reviews import compare, kill_and_resume
+from reviews import Review
+
+if __name__ == "__main__":
+    split = [Review("A joy, and clever.", 1), Review("A bore, and loud.", 0)] * 100, [Review("A joy.", 1)] * 8
+    compare((split[0][:32], split[1]), 0, Path(sys.argv[1]))
+    kill_and_resume(split, 0, Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
+    """All recipes of the demo run, each leaves a timeline and a checkpoint, and the killed run comes out equal."""
+    script = tmp_path / "small_demo.py"
+    script.write_text(DEMO)
+    out = tmp_path / "runs"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(reviews.__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, script, out], env=env, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "bit for bit: True" in done.stdout
+    for recipe in ("head-only", "LoRA-thawed", "blocks-thawed"):
+        assert (out / recipe / "timeline.png").is_file()
+        assert (out / recipe / "ba00000004").is_dir()
