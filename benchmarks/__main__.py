@@ -32,7 +32,12 @@ def main() -> None:
         console.print(f"measuring: {name}")
         rows += FIGURES[name](2 if given.quick else 11, torch.device(given.device))
     show(console, rows)
-    versions = {"torch": str(torch.__version__), "python": platform.python_version(), "device": given.device, "threads": 1}
+    versions = {
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "device": given.device,
+        "threads": 1,
+    }
     if given.json is not None:
         figures = [{**attrs.asdict(row), "verdict": row.verdict} for row in rows]
         given.json.write_text(json.dumps({"versions": versions, "figures": figures}, indent=2) + "\n")

@@ -36,12 +36,12 @@ def step(rounds: int, device: torch.device) -> list[Row]:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
         parameters = list(net.parameters())
         for inputs, targets in batches:
-            loss_fn(net(inputs), targets).backward()
+            loss_fn(net(inputs), targets).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             for each in parameters:
                 each.grad = None
 
-    trainer = Trainer(optimizer=partial(torch.optim.SGD, lr=0.01), loss_fn=loss_fn, progress=False, device=str(device))  # type: ignore[arg-type]
+    trainer = Trainer(optimizer=partial(torch.optim.SGD, lr=0.01), loss_fn=loss_fn, progress=False, device=str(device))
     timings = race({"by hand": by_hand, "Trainer": lambda: _fit(trainer, model(), batches)}, rounds, steps)
     over = timings["Trainer"].median - timings["by hand"].median
     return [Row("step overhead, no algorithms", over, "us", 30.0, told(timings))]
@@ -57,7 +57,7 @@ class Listen(Algorithm):
     events = frozenset({Event.BATCH_END})
 
 
-def event(rounds: int, device: torch.device) -> list[Row]:
+def event(rounds: int, _: torch.device) -> list[Row]:
     """One event with 0, 5 and 20 listeners."""
     model = nn.Linear(2, 1)
     rows = []
@@ -110,7 +110,9 @@ def clipping(rounds: int, device: torch.device) -> list[Row]:
 
         timings = race({"torch": theirs, "clip_gradients": ours}, rounds * 3)
         ratio = timings["clip_gradients"].median / timings["torch"].median
-        rows.append(Row(f"clipping, {count * size / 1e6:.0f}M in {count} tensors", ratio, "x", None, told(timings, "ms")))
+        rows.append(
+            Row(f"clipping, {count * size / 1e6:.0f}M in {count} tensors", ratio, "x", None, told(timings, "ms"))
+        )
     return rows
 
 
@@ -165,7 +167,13 @@ def freezing(rounds: int, device: torch.device) -> list[Row]:
     }  # fmt: skip
     timings = race(contestants, rounds)
     return [
-        Row(f"{what} 2,500 of 5,000 tensors", timings[what].median / timings[f"{what} by hand"].median, "x", 1.5, told(timings, "ms"))
+        Row(
+            f"{what} 2,500 of 5,000 tensors",
+            timings[what].median / timings[f"{what} by hand"].median,
+            "x",
+            1.5,
+            told(timings, "ms"),
+        )
         for what in ("freeze", "thaw")
     ]
 
@@ -185,7 +193,7 @@ trainer.fit(torch.nn.Linear(2, 1), [torch.ones(1, 2)], duration="1ba")
 """
 
 
-def importing(rounds: int, device: torch.device) -> list[Row]:
+def importing(rounds: int, _: torch.device) -> list[Row]:
     """Fresh interpreters: the import above torch's, and the import with one step."""
     scripts = {"torch": "import torch", "thawline": "import thawline.engine", "torch step": STEP, "thawline fit": FIT}
     seconds: dict[str, list[float]] = {name: [] for name in scripts}
@@ -203,7 +211,7 @@ def importing(rounds: int, device: torch.device) -> list[Row]:
     ]
 
 
-def construction(rounds: int, device: torch.device) -> list[Row]:
+def construction(rounds: int, _: torch.device) -> list[Row]:
     """Making a Trainer."""
 
     def make() -> None:

@@ -15,10 +15,13 @@ from .groups import Origin, Slot, derive_groups
 from .holds import USER, Hold, Holds, Rate
 from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
 from .layers import LayerMap, LayerSpec
+from .log import get_logger
 from .modes import ModeKeeper
 from .schedules import Schedule, constant
 from .selectors import Selection
 from .surgery import JournalEntry
+
+log = get_logger(__name__)
 
 # What is attached to a model outlives the fit that attached it: the next ledger over the same model knows it, can undo
 # it, and writes it into its own journal.
@@ -95,6 +98,20 @@ class Books:
         for name, parameter in self._parameters.items():
             if name in self._homes:
                 parameter.requires_grad = name not in self._given_frozen
+        self._give_groups_back()
+
+    def _give_groups_back(self) -> None:
+        """Put the optimizers' groups back as the user made them, with their rates, so that the next fit starts alike."""
+        for index, optimizer in enumerate(self.optimizers):
+            optimizer.param_groups[:] = [home.template for home in self._home_list if home.optimizer == index]
+        for home in self._home_list:
+            names = [name for name, its in self._homes.items() if its is home and name not in self._left_out]
+            names = [name for name in self._parameters if name in set(names)]
+            home.template["params"] = [self._parameters[name] for name in names]
+            if "param_names" in home.template:
+                home.template["param_names"] = names
+            if home.lr is not None:
+                set_lr(home.template, home.lr)
 
     # -- carrying out ------------------------------------------------------------------------------------------
 
@@ -102,6 +119,17 @@ class Books:
         """Take the model as the user gave it: what is frozen, or in no group, is held by the user."""
         self._trainable: set[str] = set()
         self._given_frozen = {name for name, each in self._parameters.items() if not each.requires_grad}
+        self._left_out = {
+            name
+            for name, each in self._parameters.items()
+            if name in self._homes and id(each) not in self._in_optimizer
+        }
+        forgotten = self._left_out - self._given_frozen
+        if forgotten:
+            log.warning(
+                "in no optimizer group, so held by the user", parameters=len(forgotten), first=min(forgotten),
+                advice="pass a factory such as partial(torch.optim.AdamW, lr=1e-4)",
+            )  # fmt: skip
         held = [
             name
             for name, each in self._parameters.items()
@@ -184,6 +212,9 @@ class Books:
 
     def _regroup(self) -> None:
         """Derive the groups anew and make the optimizers hold them."""
+        if len(self._interned) > 2 * len(self._live) + 100:  # a schedule that never ends must not collect slots
+            used = set(self._slots.values())
+            self._interned = {key: slot for key, slot in self._interned.items() if slot in used}
         self._live, self._members, dead = derive_groups(self._parameters, self._trainable, self._slots, self._live)
         for group in dead:
             group["params"] = []
@@ -205,11 +236,7 @@ class Books:
         for slot, group in self._live.items():
             if slot.base_lr is None:
                 continue
-            lr = slot.lr(self._factor, self.clock, self.min_lr)
-            if isinstance(group.get("lr"), Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            set_lr(group, slot.lr(self._factor, self.clock, self.min_lr))
 
     def _placed(self, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Put a parameter's saved state on its device, in the state's own dtype; step counters as torch keeps them."""
@@ -222,3 +249,11 @@ class Books:
             else value
             for key, value in values.items()
         }
+
+
+def set_lr(group: dict[str, Any], lr: float) -> None:
+    """Write a learning rate; one that is a tensor stays the same tensor."""
+    if isinstance(group.get("lr"), Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr

@@ -50,6 +50,7 @@ def capture(
         "environment": environment(state.model),
         "ledger": state.ledger.state_dict(),
         "model": weights_of(state.model),
+        "buffers": _passing_buffers(state.model),
         "algorithms": engine.state_dict(),
         "precision": precision.state_dict(),
         "metrics": dict(state.metrics),
@@ -75,6 +76,9 @@ def restore(
     _compare_environment(tree["environment"], environment(state.model))
     state.ledger.load_state_dict(tree["ledger"])
     load_weights(state.model, tree["model"])
+    for name, buffer in _passing_buffers(state.model).items():
+        if name in tree["buffers"] and tree["buffers"][name].shape == buffer.shape:
+            buffer.copy_(tree["buffers"][name])
     engine.load_state_dict(tree["algorithms"])
     precision.load_state_dict(tree["precision"])
     state.clock = state.ledger.clock = Clock(**tree["clock"])
@@ -99,6 +103,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
             )
         weights[name] = value.detach()
     return weights
+
+
+def _passing_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are no part of the state dict, on which the next batch may depend all the same."""
+    persistent = model.state_dict()
+    return {name: each for name, each in model.named_buffers() if name not in persistent}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -143,9 +143,7 @@ class Clock:
     def after_epoch(self, *, duration: Time) -> Clock:
         """Return the clock with the running epoch counted as completed."""
         progress = self._progress(self.epoch + 1, self.batch, 0, self.sample, duration)
-        return Clock(
-            self.epoch + 1, self.batch, 0, self.sample, progress, self.batches_per_epoch or self.batch_in_epoch
-        )
+        return Clock(self.epoch + 1, self.batch, 0, self.sample, progress, self.batches_per_epoch)
 
     def _progress(self, epoch: int, batch: int, inside: int, sample: int, duration: Time) -> float:
         if duration.unit == "ba":

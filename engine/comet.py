@@ -255,6 +255,8 @@ class _CometConsole(logging.Filter):
 
     @override
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] != "comet_ml":  # a handler may serve others as well, our own log among them
+            return True
         message = self.redact(record.getMessage())
         if record.levelno >= logging.WARNING and message not in self._said:
             self._said.add(message)

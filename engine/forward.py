@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from attrs import frozen
 from torch import Tensor, nn
 
@@ -96,6 +97,15 @@ def targets_of(batch: Any) -> Any:
     """Return a batch's targets: ``labels`` or ``targets`` of a mapping, the last of a tuple, else None."""
     _, _, targets = forward_arguments(batch, True)
     return targets
+
+
+def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor | float:
+    """Return a norm of all gradients that is finite where they are; one number, read once."""
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    if not gradients or any(each.is_sparse for each in gradients):
+        return 0.0
+    norms = torch._foreach_norm(gradients, float("inf"))
+    return torch.stack([each.float() for each in norms]).sum() if len({each.device for each in norms}) == 1 else 0.0
 
 
 def is_finite(value: Tensor | float) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .clock import Clock
@@ -72,7 +73,12 @@ def check_rates(
 ) -> None:
     """Check that each group's learning rate is the function of base rate, factors, schedule and warmup."""
     for slot, group in live.items():
-        if slot.base_lr is not None and float(group["lr"]) != slot.lr(factor, clock, floor):
+        if slot.base_lr is None:
+            continue
+        rate, expected = group["lr"], slot.lr(factor, clock, floor)
+        if isinstance(rate, Tensor):
+            expected = torch.tensor(expected, dtype=rate.dtype).item()
+        if float(rate) != expected:
             raise LedgerError(
                 f"the learning rate of the group of {members[slot][0]!r} is {float(group['lr'])}, which is not base "
                 f"{slot.base_lr} x scale {slot.scale} x schedule {factor}. Write ledger.set_lr or ledger.scale."

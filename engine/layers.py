@@ -182,8 +182,9 @@ class LayerMap:
         if stem_only and len(blocks) > 1:
             blocks = blocks[1:]
         layer, of = "stem", {}
+        block_of = {prefix: index for index, prefixes in enumerate(blocks) for prefix in prefixes}
         for name in names:
-            block = next((i for i, prefixes in enumerate(blocks) if _inside(name, prefixes)), None)
+            block = next((block_of[path] for path in _ancestors(name) if path in block_of), None)
             if block is not None:
                 layer = f"blocks[{block}]"
             elif name in last or _inside(name, head):
@@ -269,10 +270,17 @@ def _inside(name: str, prefixes: Sequence[str]) -> bool:
     return any(not prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+def _ancestors(name: str) -> Iterator[str]:
+    """Yield the modules around a parameter or module, from the nearest to the root."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 def _after_blocks(names: Sequence[str], blocks: Sequence[Sequence[str]]) -> set[str]:
     """Return the names registered after the last parameter of any block."""
-    prefixes = [prefix for block in blocks for prefix in block]
-    inside = [index for index, name in enumerate(names) if _inside(name, prefixes)]
+    prefixes = {prefix for block in blocks for prefix in block}
+    inside = [index for index, name in enumerate(names) if any(path in prefixes for path in _ancestors(name))]
     return set(names[inside[-1] + 1 :]) if inside else set()
 
 
@@ -281,18 +289,20 @@ def _block_modules(model: nn.Module) -> list[tuple[str, ...]]:
     instances: dict[type[nn.Module], list[str]] = {}
     lists: dict[type[nn.Module], set[type[nn.Module]]] = {}
     sizes: dict[str, int] = {}
+    seen: dict[type[nn.Module], set[str]] = {}
     for parent_name, parent in model.named_modules():
         if not isinstance(parent, _CONTAINERS):
             continue
         for child_name, child in parent.named_children():
             name = f"{parent_name}.{child_name}" if parent_name else child_name
             kind = type(child)
-            nested = any(name.startswith(f"{outer}.") for outer in instances.get(kind, ()))
+            nested = any(path in seen.get(kind, ()) for path in _ancestors(name))
             if next(child.children(), None) is None or nested:
                 continue
             sizes[name] = sum(each.numel() for each in child.parameters())
             if sizes[name]:
                 instances.setdefault(kind, []).append(name)
+                seen.setdefault(kind, set()).add(name)
                 lists.setdefault(kind, set()).add(type(parent))
     kinds = {kind: names for kind, names in instances.items() if len(names) > 1}
     if not kinds:
@@ -301,7 +311,7 @@ def _block_modules(model: nn.Module) -> list[tuple[str, ...]]:
     best = max(kinds, key=lambda kind: held[kind])
     # A stage that is a plain sequence of blocks is split further: its blocks are the layers (ConvNeXt, Swin).
     for kind, names in kinds.items():
-        within = all(any(name.startswith(f"{outer}.") for outer in kinds[best]) for name in names)
+        within = all(any(path in seen[best] for path in _ancestors(name)) for name in names)
         longer = len(names) > len(kinds[best]) and held[kind] >= 0.8 * held[best]
         if kind is not best and within and longer and lists[kind] == {nn.Sequential}:
             best = kind

@@ -353,7 +353,8 @@ class ParameterLedger(Books):
                 raise LedgerError(
                     f"the group of {self._members[slot][0]!r} cannot be restored: it was saved with other members."
                 )
-            group.update(entry["options"])
+            # Not the rate: it is a function of the clock, and the saved one is that of the step before.
+            group.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._kept = {name: self._placed(name, values) for name, values in saved["kept"].items()}
         for optimizer, values in zip(self.optimizers, saved["shared"], strict=True):
             optimizer.state.update(values)

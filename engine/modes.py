@@ -15,8 +15,8 @@ class ModeKeeper:
     """Keeps normalization layers, and modules held with ``mode="eval"``, in the mode that follows from what trains.
 
     A normalization layer with running statistics stands in train mode where the model does and any of its
-    parameters trains, so the statistics of a frozen one do not drift. One without parameters follows the
-    nearest module around it that has some.
+    parameters trains, so the statistics of a frozen one do not drift. One without parameters follows what
+    stands before it in the same module, else the module around it.
 
     Args:
         model: The model.
@@ -39,9 +39,13 @@ class ModeKeeper:
             first.setdefault(id(parameter), name)
         self._all = []
         of: dict[str, tuple[str, ...]] = {}
+        before: dict[str, tuple[str, ...]] = {}  # by parent: the parameters of the child before
         for path, module in self.model.named_modules():
+            parent = path.rpartition(".")[0]
             mine = tuple(first[id(parameter)] for parameter in module.parameters())
-            of[path] = mine or of.get(path.rpartition(".")[0], ())
+            of[path] = mine or before.get(parent, ()) or of.get(parent, ())
+            if mine and path:
+                before[parent] = mine
             self._all.append((module, of[path]))
         self._norms = [(module, names) for module, names in self._all if _has_statistics(module) and names]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,10 +15,10 @@ from .checkpoint import capture, restore, seed_everything
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, split_batch, to_device
 from .engine import Engine
-from .errors import DataError, LedgerError, NonFiniteError
+from .errors import DataError, LedgerError, NonFiniteError, ThawlineWarning
 from .evaluation import evaluate
 from .events import Event
-from .forward import is_finite, require_gradient
+from .forward import is_finite, require_gradient, total_norm
 from .homes import OptimizerLike
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
@@ -32,6 +33,8 @@ from .state import State
 from .store import Checkpointing
 
 MAX_SKIPPED = 5
+# A scale of 2^16 is halved to below 1 in 17 steps.
+MAX_OVERFLOWS = 25
 log = get_logger(__name__)
 
 
@@ -75,7 +78,7 @@ class Run:
         length = self.data.length
         clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
         self.settings = {**trainer.describe(), "duration": str(duration)}
-        self._was_training = model.training
+        self._modes = [(module, module.training) for module in model.modules()]
         policy = trainer.checkpoint or Checkpointing()
         self.folder = RunDir(trainer.run_dir, policy, trainer.trackers, resume=resume)
         try:
@@ -158,15 +161,15 @@ class Run:
         state.loss = state.loss.new_tensor(total) if state.loss is not None else None
         precision.unscale(state.optimizers)
         emit(Event.BEFORE_STEP)
-        if self._is_finite(total):
-            state.step_skipped = not precision.step(state.optimizers)
-        else:
-            state.step_skipped = True
+        state.step_skipped = not (self._is_finite(total) and precision.step(state.optimizers))
+        if self.trainer.precision == "fp16":
+            self._count_overflow(total)
         emit(Event.AFTER_STEP)
         state.ledger.clear_gradients()
         state.outputs = state.microbatch = None
-        self._epoch_loss.add(total)
-        self._log_loss.add(total)
+        if is_finite(total):
+            self._epoch_loss.add(total)
+            self._log_loss.add(total)
         state.tick(sum(each.samples for each in fetched))
         emit(Event.BATCH_END)
 
@@ -247,6 +250,8 @@ class Run:
         if self.trainer.precision == "fp16":
             return True
         norm = state.grad_norm
+        if norm is None:
+            norm = total_norm(state.ledger.trainable_parameters)
         if is_finite(loss) and (norm is None or is_finite(norm)):
             self._skipped = 0
             return True
@@ -261,6 +266,15 @@ class Run:
             )
         log.warning("step skipped", why=what, where=place)
         return False
+
+    def _count_overflow(self, loss: float) -> None:
+        """Let the scaler skip as often as it takes to find its scale, and raise where no scale helps."""
+        self._skipped = self._skipped + 1 if self.state.step_skipped else 0
+        if self._skipped >= MAX_OVERFLOWS:
+            raise NonFiniteError(
+                f"fp16 gradients overflowed {self._skipped} times in a row, the loss being {loss}: no scale helps. Look at "
+                "the data and the loss, or write Trainer(precision='bf16')."
+            )
 
     def _stop_frozen(self) -> None:
         """Nothing trains: an error at the start of the fit, its end later."""
@@ -290,6 +304,7 @@ class Run:
         state, model = self.state, self.state.model
         for limit in self.data.limits:
             log.warning("data order", limit=limit)
+        self._warn_unmonitored()
         seed_everything(self.trainer.seed)
         model.train()
         self.engine.attach()
@@ -301,6 +316,18 @@ class Run:
             self._restore(*self.folder.loaded)
             self.folder.loaded = None
         self.progress.update(state.clock.batch, {})
+
+    def _warn_unmonitored(self) -> None:
+        """Say at once that what waits for an evaluation will wait in vain."""
+        watched = [each.owner for each in self.engine.algorithms if _of_evaluation(getattr(each, "monitor", None))]
+        watched += ["Checkpointing"] if _of_evaluation(self.folder.policy.monitor) else []
+        if watched and self.eval_data is None:
+            warnings.warn(
+                f"{', '.join(watched)} monitors an evaluation, and there is no eval_loader: it will never act. "
+                "Write: trainer.fit(model, train_loader, eval_loader, duration=…)",
+                ThawlineWarning,
+                stacklevel=4,
+            )
 
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
         """Put everything back as the checkpoint says; random number generators last."""
@@ -358,7 +385,8 @@ class Run:
         finally:
             state.ledger.phase = None
             state.ledger.release()
-            state.model.train(self._was_training)
+            for module, training in self._modes:
+                module.training = training
             self.progress.close()
             self.folder.close()
         if error is None and failed is not None:
@@ -418,6 +446,10 @@ class _Mean:
 
     def parts(self) -> tuple[float, int]:
         return self.total, self.count
+
+
+def _of_evaluation(monitor: object) -> bool:
+    return isinstance(monitor, str) and monitor.startswith("eval/")
 
 
 def _sample_ids(fetched: Sequence[Fetched]) -> tuple[int, ...] | None:
