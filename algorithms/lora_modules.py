@@ -362,6 +362,11 @@ def check_site(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module
         check_class(f"{name}.out_proj", module.out_proj, LoRALinear, nn.Linear)
         return kind
     if isinstance(module, nn.Linear):
+        if "weight" not in module._parameters:
+            raise SurgeryError(
+                f"{name!r} computes its weight from other parameters (torch.nn.utils.parametrize, weight_norm), beside which "
+                "no adapter can stand. Choose other targets, or remove the parametrization first."
+            )
         return check_class(name, module, LoRALinear, nn.Linear)
     hint = " GPT-2's Conv1D stores its weight transposed and is not supported yet." * (
         type(module).__name__ == "Conv1D"

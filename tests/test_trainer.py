@@ -36,6 +36,7 @@ from thawline.engine import (
     RunDirError,
     SelectorError,
     State,
+    ThawlineWarning,
     Time,
     Trainer,
     constant,
@@ -686,3 +687,143 @@ def test_every_kind_of_model_trains_under_debug(name: str) -> None:
     assert result.clock == Clock(3, 3, 0, 12, 1.0, 1)
     assert not same_weights(before, weights(net))
     assert Time("3ep").reached(result.clock)
+
+
+# -- what a hostile reader found ---------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_has_the_rate_of_its_step_where_the_schedule_returns_to_its_start(tmp_path: Path) -> None:
+    """A schedule of two equal halves is at its first value again in the middle: the saved rate must not stand."""
+
+    def rates(folder: Path | None, **more: Any) -> list[float]:
+        seen: list[float] = []
+        saving: dict[str, Any] = (
+            {"run_dir": folder, "checkpoint": Checkpointing(every="1ba", keep=20)} if folder else {}
+        )
+
+        class Rates(Algorithm):
+            events = frozenset({Event.BEFORE_STEP})
+
+            def apply(self, event: Event, state: State) -> None:
+                seen.append(state.ledger.groups[0].lr or 0.0)
+
+        halves = join([linear(), linear()], [0.5])
+        Trainer_(algorithms=[Rates()], schedule=halves, **saving).fit(mlp(), loader(64, 8), duration="8ba", **more)
+        return seen
+
+    whole = rates(tmp_path)
+    assert rates(None, resume=tmp_path / "ba00000004") == whole[4:]
+
+
+def test_an_optimizer_instance_serves_a_second_fit_as_it_did_the_first() -> None:
+    """Frozen parameters return to their groups with the base rate, also after an error."""
+    net = mlp()
+    optimizer = torch.optim.SGD(net.named_parameters(), lr=0.1)
+
+    class Freeze(Algorithm):
+        events = frozenset({Event.FIT_START})
+
+        def apply(self, event: Event, state: State) -> None:
+            state.ledger.freeze("blocks", owner=self.owner)
+
+    Trainer_(algorithms=[Freeze()], schedule=linear()).fit(net, loader(), duration=1, optimizer=optimizer)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        Trainer_(algorithms=[Freeze(), Raise(Event.AFTER_LOSS, 1)]).fit(net, loader(), duration=1, optimizer=optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in net.named_parameters()]
+    assert Trainer_().fit(net, loader(), duration=1, optimizer=optimizer).history[-1]["trainable"] == 50
+
+
+def test_epochs_of_different_unknown_lengths_are_all_trained_whole() -> None:
+    """One epoch's length says nothing of the next one's."""
+
+    class Uneven:
+        def __init__(self) -> None:
+            self.lengths = iter([2, 5, 3, 4])
+
+        def __iter__(self) -> Any:
+            return iter([(torch.ones(4, 4), torch.ones(4, dtype=torch.long))] * next(self.lengths))
+
+    at: list[int] = []
+    watch = Watch(at, lambda state: state.clock.batch, [Event.EVAL_START])
+    result = Trainer_(algorithms=[watch]).fit(mlp(), Uneven(), loader(), duration=4)
+    assert (result.clock.batch, at) == (14, [2, 7, 10, 14])
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights() -> None:
+    """A finite loss can have a NaN gradient: it is found without GradClip."""
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs * 0).abs().sqrt().mean() + cross_entropy(outputs, targets)
+
+    net = mlp()
+    before = weights(net)
+    with pytest.raises(NonFiniteError, match="gradient norm"):
+        Trainer_(loss_fn=loss_fn).fit(net, loader(), duration=1)
+    assert same_weights(weights(net), before)
+
+
+def test_fp16_gives_up_where_no_scale_helps() -> None:
+    """The scaler may skip until it finds its scale, not for the whole run."""
+    batches = [(torch.full((4, 4), float("nan")), torch.ones(4, dtype=torch.long))] * 40
+    with pytest.raises(NonFiniteError, match="25 times in a row"):
+        Trainer_(precision="fp16").fit(mlp(), batches, duration=1)
+
+
+def test_a_skipped_batch_is_left_out_of_the_mean_loss() -> None:
+    """One NaN batch must not make the whole epoch's loss NaN."""
+    result = Trainer_(on_nonfinite="skip").fit(mlp(), poisoned(3), duration="1ep")
+    assert 0 < result.history[0]["train/loss"] < 2
+
+
+def test_a_norm_without_parameters_stands_still_with_its_block() -> None:
+    """BatchNorm(affine=False) follows what stands before it."""
+    net: Any = nn.Sequential(
+        nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+    )
+
+    class Freeze(Algorithm):
+        events = frozenset({Event.FIT_START})
+
+        def apply(self, event: Event, state: State) -> None:
+            state.ledger.freeze("blocks", owner=self.owner)
+
+    Trainer_(algorithms=[Freeze()]).fit(net, loader(), duration=1)
+    assert torch.equal(net[1].running_mean, torch.zeros(4))
+
+
+def test_modules_that_stood_in_eval_mode_stand_there_again() -> None:
+    """The mode is given back module by module."""
+    net = mlp()
+    net[0].eval()
+    Trainer_().fit(net, loader(), duration=1)
+    assert [module.training for module in net] == [False, True, True, True, True]
+
+
+def test_buffers_outside_of_the_state_dict_resume_as_well(tmp_path: Path) -> None:
+    """A counter that the forward pass reads is part of what the next batch depends on."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+            self.register_buffer("count", torch.zeros(()), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return self.layer(x) / self.count
+
+    torch.manual_seed(0)
+    whole = Counting()
+    again = copy.deepcopy(whole)
+    Trainer_(run_dir=tmp_path, checkpoint=Checkpointing(every="1ba", keep=9)).fit(whole, loader(), duration=2)
+    Trainer_().fit(again, loader(), duration=2, resume=tmp_path / "ba00000003")
+    assert torch.equal(whole.layer.weight, again.layer.weight)
+
+
+def test_a_monitor_without_evaluation_data_warns() -> None:
+    """What waits for an evaluation that never comes says so at the start."""
+    from thawline.algorithms import EarlyStop
+
+    with pytest.warns(ThawlineWarning, match="EarlyStop monitors an evaluation"):
+        Trainer_(algorithms=[EarlyStop("eval/loss")]).fit(mlp(), loader(), duration=1)
