@@ -804,6 +804,8 @@ def test_buffers_outside_of_the_state_dict_resume_as_well(tmp_path: Path) -> Non
     """A counter that the forward pass reads is part of what the next batch depends on."""
 
     class Counting(nn.Module):
+        count: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(4, 2)
