@@ -74,6 +74,12 @@ def restore(
         raise CheckpointError(f"the checkpoint has schema {tree.get('schema')!r}, this version reads {SCHEMA}.")
     _compare_settings(tree["settings"], settings)
     _compare_environment(tree["environment"], environment(state.model))
+    length, saved_length = state.clock.batches_per_epoch, tree["clock"]["batches_per_epoch"]
+    if length != saved_length:
+        raise CheckpointError(
+            f"the run was saved with {saved_length} batches an epoch, and the loader gives {length} now: where to go on is "
+            "not defined. Give the same data and batch size, or start anew in another run_dir."
+        )
     state.ledger.load_state_dict(tree["ledger"])
     load_weights(state.model, tree["model"])
     for name, buffer in _passing_buffers(state.model).items():

@@ -125,6 +125,9 @@ class Run:
             self._end_epoch()
         if self._evaluated_at != state.clock.batch:
             self._evaluate()
+        if self._log_loss.count:
+            self._log({"train/loss": self._log_loss.value(), **self._rates()})
+            self._log_loss = _Mean()
         self._save()
         emit(Event.FIT_END)
         self._tell_end()
@@ -286,7 +289,8 @@ class Run:
         holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
         raise LedgerError(
             f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). Thaw some: "
-            "requires_grad_(True) before the fit, LayerThaw(start='head'), or a lower LayerFreeze(level=)."
+            "model.requires_grad_(True) before the fit where the user holds them; LayerThaw(start=1) or "
+            "LoRAInject(train_head=True) where these two hold a language model's head between them."
         )
 
     def _finished(self) -> bool:

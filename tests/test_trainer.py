@@ -829,3 +829,17 @@ def test_a_monitor_without_evaluation_data_warns() -> None:
 
     with pytest.warns(ThawlineWarning, match="EarlyStop monitors an evaluation"):
         Trainer_(algorithms=[EarlyStop("eval/loss")]).fit(mlp(), loader(), duration=1)
+
+
+def test_the_last_losses_of_a_short_fit_are_logged(tmp_path: Path) -> None:
+    """A fit shorter than log_every still leaves its loss with the trackers."""
+    tracker = MemoryTracker()
+    Trainer_(trackers=[tracker], log_every="10ba", run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
+    assert [step for step, metrics in tracker.metrics if "train/loss" in metrics] == [4]
+
+
+def test_resume_with_another_loader_length_is_refused(tmp_path: Path) -> None:
+    """Where an epoch has another number of batches, the cursor would point to the wrong place."""
+    Trainer_(run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
+    with pytest.raises(CheckpointError, match="4 batches an epoch, and the loader gives 8"):
+        Trainer_(run_dir=tmp_path).fit(mlp(), loader(batch_size=4), duration="2ep", resume=True)
