@@ -24,12 +24,11 @@ HOLD = """
 import os, sys
 from thawline.engine.lock import RunLock
 lock = RunLock(sys.argv[1])
-orphan = os.fork()
-if not orphan:
+if not os.fork():
     assert not lock.held
+    print(os.getpid(), flush=True)  # says so itself: by now it has let go of the lock
     sys.stdin.read()
     os._exit(0)
-print(orphan, flush=True)
 sys.stdin.read()
 """
 
