@@ -31,6 +31,9 @@ def batch_size_of(batch: Any) -> int:
         >>> batch_size_of({"x": torch.zeros(4, 3), "y": torch.zeros(4)})
         4
     """
+    first = batch[0] if type(batch) in (tuple, list) and batch else batch
+    if isinstance(first, Tensor) and first.ndim:  # the commonest batches, in a fraction of the time
+        return first.shape[0]
     for array in _arrays(batch):
         return int(array.shape[0])
     if listed := _first_list(batch):
@@ -80,11 +83,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
         >>> to_device(batch, torch.device("cpu")) is batch
         True
     """
-    if isinstance(batch, Tensor):
-        # On the CPU this attribute answers in a tenth of the time that `to` takes.
-        if device.type == "cpu" and batch.is_cpu:
+    if type(batch) is tuple or type(batch) is list:
+        for each in batch:
+            if type(each) is not Tensor or each.device != device:
+                break
+        else:  # the commonest batches, in a fraction of the time
             return batch
-        return batch.to(device, non_blocking=device.type == "cuda")
+    if isinstance(batch, Tensor):
+        return batch if batch.device == device else batch.to(device, non_blocking=device.type == "cuda")
     if isinstance(batch, (list, tuple, Mapping)):
         if callable(getattr(batch, "to", None)) and not isinstance(batch, Mapping):
             return batch.to(device)  # type: ignore[union-attr]  # PackedSequence is a tuple and moves as one
@@ -116,7 +122,7 @@ def forward_arguments(batch: Any, keep_labels: bool) -> tuple[tuple[Any, ...], d
         >>> forward_arguments((1, 2, 3), True)
         ((1, 2), {}, 3)
     """
-    if isinstance(batch, Mapping):
+    if type(batch) is not tuple and isinstance(batch, Mapping):
         keywords = dict(batch)
         if not all(isinstance(key, str) for key in keywords):
             raise DataError(

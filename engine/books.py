@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .clock import Clock
 from .events import Event
 from .grafts import Graft, Overrides
-from .groups import Origin, Slot, derive_groups
+from .groups import Origin, Slot, derive_groups, name_groups
 from .holds import USER, Hold, Holds, Rate
 from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
 from .layers import LayerMap, LayerSpec
@@ -69,6 +70,8 @@ class Books:
         self._interned: dict[tuple[object, ...], Slot] = {}
         self._slots: dict[str, Slot] = {}
         self._live: dict[Slot, dict[str, Any]] = {}
+        self._names: tuple[str, ...] | None = None
+        self._trainable_names: frozenset[str] | None = None
         self._journal, self._overrides = _ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
         self._factor = 1.0
@@ -152,41 +155,48 @@ class Books:
         everything = self.model.named_parameters(remove_duplicate=False)
         self._aliases = {name: first[id(each)] for name, each in everything if first[id(each)] != name}
 
-    def _leave(self, names: Iterable[str]) -> None:
-        """Freeze tensors: no gradient, no place in a group, no optimizer state unless kept."""
+    def _leave(self, names: Sequence[str], *, keep: bool = True) -> None:
+        """Freeze tensors: no gradient, no place in a group, no optimizer state unless every holder keeps it."""
         states = [optimizer.state for optimizer in self.optimizers]
-        parameters, homes, kept, origins = self._parameters, self._homes, self._kept, self._origins
+        parameters, homes = self._parameters, self._homes
         for name in names:
             parameter = parameters[name]
             parameter.requires_grad = False
             parameter.grad = None
-            home = homes.get(name)
-            state = None if home is None else states[home.optimizer].pop(parameter, None)
-            if state and self._holds.keeps(name):
-                kept[name] = state
-            if origins and origins.pop(name, None) is not None:
-                self._place((name,))
+            if name in homes:
+                state = states[homes[name].optimizer].pop(parameter, None)
+                if keep and state and self._holds.keeps(name):
+                    self._kept[name] = state
+        if self._origins:
+            self._place([name for name in names if self._origins.pop(name, None) is not None])
         self._trainable.difference_update(names)
 
     def _join(self, names: Sequence[str], *, restore: bool = True) -> None:
         """Let tensors train: fresh or kept optimizer state, and an origin where a warmup was asked for."""
-        for name in names:
-            parameter = self._parameters[name]
+        for parameter in map(self._parameters.__getitem__, names):
             parameter.requires_grad = True
+        self._trainable.update(names)
+        if self._holds.warmups:
+            self._warm_up(names)
+        if restore and (self._kept or any(self._fills)):
+            self._restore(names)
+
+    def _warm_up(self, names: Iterable[str]) -> None:
+        for name in names:
             warmups = self._holds.warmups.pop(name, None)
             if warmups:
                 span = max(warmups.values(), key=lambda time: (time.unit, time.value))
                 self._origins[name] = Origin(span, span.elapsed(self.clock))
                 self._place((name,))
-            if not restore:
-                continue
-            home = self._homes[name]
+
+    def _restore(self, names: Iterable[str]) -> None:
+        for name in names:
+            home, parameter = self._homes[name], self._parameters[name]
             state = self._kept.pop(name, None)
             if state is None and self._fills[home.optimizer]:
                 state = fresh_state(self.optimizers[home.optimizer], parameter, home.options)
             if state:
                 self.optimizers[home.optimizer].state[parameter] = state
-        self._trainable.update(names)
 
     def _replace(self, names: Sequence[str]) -> None:
         if names:
@@ -219,17 +229,22 @@ class Books:
         for group in dead:
             group["params"] = []
         for slot, group in self._live.items():
-            group["params"] = [self._parameters[name] for name in self._members[slot]]
+            group["params"] = list(map(self._parameters.__getitem__, self._members[slot]))
             if "param_names" in group:
                 group["param_names"] = list(self._members[slot])
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
-        self._flat = tuple(each for group in self._live.values() for each in group["params"])
-        self._trainable_names = frozenset(self._trainable)
+        self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
+        self._trainable_names = self._names = None
         self._warming = any(slot.origin is not None for slot in self._live)
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)
         self.version += 1
+
+    def _group_names(self) -> tuple[str, ...]:
+        if self._names is None:
+            self._names = name_groups(self._live, self._members, self.layers)
+        return self._names
 
     def _write_lr(self) -> None:
         self._rated = self.clock

@@ -76,6 +76,16 @@ class Time:
 
     def crossed(self, before: Clock, after: Clock) -> bool:
         """Return whether a multiple of this time lies in the ticks from ``before`` to ``after``."""
+        value = self.value
+        if value and self.unit == "ba":
+            return after.batch // value > before.batch // value
+        if (
+            value
+            and self.unit == "ep"
+            and after.epoch == before.epoch
+            and after.batch_in_epoch < after.batches_per_epoch
+        ):
+            return False  # inside an epoch no whole number of them passes
         return self.count(after) > self.count(before)
 
 
@@ -131,28 +141,22 @@ class Clock:
 
     def after_batch(self, *, samples: int, duration: Time) -> Clock:
         """Return the clock one batch of ``samples`` samples later."""
-        return Clock(
-            self.epoch,
-            batch := self.batch + 1,
-            inside := self.batch_in_epoch + 1,
-            sample := self.sample + samples,
-            self._progress(self.epoch, batch, inside, sample, duration),
-            self.batches_per_epoch,
-        )
+        epoch, batch, inside, sample = self.epoch, self.batch + 1, self.batch_in_epoch + 1, self.sample + samples
+        return self._at(epoch, batch, inside, sample, duration)
 
     def after_epoch(self, *, duration: Time) -> Clock:
         """Return the clock with the running epoch counted as completed."""
-        progress = self._progress(self.epoch + 1, self.batch, 0, self.sample, duration)
-        return Clock(self.epoch + 1, self.batch, 0, self.sample, progress, self.batches_per_epoch)
+        return self._at(self.epoch + 1, self.batch, 0, self.sample, duration)
 
-    def _progress(self, epoch: int, batch: int, inside: int, sample: int, duration: Time) -> float:
-        if duration.unit == "ba":
-            done = batch / duration.value
-        elif duration.unit == "sp":
-            done = sample / duration.value
-        elif length := self.batches_per_epoch:
+    def _at(self, epoch: int, batch: int, inside: int, sample: int, duration: Time) -> Clock:
+        unit, value, length = duration.unit, duration.value, self.batches_per_epoch
+        if unit == "ba":
+            done = batch / value
+        elif unit == "sp":
+            done = sample / value
+        elif length:
             # One division of whole numbers, so that step k of n stands at exactly k / n.
-            done = (epoch * length + min(inside, length)) / (duration.value * length)
+            done = (epoch * length + min(inside, length)) / (value * length)
         else:
-            done = epoch / duration.value
-        return min(1.0, done)
+            done = epoch / value
+        return Clock(epoch, batch, inside, sample, min(1.0, done), length)

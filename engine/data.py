@@ -117,11 +117,12 @@ class ResumableLoader:
         Raises:
             DataError: The epoch has no batches at all, or the loader can be read only once and was.
         """
-        empty = True
-        for fetched in self._source.batches(epoch, start):
-            empty = False
-            yield fetched
-        if empty and not start:
+        batches = self._source.batches(epoch, start)
+        for first in batches:
+            yield first
+            yield from batches
+            return
+        if not start:
             raise self._empty()
 
     def close(self) -> None:

@@ -92,12 +92,11 @@ class Engine:
         Raises:
             Exception: What an algorithm raised, with a note that names it, the event and the clock.
         """
-        state = self.state
         self._ledger.phase = event
         handler: Handler | None = None
         try:
             for handler in self._handlers[event]:
-                handler(event, state)
+                handler(event, self.state)
         except BaseException as error:  # Ctrl-C inside an algorithm is noted as well
             self._note(error, event, handler)
             raise

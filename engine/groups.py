@@ -86,13 +86,13 @@ def derive_groups(
         The groups' dictionaries and the members by slot, and the dictionaries that no group uses any more.
     """
     members: dict[Slot, list[str]] = {}
+    last, mine = None, list[str]()  # neighbors mostly share a slot
     for name in names:
         if name in trainable:
             slot = slots[name]
-            if slot in members:
-                members[slot].append(name)
-            else:
-                members[slot] = [name]
+            if slot is not last:
+                last, mine = slot, members.setdefault(slot, [])
+            mine.append(name)
     spare: dict[Home, list[dict[str, Any]]] = {}
     for slot, group in before.items():
         if slot not in members:
@@ -113,19 +113,27 @@ def derive_groups(
     return live, members, [group for groups in spare.values() for group in groups]
 
 
-def view_groups(
+def name_groups(
     live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, list[str]], layers: LayerMap
-) -> tuple[Group, ...]:
-    """Show the groups with unique names made of the layers they span."""
+) -> tuple[str, ...]:
+    """Return unique names of the groups, made of the layers they span."""
     taken: dict[str, int] = {}
-    views = []
+    names = []
     for slot, group in live.items():
         name = _span(members[slot], layers)
         if isinstance(group.get("name"), str):
             name = f"{group['name']}:{name}"
         taken[name] = taken.get(name, 0) + 1
-        if taken[name] > 1:
-            name = f"{name}/{taken[name]}"
+        names.append(f"{name}/{taken[name]}" if taken[name] > 1 else name)
+    return tuple(names)
+
+
+def view_groups(
+    live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, list[str]], names: Iterable[str]
+) -> tuple[Group, ...]:
+    """Show the groups under their names."""
+    views = []
+    for name, (slot, group) in zip(names, live.items(), strict=True):
         lr = group.get("lr")
         options = {key: value for key, value in options_of(group).items() if key != "lr"}
         rate = None if lr is None else float(lr)

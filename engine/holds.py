@@ -71,7 +71,9 @@ class Holds:
     def thaw(self, selection: Selection, owner: str, warmup: Time | None) -> list[str]:
         """Release ``owner``'s hold; return the names of which it really held one."""
         mine = self.held.get(owner, {})
-        released = [name for name in selection.names if mine.pop(name, None) is not None]
+        released = [name for name in selection.names if name in mine]
+        for name in released:
+            del mine[name]
         if owner in self.held and not mine:
             del self.held[owner]
         self._stand(selection, owner, None)
@@ -109,6 +111,13 @@ class Holds:
     def is_held(self, name: str) -> bool:
         """Return whether anybody holds the parameter."""
         return any(name in mine for mine in self.held.values())
+
+    def free(self, names: Iterable[str]) -> list[str]:
+        """Return the names that nobody holds."""
+        left = list(names)
+        for mine in self.held.values():
+            left = [name for name in left if name not in mine]
+        return left
 
     def owners(self, name: str) -> tuple[str, ...]:
         """Return who holds the parameter, in alphabetical order."""

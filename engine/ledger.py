@@ -61,6 +61,8 @@ class ParameterLedger(Books):
     @property
     def trainable(self) -> frozenset[str]:
         """Names of the parameters that train."""
+        if self._trainable_names is None:
+            self._trainable_names = frozenset(self._trainable)
         return self._trainable_names
 
     @property
@@ -76,7 +78,13 @@ class ParameterLedger(Books):
     @property
     def groups(self) -> tuple[Group, ...]:
         """The parameter groups of all optimizers, named by the layers they span."""
-        return view_groups(self._live, self._members, self.layers)
+        return view_groups(self._live, self._members, self._group_names())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each group now, by the group's name; cheap between two changes."""
+        groups = zip(self._group_names(), self._live.values(), strict=True)
+        return {name: float(group["lr"]) for name, group in groups if "lr" in group}
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -129,7 +137,7 @@ class ParameterLedger(Books):
         if mode == "eval":
             self._modes.evaluating = True
         if leaving:
-            self._leave(leaving)
+            self._leave(leaving, keep=moments == "keep")
             self._regroup()
         elif mode == "eval":
             self._modes.refresh(self._trainable, self._holds)
@@ -155,7 +163,7 @@ class ParameterLedger(Books):
             if name not in self._homes and not set(self._holds.owners(name)) - {owner}:
                 raise LedgerError(f"{name!r} has dtype {self._parameters[name].dtype} and cannot train. Thaw others.")
         released = self._holds.thaw(selection, owner, span)
-        joining = [name for name in released if not self._holds.is_held(name)]
+        joining = self._holds.free(released)
         if joining:
             self._join(joining)
             self._regroup()

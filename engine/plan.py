@@ -173,6 +173,7 @@ class Recorder:
     total_batches: int | None = None
     _spans: list[Span] = field(init=False, factory=list)
     _samples: list[Sample] = field(init=False, factory=list)
+    _marks: list[Clock] = field(init=False, factory=list)
     _version: int = field(init=False, default=-1)
     _next_sample: int = field(init=False, default=0)
     _open: Span | None = field(init=False, default=None)
@@ -191,12 +192,14 @@ class Recorder:
 
     def end(self, clock: Clock) -> None:
         """Close the running span at ``clock``."""
+        self._settle()
         span, self._open = self._open, None
         if span is not None and clock.batch > span.start.batch:
             self._spans.append(self._with_end(span, clock))
 
     def timeline(self, clock: Clock) -> Plan:
         """Return what happened up to ``clock``."""
+        self._settle()
         spans = list(self._spans)
         if self._open is not None and clock.batch > self._open.start.batch:
             spans.append(self._with_end(self._open, clock))
@@ -218,7 +221,7 @@ class Recorder:
             self._version = self.ledger.version
             self._open = self._spans.pop()
             self._layers_of_group, self._slots = self._layers(), self.ledger.slots
-        self._next_sample = self._samples[-1].batch + self._step() if self._samples else 0
+        self._next_sample = self._samples[-1].batch + self._step(len(self._samples)) if self._samples else 0
 
     def _begin(self, clock: Clock) -> None:
         ledger = self.ledger
@@ -242,21 +245,28 @@ class Recorder:
         return attrs.evolve(span, end=clock, groups=groups)
 
     def _sample(self, clock: Clock) -> None:
-        rates: dict[str, float] = {}
-        ledger = self.ledger
-        factor = ledger.schedule(clock.progress)
-        for slot, layers in zip(self._slots, self._layers_of_group, strict=True):
-            lr = 0.0 if slot.base_lr is None else slot.lr(factor, clock, ledger.min_lr)
-            for layer in layers:
-                rates[layer] = max(rates.get(layer, 0.0), lr)
-        self._samples.append(Sample(clock.batch, _epochs(clock), rates))
-        self._next_sample = clock.batch + self._step()
-        if len(self._samples) > 2 * MAX_SAMPLES:  # a fit of unknown length: halve the resolution
+        self._marks.append(clock)
+        count = len(self._samples) + len(self._marks)
+        self._next_sample = clock.batch + self._step(count)
+        if count > 2 * MAX_SAMPLES:  # a fit of unknown length: halve the resolution
+            self._settle()
             del self._samples[1::2]
 
-    def _step(self) -> int:
-        total = self.total_batches or 0
-        return max(1, total // MAX_SAMPLES, len(self._samples) // MAX_SAMPLES)
+    def _settle(self) -> None:
+        """Work out the rates at the marks of the running span, in which slots and layers stay as they are."""
+        ledger = self.ledger
+        for clock in self._marks:
+            rates: dict[str, float] = {}
+            factor = ledger.schedule(clock.progress)
+            for slot, layers in zip(self._slots, self._layers_of_group, strict=True):
+                lr = 0.0 if slot.base_lr is None else slot.lr(factor, clock, ledger.min_lr)
+                for layer in layers:
+                    rates[layer] = max(rates.get(layer, 0.0), lr)
+            self._samples.append(Sample(clock.batch, _epochs(clock), rates))
+        self._marks.clear()
+
+    def _step(self, count: int) -> int:
+        return max(1, (self.total_batches or 0) // MAX_SAMPLES, count // MAX_SAMPLES)
 
 
 def _epochs(clock: Clock) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, TypeAlias
+from typing import Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from attrs import define, field
@@ -18,6 +18,8 @@ from .typing import Json
 
 PrecisionKind: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _ARGUMENT = "Trainer(precision=)"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A disabled autocast costs ten times as much as this.
@@ -70,6 +72,10 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which the forward pass and the loss are computed; one object, not to be nested."""
         return self._context
+
+    def autocasted(self, function: Callable[P, T]) -> Callable[P, T]:
+        """Return a function that runs in :meth:`autocast`: ``function`` itself where that is nothing."""
+        return function if self._context is _NOTHING else self._context(function)  # type: ignore[operator]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of ``loss``, a scalar, to the parameters' ``.grad``: times :attr:`scale` with fp16."""

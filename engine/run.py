@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +19,7 @@ from .engine import Engine
 from .errors import DataError, LedgerError, NonFiniteError, ThawlineWarning
 from .evaluation import evaluate
 from .events import Event
-from .forward import is_finite, require_gradient, total_norm
+from .forward import GradientCheck, is_finite, require_gradient
 from .homes import OptimizerLike
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
@@ -33,6 +34,14 @@ from .state import State
 from .store import Checkpointing
 
 MAX_SKIPPED = 5
+AFTER_BACKWARD = Event.AFTER_BACKWARD
+AFTER_FORWARD = Event.AFTER_FORWARD
+AFTER_LOSS = Event.AFTER_LOSS
+AFTER_STEP = Event.AFTER_STEP
+BATCH_END = Event.BATCH_END
+BATCH_START = Event.BATCH_START
+BEFORE_FORWARD = Event.BEFORE_FORWARD
+BEFORE_STEP = Event.BEFORE_STEP
 # A scale of 2^16 is halved to below 1 in 17 steps.
 MAX_OVERFLOWS = 25
 log = get_logger(__name__)
@@ -69,6 +78,7 @@ class Run:
         self.progress = progress_for(trainer.progress)
         self.forward = trainer.forward()
         self.precision = Precision(trainer.precision, trainer.device)
+        self.functions = self.precision.autocasted(self.forward.outputs), self.precision.autocasted(self.forward.loss)
         self.data = ResumableLoader(train_loader, seed=trainer.seed)
         self.eval_data = (
             None
@@ -100,6 +110,7 @@ class Run:
         self._evaluated_at: int | None = None
         self._exhausted = False
         self._skipped = 0
+        self._gradients_finite = GradientCheck()
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -109,10 +120,12 @@ class Run:
         self._start()
         while not self._finished():
             if not state.clock.batch_in_epoch:
-                self._save_if_due()
+                if self.folder.due:
+                    self._save()
                 emit(Event.EPOCH_START)
             for fetched in self._epoch():
-                self._save_if_due()
+                if self.folder.due:
+                    self._save()
                 before = state.clock
                 self._batch(fetched)
                 if self.trainer.eval_every.crossed(before, state.clock):
@@ -134,47 +147,43 @@ class Run:
 
     def _batch(self, fetched: Sequence[Fetched]) -> None:
         """Do one batch: one optimizer step over all of its microbatches."""
-        emit, state, precision, forward = self.engine.emit, self.state, self.precision, self.forward
-        device = self.trainer.device
-        batches = [to_device(each.batch, device) for each in fetched]
-        state.batch = batches[0] if self.trainer.accumulate == 1 else batches
-        state.sample_ids = _sample_ids(fetched)
+        emit, state, precision, outputs_of, loss_of = self.engine.emit, self.state, self.precision, *self.functions
+        ledger = state.ledger
+        state.batch, state.sample_ids, samples = self._gathered(fetched)
         state.step_skipped, state.grad_norm = False, None
-        emit(Event.BATCH_START)
-        if not state.ledger.trainable_parameters:
+        emit(BATCH_START)
+        if not ledger.trainable_parameters:
             self._stop_frozen()
             return
         self.recorder.observe(state.clock)
-        parts, weights = self._microbatches()
-        whole = sum(weights)
+        parts = self._microbatches()
         total = 0.0
-        for part, weight in zip(parts, weights, strict=True):
+        for part, share in parts:
             state.microbatch = part
-            emit(Event.BEFORE_FORWARD)
-            with precision.autocast():
-                state.outputs = forward.outputs(state.model, state.microbatch)
-            emit(Event.AFTER_FORWARD)
-            with precision.autocast():
-                state.loss = forward.loss(state.outputs, state.microbatch)
-            emit(Event.AFTER_LOSS)
+            emit(BEFORE_FORWARD)
+            state.outputs = outputs_of(state.model, state.microbatch)
+            emit(AFTER_FORWARD)
+            state.loss = loss_of(state.outputs, state.microbatch)
+            emit(AFTER_LOSS)
             require_gradient(state.loss)
-            precision.backward(state.loss if len(parts) == 1 else state.loss * (weight / whole))
-            emit(Event.AFTER_BACKWARD)
-            total += state.loss.item() * (weight / whole)
-        state.loss = state.loss.new_tensor(total) if state.loss is not None else None
-        precision.unscale(state.optimizers)
-        emit(Event.BEFORE_STEP)
-        state.step_skipped = not (self._is_finite(total) and precision.step(state.optimizers))
-        if self.trainer.precision == "fp16":
+            precision.backward(state.loss if len(parts) == 1 else state.loss * share)
+            emit(AFTER_BACKWARD)
+            total += state.loss.item() * share
+        if state.loss is not None:
+            state.loss = state.loss.detach() if len(parts) == 1 else state.loss.new_tensor(total)
+        precision.unscale(ledger.optimizers)
+        emit(BEFORE_STEP)
+        state.step_skipped = not (self._is_finite(total) and precision.step(ledger.optimizers))
+        if precision.kind == "fp16":
             self._count_overflow(total)
-        emit(Event.AFTER_STEP)
-        state.ledger.clear_gradients()
+        emit(AFTER_STEP)
+        ledger.clear_gradients()
         state.outputs = state.microbatch = None
-        if is_finite(total):
+        if isfinite(total):
             self._epoch_loss.add(total)
             self._log_loss.add(total)
-        state.tick(sum(each.samples for each in fetched))
-        emit(Event.BATCH_END)
+        state.tick(samples)
+        emit(BATCH_END)
 
     def _evaluate(self) -> None:
         """Evaluate, let everybody know, and log."""
@@ -224,28 +233,40 @@ class Run:
     def _epoch(self) -> Iterator[list[Fetched]]:
         """Yield the loader batches of each step of the running epoch, from where the clock stands."""
         size, clock = self.trainer.accumulate, self.state.clock
-        batches = iter(self.data.batches(clock.epoch, clock.batch_in_epoch * size))
+        batches = self.data.batches(clock.epoch, clock.batch_in_epoch * size)
         empty = True
-        while fetched := list(islice(batches, size)):
+        for first in batches:
             empty = False
-            yield fetched
+            yield [first] if size == 1 else [first, *islice(batches, size - 1)]
         if empty and not clock.batch_in_epoch:
             raise DataError(
                 f"train_loader yields no batch in epoch {clock.epoch}. Give a loader with data; drop_last=True drops a "
                 "single short batch, and a generator is used up after one epoch."
             )
 
-    def _microbatches(self) -> tuple[list[Any], list[float]]:
-        """Cut the batch as it is now into microbatches, and weigh them by what their loss is a mean over."""
+    def _gathered(self, fetched: Sequence[Fetched]) -> tuple[Any, tuple[int, ...] | None, int]:
+        """Return the step's batch on the device, or a list of them, its sample ids and its number of samples."""
+        device = self.trainer.device
+        if self.trainer.accumulate == 1:
+            (one,) = fetched
+            return to_device(one.batch, device), one.sample_ids, one.samples
+        batches = [to_device(each.batch, device) for each in fetched]
+        ids = [each.sample_ids for each in fetched]
+        known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
+        return batches, known, sum(each.samples for each in fetched)
+
+    def _microbatches(self) -> list[tuple[Any, float]]:
+        """Cut the batch as it is now into microbatches, each with its share of what the batch's loss is a mean over."""
         size, batch = self.trainer.microbatch_size, self.state.batch
-        batches = [batch] if self.trainer.accumulate == 1 else batch
-        parts = list(batches) if size is None else [part for each in batches for part in split_batch(each, size)]
+        batches = [batch] if self.trainer.accumulate == 1 else list(batch)
+        parts = batches if size is None else [part for each in batches for part in split_batch(each, size)]
         if len(parts) == 1:
-            return parts, [1.0]
+            return [(parts[0], 1.0)]
         weights = [self.forward.weight(self.state.model, part) for part in parts]
         # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
         said = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
-        return ([part for part, _ in said], [weight for _, weight in said]) if said else (parts[:1], [1.0])
+        whole = sum(weight for _, weight in said)
+        return [(part, weight / whole) for part, weight in said] or [(parts[0], 1.0)]
 
     def _is_finite(self, loss: float) -> bool:
         """Return whether to step; raise where the policy says so. An fp16 overflow is the scaler's own business."""
@@ -253,13 +274,15 @@ class Run:
         if self.trainer.precision == "fp16":
             return True
         norm = state.grad_norm
-        if norm is None:
-            norm = total_norm(state.ledger.trainable_parameters)
-        if is_finite(loss) and (norm is None or is_finite(norm)):
+        finite = self._gradients_finite(state.ledger.trainable_parameters) if norm is None else is_finite(norm)
+        if isfinite(loss) and finite:
             self._skipped = 0
             return True
         self._skipped += 1
-        what = f"the loss is {loss}" if not is_finite(loss) else f"the gradient norm is {float(norm or 0.0)}"
+        if not isfinite(loss):
+            what = f"the loss is {loss}"
+        else:
+            what = "the gradients are not finite" if norm is None else f"the gradient norm is {float(norm)}"
         place = f"at epoch {state.clock.epoch}, batch {state.clock.batch}"
         if self.trainer.on_nonfinite == "raise" or self._skipped >= MAX_SKIPPED:
             often = f", the {self._skipped}th time in a row" if self._skipped > 1 else ""
@@ -347,11 +370,6 @@ class Run:
         self.progress.message(f"resumed from {path} at epoch {state.clock.epoch}, batch {state.clock.batch}")
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
 
-    def _save_if_due(self) -> None:
-        """Cut a checkpoint just before EPOCH_START or BATCH_START."""
-        if self.folder.due:
-            self._save()
-
     def _save(self) -> None:
         self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics)
 
@@ -410,12 +428,12 @@ class Run:
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
         shown = {name: value for name, value in self.state.metrics.items() if name.startswith(("train/", "eval/"))}
-        self._shown = shown | {"lr": max(self._rates().values(), default=0.0)}
+        self._shown = shown | {"lr": max(self.state.ledger.rates.values(), default=0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 
     def _rates(self) -> dict[str, float]:
-        return {f"lr/{group.name}": group.lr for group in self.state.ledger.groups if group.lr is not None}
+        return {f"lr/{name}": lr for name, lr in self.state.ledger.rates.items()}
 
     def _write_history(self) -> None:
         state = self.state
@@ -454,8 +472,3 @@ class _Mean:
 
 def _of_evaluation(monitor: object) -> bool:
     return isinstance(monitor, str) and monitor.startswith("eval/")
-
-
-def _sample_ids(fetched: Sequence[Fetched]) -> tuple[int, ...] | None:
-    ids = [each.sample_ids for each in fetched]
-    return None if any(each is None for each in ids) else tuple(i for each in ids if each is not None for i in each)

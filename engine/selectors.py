@@ -56,10 +56,9 @@ def resolve(
         )
     names: dict[str, None] = {}
     patterns: list[str] = []
+    if all(map(parameters.__contains__, selector)):  # the fast path of long lists of exact names
+        return Selection(tuple(dict.fromkeys(selector)))  # type: ignore[arg-type]
     for part in selector:
-        if part in parameters:  # the fast path of long lists of exact names
-            names[part] = None  # type: ignore[index]
-            continue
         found = _one(part, parameters, aliases, layers)
         names.update(dict.fromkeys(found.names))
         patterns.extend(found.patterns)

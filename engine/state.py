@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from attrs import define, field
+from attrs import define, field, setters
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,7 +14,7 @@ from .layers import LayerMap
 from .ledger import ParameterLedger
 
 
-@define(eq=False, slots=True)
+@define(eq=False, slots=True, on_setattr=setters.NO_OP)  # converting at each assignment costs 10 us a batch
 class State:
     """What algorithms see and may change.
 
