@@ -83,9 +83,9 @@ def to_device(batch: Any, device: torch.device) -> Any:
         >>> to_device(batch, torch.device("cpu")) is batch
         True
     """
-    if type(batch) is tuple or type(batch) is list:
+    if device.type == "cpu" and (type(batch) is tuple or type(batch) is list):
         for each in batch:
-            if type(each) is not Tensor or each.device != device:
+            if type(each) is not Tensor or not each.is_cpu:
                 break
         else:  # the commonest batches, in a fraction of the time
             return batch

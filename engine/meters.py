@@ -1,8 +1,11 @@
-"""Evaluation metrics: weighted means of numbers, and objects that accumulate by themselves."""
+"""Metrics: weighted means of numbers, objects that accumulate by themselves, and the running training loss."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import add
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from attrs import define, field
@@ -94,3 +97,57 @@ class Meters:
             )
             values[f"{self.prefix}{name}"] = float(value)
         return values
+
+
+class RunningLoss:
+    """The mean training loss since the last log line and since the epoch began; a checkpoint holds both.
+
+    Example:
+        >>> losses = RunningLoss()
+        >>> losses.add(1.0)
+        >>> losses.since_log()
+        1.0
+        >>> losses.add(2.0)
+        >>> losses.since_log(), losses.of_epoch()
+        (2.0, 1.5)
+    """
+
+    def __init__(self, epoch: tuple[float, int] = (0.0, 0), log: tuple[float, int] = (0.0, 0)) -> None:
+        self._epoch: tuple[float, int] = (epoch[0], epoch[1])  # of lists, where a checkpoint gave them
+        self._log: tuple[float, int] = (log[0], log[1])
+        self._recent: list[float] = []
+        self.add = self._recent.append  # once a batch: no more than that
+
+    @property
+    def count(self) -> int:
+        """How many losses were added since the last log line."""
+        return self._log[1] + len(self._recent)
+
+    def since_log(self) -> float:
+        """Return the mean since the last call; NaN where nothing was added."""
+        self._fold()
+        (total, count), self._log = self._log, (0.0, 0)
+        return total / count if count else math.nan
+
+    def of_epoch(self) -> float:
+        """Return the mean since :meth:`begin_epoch`; NaN where nothing was added."""
+        self._fold()
+        total, count = self._epoch
+        return total / count if count else math.nan
+
+    def begin_epoch(self) -> None:
+        """Begin the epoch's mean anew."""
+        self._fold()
+        self._epoch = (0.0, 0)
+
+    def parts(self) -> tuple[tuple[float, int], tuple[float, int]]:
+        """Return what the constructor takes: totals and counts."""
+        self._fold()
+        return self._epoch, self._log
+
+    def _fold(self) -> None:
+        count = len(self._recent)
+        # One by one, not by sum(): a resumed run adds in the same order.
+        self._epoch = reduce(add, self._recent, self._epoch[0]), self._epoch[1] + count
+        self._log = reduce(add, self._recent, self._log[0]), self._log[1] + count
+        self._recent.clear()

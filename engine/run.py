@@ -24,6 +24,7 @@ from .homes import OptimizerLike
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
+from .meters import RunningLoss
 from .plan import Recorder
 from .precision import Precision
 from .progress import progress_for
@@ -34,14 +35,11 @@ from .state import State
 from .store import Checkpointing
 
 MAX_SKIPPED = 5
-AFTER_BACKWARD = Event.AFTER_BACKWARD
-AFTER_FORWARD = Event.AFTER_FORWARD
-AFTER_LOSS = Event.AFTER_LOSS
-AFTER_STEP = Event.AFTER_STEP
-BATCH_END = Event.BATCH_END
-BATCH_START = Event.BATCH_START
-BEFORE_FORWARD = Event.BEFORE_FORWARD
-BEFORE_STEP = Event.BEFORE_STEP
+# Once a batch: a name of the module is found in a fraction of the time that a member of an enum takes.
+BATCH_START, BATCH_END = Event.BATCH_START, Event.BATCH_END
+BEFORE_FORWARD, AFTER_FORWARD = Event.BEFORE_FORWARD, Event.AFTER_FORWARD
+AFTER_LOSS, AFTER_BACKWARD = Event.AFTER_LOSS, Event.AFTER_BACKWARD
+BEFORE_STEP, AFTER_STEP = Event.BEFORE_STEP, Event.AFTER_STEP
 # A scale of 2^16 is halved to below 1 in 17 steps.
 MAX_OVERFLOWS = 25
 log = get_logger(__name__)
@@ -105,11 +103,13 @@ class Run:
         except BaseException:
             self.folder.close()
             raise
-        self._epoch_loss, self._log_loss = _Mean(), _Mean()
+        self._losses = RunningLoss()
         self._shown: dict[str, float] = {}
         self._evaluated_at: int | None = None
         self._exhausted = False
         self._skipped = 0
+        self._next_due = 0
+        self._whole = trainer.accumulate == 1 and trainer.microbatch_size is None
         self._gradients_finite = GradientCheck()
 
     # -- the loop ----------------------------------------------------------------------------------------------
@@ -128,19 +128,18 @@ class Run:
                     self._save()
                 before = state.clock
                 self._batch(fetched)
-                if self.trainer.eval_every.crossed(before, state.clock):
-                    self._evaluate()
-                self._tell(before)
-                if self._finished():
+                due = state.clock.batch >= self._next_due
+                if due:
+                    self._do_what_is_due(before)
+                self.progress.update(state.clock.batch, self._shown)
+                if (due or state.stop_reason is not None) and self._finished():
                     break
             else:
                 self._exhausted = True
             self._end_epoch()
         if self._evaluated_at != state.clock.batch:
             self._evaluate()
-        if self._log_loss.count:
-            self._log({"train/loss": self._log_loss.value(), **self._rates()})
-            self._log_loss = _Mean()
+        self._log_loss()
         self._save()
         emit(Event.FIT_END)
         self._tell_end()
@@ -156,7 +155,7 @@ class Run:
             self._stop_frozen()
             return
         self.recorder.observe(state.clock)
-        parts = self._microbatches()
+        parts = [(state.batch, 1.0)] if self._whole else self._microbatches()
         total = 0.0
         for part, share in parts:
             state.microbatch = part
@@ -169,8 +168,8 @@ class Run:
             precision.backward(state.loss if len(parts) == 1 else state.loss * share)
             emit(AFTER_BACKWARD)
             total += state.loss.item() * share
-        if state.loss is not None:
-            state.loss = state.loss.detach() if len(parts) == 1 else state.loss.new_tensor(total)
+        if state.loss is not None and len(parts) > 1:
+            state.loss = state.loss.new_tensor(total)
         precision.unscale(ledger.optimizers)
         emit(BEFORE_STEP)
         state.step_skipped = not (self._is_finite(total) and precision.step(ledger.optimizers))
@@ -180,8 +179,7 @@ class Run:
         ledger.clear_gradients()
         state.outputs = state.microbatch = None
         if isfinite(total):
-            self._epoch_loss.add(total)
-            self._log_loss.add(total)
+            self._losses.add(total)
         state.tick(samples)
         emit(BATCH_END)
 
@@ -212,6 +210,17 @@ class Run:
         self.engine.emit(Event.EVAL_END)
         self.folder.trackers.log_metrics(state.take_logged(), step=state.clock.batch)
 
+    def _do_what_is_due(self, before: Clock) -> None:
+        """Evaluate, log, and ask for a checkpoint, each where its interval has passed; find out when to look again."""
+        trainer, clock = self.trainer, self.state.clock
+        if trainer.eval_every.crossed(before, clock):
+            self._evaluate()
+        if trainer.log_every.crossed(before, clock):
+            self._log_loss()
+        self.folder.note(before, clock)
+        times = (trainer.eval_every, trainer.log_every, self.folder.policy.every, self.state.duration)
+        self._next_due = min(time.not_before(clock) for time in times)
+
     def _end_epoch(self) -> None:
         """Count the epoch if it is complete, evaluate where that is due, let everybody know, write the row of history."""
         state, before = self.state, self.state.clock
@@ -223,7 +232,7 @@ class Run:
                 self._evaluate()
             state.tick_epoch()
             self.folder.note(before, state.clock)
-        state.metrics["train/loss"] = self._epoch_loss.value()
+        state.metrics["train/loss"] = self._losses.of_epoch()
         self.engine.emit(Event.EPOCH_END)
         self._write_history()
         self._log({})
@@ -260,8 +269,6 @@ class Run:
         size, batch = self.trainer.microbatch_size, self.state.batch
         batches = [batch] if self.trainer.accumulate == 1 else list(batch)
         parts = batches if size is None else [part for each in batches for part in split_batch(each, size)]
-        if len(parts) == 1:
-            return [(parts[0], 1.0)]
         weights = [self.forward.weight(self.state.model, part) for part in parts]
         # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
         said = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
@@ -361,7 +368,7 @@ class Run:
         state = self.state
         extra = restore(tree, self.engine, self.precision, settings=self.settings)
         self.history = list(extra["history"])
-        self._epoch_loss, self._log_loss = _Mean(*extra["epoch_loss"]), _Mean(*extra["log_loss"])
+        self._losses = RunningLoss(*extra["losses"])
         self._skipped = extra["skipped"]
         self._evaluated_at = extra["evaluated_at"]
         state.stop_reason = tree["stop_reason"]
@@ -376,8 +383,7 @@ class Run:
     def _capture(self) -> dict[str, Any]:
         extra = {
             "history": self.history,
-            "epoch_loss": self._epoch_loss.parts(),
-            "log_loss": self._log_loss.parts(),
+            "losses": self._losses.parts(),
             "skipped": self._skipped,
             "evaluated_at": self._evaluated_at,
             "timeline": self.recorder.state_dict(self.state.clock),
@@ -416,14 +422,10 @@ class Run:
 
     # -- telling -----------------------------------------------------------------------------------------------
 
-    def _tell(self, before: Clock) -> None:
-        """Show progress, log when it is time, and remember when a checkpoint is due."""
-        state = self.state
-        if self.trainer.log_every.crossed(before, state.clock):
-            self._log({"train/loss": self._log_loss.value(), **self._rates()})
-            self._log_loss = _Mean()
-        self.folder.note(before, state.clock)
-        self.progress.update(state.clock.batch, self._shown)
+    def _log_loss(self) -> None:
+        """Log the mean loss since the last time, and the rates."""
+        if self._losses.count:
+            self._log({"train/loss": self._losses.since_log(), **self._rates()})
 
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
@@ -442,7 +444,7 @@ class Run:
         numel = sum(each.numel() for each in state.ledger.trainable_parameters)
         row |= {"epoch": state.clock.epoch, "batch": state.clock.batch, "trainable": numel}
         self.history.append(row)
-        self._epoch_loss = _Mean()
+        self._losses.begin_epoch()
         shown = {name: value for name, value in row.items() if name.startswith(("train/", "eval/"))}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.progress.message(f"epoch {len(self.history)}: {text}  {numel:,} parameters train")
@@ -451,23 +453,6 @@ class Run:
         log.info("fit ended", reason=self.stop_reason, batches=self.state.clock.batch)
         if self.stop_reason != "duration":
             self.progress.message(f"stopped: {self.stop_reason}")
-
-
-class _Mean:
-    """A running mean that a checkpoint can hold."""
-
-    def __init__(self, total: float = 0.0, count: int = 0) -> None:
-        self.total, self.count = total, count
-
-    def add(self, value: float) -> None:
-        self.total += value
-        self.count += 1
-
-    def value(self) -> float:
-        return self.total / self.count if self.count else float("nan")
-
-    def parts(self) -> tuple[float, int]:
-        return self.total, self.count
 
 
 def _of_evaluation(monitor: object) -> bool:
