@@ -2,6 +2,7 @@
 
 from .algorithm import Algorithm, Stage, register, registered, registered_names
 from .clock import Clock, Time
+from .curves import constant, cosine, inverse_sqrt, linear, polynomial
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
@@ -28,7 +29,8 @@ from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
 from .log import configure_logging, get_logger
 from .plan import Plan
-from .schedules import Schedule, constant, cosine, join, linear, warmup
+from .schedule import Schedule
+from .schedules import join, one_cycle, repeat, warmup, wsd
 from .selectors import Selector
 from .state import State
 from .store import Checkpointing
@@ -84,12 +86,17 @@ __all__ = [
     "constant",
     "cosine",
     "get_logger",
+    "inverse_sqrt",
     "join",
     "linear",
     "nearest",
+    "one_cycle",
+    "polynomial",
     "register",
     "registered",
     "registered_names",
+    "repeat",
     "surgery_op",
     "warmup",
+    "wsd",
 ]
