@@ -2,7 +2,6 @@
 
 from .algorithm import Algorithm, Stage, register, registered, registered_names
 from .clock import Clock, Time
-from .curves import constant, cosine, inverse_sqrt, linear, polynomial
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
@@ -29,8 +28,19 @@ from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
 from .log import configure_logging, get_logger
 from .plan import Plan
-from .schedule import Schedule
-from .schedules import join, one_cycle, repeat, warmup, wsd
+from .schedules import (
+    Schedule,
+    constant,
+    cosine,
+    inverse_sqrt,
+    join,
+    linear,
+    one_cycle,
+    polynomial,
+    repeat,
+    warmup,
+    wsd,
+)
 from .selectors import Selector
 from .state import State
 from .store import Checkpointing

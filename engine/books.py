@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from .clock import Clock
-from .curves import constant
 from .events import Event
 from .grafts import Graft, Overrides
 from .groups import Origin, Slot, derive_groups, name_groups
@@ -19,7 +18,7 @@ from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
 from .layers import LayerMap, LayerSpec
 from .log import get_logger
 from .modes import ModeKeeper
-from .schedule import Schedule
+from .schedules import Schedule, constant
 from .selectors import Selection
 from .surgery import JournalEntry
 

@@ -14,13 +14,12 @@ from torch.optim import Optimizer
 
 from .algorithm import Algorithm, as_json
 from .clock import Time
-from .curves import constant
 from .engine import check_algorithms
 from .errors import ArgumentError
 from .forward import Forward
 from .homes import OptimizerLike
 from .meters import Metric, check_metrics
-from .schedule import Schedule, as_schedule
+from .schedules import Schedule, as_schedule, constant
 from .settings import device_of, function_or_none, interval, not_negative, one_of, whole
 from .store import Checkpointing
 from .tracking import Tracker

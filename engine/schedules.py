@@ -24,6 +24,22 @@ from .schedule import (
     span_of,
 )
 
+__all__ = [
+    "Schedule",
+    "as_schedule",
+    "constant",
+    "cosine",
+    "inverse_sqrt",
+    "join",
+    "linear",
+    "one_cycle",
+    "polynomial",
+    "repeat",
+    "schedule_from_description",
+    "warmup",
+    "wsd",
+]
+
 # Step k of n stands at k / n, and a boundary at a quotient of others: what differs by rounding alone is the same place.
 TOLERANCE = 1e-9
 _DEEPEST = 32  # descriptions come out of files, and a file must not exhaust the stack

@@ -42,8 +42,7 @@ from thawline.engine import (
     warmup,
     wsd,
 )
-from thawline.engine.schedule import as_schedule
-from thawline.engine.schedules import schedule_from_description
+from thawline.engine.schedules import as_schedule, schedule_from_description
 
 STEPS = 40
 
