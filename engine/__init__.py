@@ -28,6 +28,7 @@ from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
 from .log import configure_logging, get_logger
 from .plan import Plan
+from .randomness import derive_seed
 from .schedules import (
     Schedule,
     constant,
@@ -95,6 +96,7 @@ __all__ = [
     "configure_logging",
     "constant",
     "cosine",
+    "derive_seed",
     "get_logger",
     "inverse_sqrt",
     "join",
