@@ -1,11 +1,13 @@
 """The algorithms of thawline: what trains when, adapters, averages, clipping, stopping; and presets."""
 
+from .block_cycle import BlockCycle, cycle_order
 from .early_stop import EarlyStop
 from .ema import EMA, ema_update
 from .grad_clip import GradClip, clip_gradients
 from .layer_freeze import LayerFreeze, freeze_layers, freeze_share
 from .layer_thaw import LayerThaw, thaw_order
 from .layerwise_lr import LayerwiseLR, layer_factors
+from .lisa import LISA, sampled_layers
 from .lora import LoRAInject, inject_lora
 from .lora_modules import lora_forward
 from .presets import full, head_only, lora, partial, progressive
@@ -13,6 +15,8 @@ from .train_only import TrainOnly
 
 __all__ = [
     "EMA",
+    "LISA",
+    "BlockCycle",
     "EarlyStop",
     "GradClip",
     "LayerFreeze",
@@ -21,6 +25,7 @@ __all__ = [
     "LoRAInject",
     "TrainOnly",
     "clip_gradients",
+    "cycle_order",
     "ema_update",
     "freeze_layers",
     "freeze_share",
@@ -32,5 +37,6 @@ __all__ = [
     "lora_forward",
     "partial",
     "progressive",
+    "sampled_layers",
     "thaw_order",
 ]

@@ -12,7 +12,7 @@ and for converters; they are told the argument's name.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import attrs
@@ -117,6 +117,15 @@ def check_time(argument: str, value: object, *, example: str, zero: bool = False
     if not zero and not time.value:
         raise ArgumentError(argument, got=value, takes=takes, example=example)
     return time
+
+
+def check_selectors(argument: str, value: object, *, example: str, empty: bool = False) -> tuple[str, ...]:
+    """Return ``value``, a selector or a list of them, as a tuple, or raise an ArgumentError that names ``argument``."""
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else None
+    if names is None or not (names or empty) or not all(isinstance(each, str) and each for each in names):
+        takes = "a selector or a list" + ", which may be empty" * empty
+        raise ArgumentError(argument, got=value, takes=takes, example=example)
+    return names
 
 
 def check_in_range(

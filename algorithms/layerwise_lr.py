@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal, TypeAlias
 
 import attrs
 from typing_extensions import override
 
 from ..engine import Algorithm, Event, LayerMap, Stage, State, register
-from .arguments import in_range, positive
+from .arguments import check_in_range, check_one_of, in_range, one_of, positive
+
+Convention: TypeAlias = Literal["timm", "beit", "electra"]
+CONVENTIONS = ("timm", "beit", "electra")
 
 
-def layer_factors(layers: LayerMap, decay: float) -> dict[str, float]:
-    """Return each layer's factor: ``decay ** d`` at d layers below the head.
+def layer_factors(layers: LayerMap, decay: float, convention: Convention = "timm") -> dict[str, float]:
+    """Return each layer's factor, ``decay`` to the power of its distance from the top; the head's is 1.
+
+    With n blocks, the stem being at depth 0 and ``blocks[i]`` at depth i + 1, the conventions differ in where the top is:
+
+    - ``"timm"``: the last layer that has parameters, so n + 1 with a head and n without;
+    - ``"beit"``: n + 1, the place of the head, whether there is one or not;
+    - ``"electra"``: n + 2, one further, so that the last block is at ``decay ** 2``.
+
+    Args:
+        layers: The model's layers, those without parameters left out.
+        decay: Factor from a layer to the one below it, above 0 and at most 1.
+        convention: Where the top is.
+
+    Raises:
+        ArgumentError: A decay out of range, or another convention.
+
+    Source: ``param_groups_layer_decay`` of timm; ``LayerDecayValueAssigner`` of BEiT, arXiv:2106.08254;
+        ``_get_layer_lrs`` of ELECTRA, arXiv:2003.10555.
 
     Example:
         >>> from torch import nn
-        >>> layer_factors(LayerMap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))), 0.5)
-        {'blocks[0]': 0.5, 'head': 1.0}
+        >>> layers = LayerMap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+        >>> layer_factors(layers, 0.5), layer_factors(layers, 0.5, "electra")
+        ({'blocks[0]': 0.5, 'head': 1.0}, {'blocks[0]': 0.25, 'head': 1.0})
     """
-    names = [layer.name for layer in layers]
-    return {name: decay ** (len(names) - 1 - index) for index, name in enumerate(names)}
+    check_in_range("layer_factors(decay=)", decay, above=0, at_most=1, example="layer_factors(layers, 0.75)")
+    check_one_of("layer_factors(convention=)", convention, CONVENTIONS, example="layer_factors(layers, 0.75, 'timm')")
+    present = [layer.name for layer in layers]
+    counted = present if convention == "timm" else [name for name in layers.names if name in present or name == "head"]
+    beyond = 1 if convention == "electra" else 0
+    distance = {name: place + (beyond if name != "head" else 0) for place, name in enumerate(reversed(counted))}
+    return {name: decay ** distance[name] for name in present}
 
 
 @register
@@ -31,6 +57,7 @@ class LayerwiseLR(Algorithm):
     Args:
         decay: Factor from a layer to the one below it, above 0 and at most 1.
         lr_head: Absolute base rate of the head; None leaves the optimizer's.
+        convention: Whose way of counting layers: ``"timm"``, ``"beit"`` or ``"electra"``; see :func:`layer_factors`.
 
     Raises:
         ArgumentError: An argument of the wrong type or out of range.
@@ -39,7 +66,7 @@ class LayerwiseLR(Algorithm):
 
     Example:
         >>> LayerwiseLR(decay=0.8).describe()
-        {'name': 'LayerwiseLR', 'arguments': {'decay': 0.8, 'lr_head': None}}
+        {'name': 'LayerwiseLR', 'arguments': {'decay': 0.8, 'lr_head': None, 'convention': 'timm'}}
     """
 
     events = frozenset({Event.FIT_START})
@@ -47,12 +74,14 @@ class LayerwiseLR(Algorithm):
 
     decay: float = attrs.field(default=0.9, validator=in_range(above=0, at_most=1))
     lr_head: float | None = attrs.field(default=None, validator=positive(or_none=True, example=1e-3))
+    convention: Convention = attrs.field(default="timm", validator=one_of(CONVENTIONS))
 
     @override
     def apply(self, event: Event, state: State) -> None:
         """Set the factors, and the head's rate."""
-        for layer, factor in layer_factors(state.layers, self.decay).items():
-            if factor != 1.0:
-                state.ledger.scale(layer, factor, owner=self.owner)
-        if self.lr_head is not None:
-            state.ledger.set_lr("head", self.lr_head, owner=self.owner)
+        with state.ledger.at_once():
+            for layer, factor in layer_factors(state.layers, self.decay, self.convention).items():
+                if factor != 1.0:
+                    state.ledger.scale(layer, factor, owner=self.owner)
+            if self.lr_head is not None:
+                state.ledger.set_lr("head", self.lr_head, owner=self.owner)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import ClassVar
 
 import attrs
 from typing_extensions import override
 
-from ..engine import Algorithm, ArgumentError, Event, LayerMap, Stage, State, register
+from ..engine import Algorithm, ArgumentError, Event, Layer, LayerMap, Stage, State, register
+from .arguments import check_selectors
 
 
 def all_but(layers: LayerMap, names: Collection[str]) -> list[str]:
@@ -27,18 +28,17 @@ def all_but(layers: LayerMap, names: Collection[str]) -> list[str]:
         ['blocks[0]', '2.weight']
     """
     chosen = frozenset(names)
-    found: list[str] = []
-    for layer in layers:
-        rest = [name for name in layer.parameters if name not in chosen]
-        found += [layer.name] if len(rest) == len(layer.parameters) else rest
-    return found
+    return [select for layer in layers for select in rest_of(layer, chosen)]
+
+
+def rest_of(layer: Layer, names: Collection[str]) -> list[str]:
+    """Return selectors of a layer's parameters but ``names``: the layer, where it has none of them."""
+    rest = [name for name in layer.parameters if name not in names]
+    return [layer.name] if len(rest) == len(layer.parameters) else rest
 
 
 def _selectors(value: object) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
-    if not names or not all(isinstance(each, str) and each for each in names):
-        raise ArgumentError("TrainOnly(select=)", got=value, takes="a selector or a list", example="TrainOnly('head')")
-    return names
+    return check_selectors("TrainOnly(select=)", value, example="TrainOnly('head')")
 
 
 def _rates(value: object) -> dict[str, float]:

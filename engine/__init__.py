@@ -28,7 +28,20 @@ from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
 from .log import configure_logging, get_logger
 from .plan import Plan
-from .schedules import Schedule, constant, cosine, join, linear, warmup
+from .randomness import derive_seed
+from .schedules import (
+    Schedule,
+    constant,
+    cosine,
+    inverse_sqrt,
+    join,
+    linear,
+    one_cycle,
+    polynomial,
+    repeat,
+    warmup,
+    wsd,
+)
 from .selectors import Selector
 from .state import State
 from .store import Checkpointing
@@ -83,13 +96,19 @@ __all__ = [
     "configure_logging",
     "constant",
     "cosine",
+    "derive_seed",
     "get_logger",
+    "inverse_sqrt",
     "join",
     "linear",
     "nearest",
+    "one_cycle",
+    "polynomial",
     "register",
     "registered",
     "registered_names",
+    "repeat",
     "surgery_op",
     "warmup",
+    "wsd",
 ]

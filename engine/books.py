@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -74,17 +75,44 @@ class Books:
         self._trainable_names: frozenset[str] | None = None
         self._journal, self._overrides = _ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
+        self._gathering = 0
+        self._behind = False
         self._factor = 1.0
         self._rated = self.clock  # for which the rates were last written: the clock ticks before the next batch's are
         self._begin()
 
     def apply_lr(self, clock: Clock) -> None:
-        """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedule(progress), min_lr)``."""
+        """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedules(progress), min_lr)``."""
         self.clock = clock
         factor = self.schedule(clock.progress)
-        if factor != self._factor or self._warming:
+        if factor != self._factor or self._moving:
             self._factor = factor
             self._write_lr()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Derive the groups once for all the changes inside, not once for each.
+
+        What trains is up to date inside, also where an error ends it; :attr:`groups` and :attr:`trainable_parameters`
+        are those of before until the end.
+
+        Example:
+            >>> from thawline.engine import ParameterLedger
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> ledger = ParameterLedger(model, lambda parameters: __import__("torch").optim.SGD(parameters, lr=1.0))
+            >>> with ledger.at_once():
+            ...     ledger.scale("blocks[0]", 0.25, owner="me")
+            ...     ledger.scale("blocks[1]", 0.5, owner="me")
+            >>> ledger.rates, ledger.version
+            ({'blocks[0]': 0.25, 'blocks[1]': 0.5, 'head': 1.0}, 1)
+        """
+        self._gathering += 1
+        try:
+            yield
+        finally:
+            self._gathering -= 1
+            if self._behind and not self._gathering:
+                self._regroup()
 
     def sync_modes(self) -> None:
         """Put normalization layers in the mode that follows from what trains; cheap, called at BATCH_START."""
@@ -214,14 +242,20 @@ class Books:
             base = home.lr if rate is None else rate.lr
             scale = holds.factor(name) if holds.factors else 1.0
             origin = self._origins.get(name) if self._origins else None
-            key = (home.index, base, scale, origin)
+            schedules = holds.schedules_of(name) if holds.schedules else ()
+            key = (home.index, base, scale, origin, schedules)
             slot = interned.get(key)
             if slot is None:
-                slot = interned[key] = Slot(home, base, scale, origin)
+                slot = interned[key] = Slot(home, base, scale, origin, schedules)
             self._slots[name] = slot
 
     def _regroup(self) -> None:
-        """Derive the groups anew and make the optimizers hold them."""
+        """Derive the groups anew and make the optimizers hold them; inside :meth:`at_once`, at its end."""
+        self._trainable_names = self._names = None
+        if self._gathering:
+            self._behind = True
+            return
+        self._behind = False
         if len(self._interned) > 2 * len(self._live) + 100:  # a schedule that never ends must not collect slots
             used = set(self._slots.values())
             self._interned = {key: slot for key, slot in self._interned.items() if slot in used}
@@ -235,8 +269,7 @@ class Books:
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
         self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
-        self._trainable_names = self._names = None
-        self._warming = any(slot.origin is not None for slot in self._live)
+        self._moving = any(slot.moves for slot in self._live)
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)
         self.version += 1

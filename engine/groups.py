@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from torch import Tensor
 from .clock import Clock, Time
 from .homes import MANAGED, Home
 from .layers import LayerMap
+from .schedules import Schedule
 
 
 @frozen(slots=True)
@@ -33,7 +35,7 @@ class Origin:
 
 @define(eq=False, slots=True)
 class Slot:
-    """The parameters that share a home, a base rate, a factor and an origin: one group.
+    """The parameters that share a home, a base rate, a factor, an origin and schedules of their own: one group.
 
     Slots are interned: equal ones are the same object, so that grouping compares identities.
     """
@@ -42,12 +44,21 @@ class Slot:
     base_lr: float | None
     scale: float
     origin: Origin | None
+    schedules: tuple[Schedule, ...] = ()
 
     def lr(self, factor: float, clock: Clock, floor: float) -> float:
-        """Return ``max(base_lr * scale * factor * warmup, floor)``."""
+        """Return ``max(base_lr * scale * factor * warmup * own schedules, floor)``."""
         assert self.base_lr is not None
         warm = 1.0 if self.origin is None else self.origin.factor(clock)
-        return max(self.base_lr * self.scale * factor * warm, floor)
+        rate = self.base_lr * self.scale * factor * warm
+        if self.schedules:  # by size, so that the last bit does not depend on who set which
+            rate *= math.prod(sorted(each(clock.progress) for each in self.schedules))
+        return max(rate, floor)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the rate changes by more than the schedule of all groups."""
+        return self.origin is not None or bool(self.schedules)
 
 
 @frozen

@@ -14,6 +14,7 @@ from attrs import field, frozen
 
 from .clock import Time
 from .errors import LedgerError
+from .schedules import Schedule, schedule_from_description
 from .selectors import Selection
 
 Moments: TypeAlias = Literal["drop", "keep"]
@@ -50,6 +51,7 @@ class Holds:
         standing: Owner to its patterns (layers, globs, modules), the latest last. They go on to cover
             parameters attached later: a Hold freezes them, None does not.
         factors: Owner to its factor on each parameter's learning rate.
+        schedules: Owner to its schedule on each parameter's learning rate.
         rates: The absolute base rate of each parameter that has one.
         warmups: Warmup asked for by owners who released a parameter, while others still held it.
     """
@@ -57,6 +59,7 @@ class Holds:
     held: dict[str, dict[str, Hold]] = field(factory=dict)
     standing: dict[str, dict[str, Hold | None]] = field(factory=dict)
     factors: dict[str, dict[str, float]] = field(factory=dict)
+    schedules: dict[str, dict[str, Schedule]] = field(factory=dict)
     rates: dict[str, Rate] = field(factory=dict)
     warmups: dict[str, dict[str, Time]] = field(factory=dict)
 
@@ -87,6 +90,13 @@ class Holds:
         mine = self.factors.setdefault(owner, {})
         changed = [name for name in selection.names if mine.get(name, 1.0) != factor]
         mine.update(dict.fromkeys(selection.names, factor))
+        return changed
+
+    def schedule(self, selection: Selection, owner: str, schedule: Schedule) -> list[str]:
+        """Set ``owner``'s schedule; return the names for which that is a change."""
+        mine = self.schedules.setdefault(owner, {})
+        changed = [name for name in selection.names if mine.get(name) != schedule]
+        mine.update(dict.fromkeys(selection.names, schedule))
         return changed
 
     def rate(self, selection: Selection, owner: str, lr: float) -> list[str]:
@@ -135,13 +145,18 @@ class Holds:
         """Return the product of all owners' factors: by size, so that its last bit does not depend on who set which."""
         return math.prod(sorted(mine[name] for mine in self.factors.values() if name in mine), start=1.0)
 
+    def schedules_of(self, name: str) -> tuple[Schedule, ...]:
+        """Return all owners' schedules, in the owners' alphabetical order."""
+        return tuple(mine[name] for _, mine in sorted(self.schedules.items()) if name in mine)
+
     def enroll(self, name: str, beside: str, owner: str, covers: Callable[[str, str], bool]) -> None:
         """Take in a parameter that ``owner`` attached beside another.
 
-        It gets the factors and the rate of its neighbor. Other owners' patterns cover it; the attaching
+        It gets the factors, the schedules and the rate of its neighbor. Other owners' patterns cover it; the attaching
         owner's do not, since it attached it to train it.
         """
-        for mine in self.factors.values():
+        tables: list[dict[str, Any]] = [*self.factors.values(), *self.schedules.values()]
+        for mine in tables:
             if beside in mine:
                 mine[name] = mine[beside]
         if beside in self.rates:
@@ -156,9 +171,11 @@ class Holds:
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop everything about parameters that were detached."""
+        owned: list[dict[str, Any]] = [*self.held.values(), *self.factors.values(), *self.schedules.values()]
+        tables: list[dict[str, Any]] = [*owned, self.rates, self.warmups]
         for name in names:
-            for table in (*self.held.values(), *self.factors.values(), self.rates, self.warmups):
-                table.pop(name, None)  # type: ignore[attr-defined]
+            for table in tables:
+                table.pop(name, None)
         for owner in [owner for owner, mine in self.held.items() if not mine]:
             del self.held[owner]
 
@@ -180,6 +197,7 @@ class Holds:
                 for owner, mine in self.standing.items()
             },
             "factors": {owner: dict(mine) for owner, mine in self.factors.items()},
+            "schedules": {owner: _by_schedule(mine) for owner, mine in self.schedules.items()},
             "rates": {name: [rate.lr, rate.owner] for name, rate in self.rates.items()},
             "warmups": {
                 name: {owner: str(time) for owner, time in each.items()} for name, each in self.warmups.items()
@@ -193,6 +211,10 @@ class Holds:
         for owner, entries in saved["held"].items():
             for moments, evaluate, names in entries:
                 held.setdefault(owner, {}).update(dict.fromkeys(names, Hold(moments, evaluate)))
+        schedules: dict[str, dict[str, Schedule]] = {}
+        for owner, entries in saved["schedules"].items():
+            for description, names in entries:
+                schedules.setdefault(owner, {}).update(dict.fromkeys(names, schedule_from_description(description)))
         return cls(
             held=held,
             standing={
@@ -200,6 +222,7 @@ class Holds:
                 for owner, mine in saved["standing"].items()
             },
             factors={owner: dict(mine) for owner, mine in saved["factors"].items()},
+            schedules=schedules,
             rates={name: Rate(*rate) for name, rate in saved["rates"].items()},
             warmups={name: {owner: Time(t) for owner, t in each.items()} for name, each in saved["warmups"].items()},
         )
@@ -210,3 +233,10 @@ def _by_hold(mine: Mapping[str, Hold]) -> list[list[Any]]:
     for name, hold in mine.items():
         grouped.setdefault(hold, []).append(name)
     return [[hold.moments, hold.evaluate, sorted(names)] for hold, names in grouped.items()]
+
+
+def _by_schedule(mine: Mapping[str, Schedule]) -> list[list[Any]]:
+    grouped: dict[Schedule, list[str]] = {}
+    for name, schedule in mine.items():
+        grouped.setdefault(schedule, []).append(name)
+    return [[schedule.describe(), sorted(names)] for schedule, names in grouped.items()]

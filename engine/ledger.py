@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from .groups import Group, Origin, Slot, options_of, view_groups
 from .holds import USER, Hold, Holds, Moments
 from .homes import home_of_new
 from .invariants import check_groups, check_parameter, check_rates
+from .schedules import Schedule, schedule_from_description
 from .selectors import Selection, Selector, covers, resolve
 from .surgery import JournalEntry, Site, op_named
 from .typing import Json
@@ -95,6 +98,11 @@ class ParameterLedger(Books):
     def journal(self) -> tuple[JournalEntry, ...]:
         """What was attached, in order."""
         return tuple(entry for entry, _ in self._journal)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the parameters that were in no group of the optimizer instance given; the user holds them."""
+        return frozenset(self._left_out)
 
     def owners(self, name: str) -> tuple[str, ...]:
         """Return who holds the parameter called ``name``."""
@@ -198,14 +206,43 @@ class ParameterLedger(Books):
         value = _rate("set_lr(lr=)", lr, "lr=1e-3")
         self._replace(self._holds.rate(self._resolve(select), owner, value))
 
-    def attach(self, module_name: str, op: str, *, owner: str, **arguments: Json) -> None:
+    def schedule_lr(self, select: Selector, schedule: Schedule, *, owner: str) -> None:
+        """Set ``owner``'s schedule on the learning rate, which multiplies with the others' and with the ledger's own.
+
+        Args:
+            select: What follows it.
+            schedule: Progress of the fit (0 to 1) to a factor: one of :mod:`~thawline.engine.schedules`, whose lengths
+                are shares of the duration. Setting another replaces it; ``constant()`` ends it.
+            owner: Whose schedule it is.
+
+        Raises:
+            ArgumentError: A function of one's own, which a checkpoint could not hold, or lengths in epochs or batches.
+            SelectorError: ``select`` matches nothing.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> ledger = ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=1.0))
+            >>> from thawline.engine import Clock, linear
+            >>> ledger.schedule_lr("blocks[0]", linear(), owner="me")
+            >>> ledger.apply_lr(Clock(progress=0.25))
+            >>> ledger.rates
+            {'blocks[0]': 0.75, 'head': 1.0}
+        """
+        self._check_open("schedule_lr", owner)
+        if not isinstance(schedule, Schedule) or not schedule.bound:
+            takes, example = "a schedule with lengths in shares of the duration", "schedule=warmup(0.1, then=cosine())"
+            raise ArgumentError("ledger.schedule_lr(schedule=)", got=schedule, takes=takes, example=example)
+        schedule_from_description(schedule.describe())
+        self._replace(self._holds.schedule(self._resolve(select), owner, schedule))
+
+    def attach(self, module_name: str | Sequence[str], op: str, *, owner: str, **arguments: Json) -> None:
         """Attach what a surgery op builds, and record it.
 
         New parameters lie in the layer of the weight they stand beside, take its optimizer options and
         factors, and train unless another owner's pattern holds them.
 
         Args:
-            module_name: Name of the module, such as ``"encoder.layer.0.attention.self.query"``.
+            module_name: Name of the module, such as ``"encoder.layer.0.attention.self.query"``, or of several.
             op: Name of a registered op, such as ``"lora"``.
             owner: Who attaches it.
             **arguments: The op's arguments: plain JSON, written to the journal.
@@ -215,14 +252,16 @@ class ParameterLedger(Books):
             LedgerClosedError: Called during forward, backward, step or evaluation.
         """
         self._check_open("attach", owner)
-        module = self._module(module_name)
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{module_name}/{op}".encode()).digest()[:8]) >> 1
-        site = Site(self.model, module_name, module, torch.Generator().manual_seed(seed))
-        attachments = tuple(op_named(op)(site, **arguments))
-        check_grafts(self.model, attachments, op)
-        grafts = tuple(apply_graft(self.model, each, self._overrides) for each in attachments)
-        self._journal.append((JournalEntry(module_name, op, owner, dict(arguments)), grafts))
-        self._enroll(grafts, owner)
+        made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
+        try:
+            for name in [module_name] if isinstance(module_name, str) else module_name:
+                made.append((JournalEntry(name, op, owner, dict(arguments)), self._graft(name, op, arguments)))
+        except BaseException:
+            for graft in reversed([graft for _, grafts in made for graft in grafts]):
+                undo_graft(self.model, graft, self._overrides)
+            raise
+        self._journal += made
+        self._enroll([graft for _, grafts in made for graft in grafts], owner)
 
     def detach(self, module_name: str, op: str, *, owner: str) -> None:
         """Undo :meth:`attach`: the module gets its class and its parameters back as they were.
@@ -255,8 +294,6 @@ class ParameterLedger(Books):
         self.layers.follow(tuple(self._parameters), {})
         self._modes.scan()
         self._regroup()
-
-    # -- every batch -------------------------------------------------------------------------------------------
 
     # -- checking ----------------------------------------------------------------------------------------------
 
@@ -339,8 +376,8 @@ class ParameterLedger(Books):
         self._check_open("load_state_dict", USER)
         for entry in reversed(self.journal):
             self.detach(entry.module, entry.op, owner=entry.owner)
-        for module, op, owner, arguments in saved["journal"]:
-            self.attach(module, op, owner=owner, **arguments)
+        for (op, owner, arguments), entries in groupby(saved["journal"], key=lambda entry: entry[1:]):
+            self.attach([module for module, *_ in entries], op, owner=owner, **arguments)
         self._check_same(saved)
         self._holds = Holds.from_state(saved["holds"])
         self._modes.evaluating = any(hold.evaluate for mine in self._holds.held.values() for hold in mine.values())
@@ -374,6 +411,14 @@ class ParameterLedger(Books):
 
     def _resolve(self, select: Selector) -> Selection:
         return resolve(select, self._parameters, self._aliases, self.layers)
+
+    def _graft(self, name: str, op: str, arguments: Mapping[str, Json]) -> tuple[Graft, ...]:
+        """Build what ``op`` attaches to one module, and put it on."""
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}/{op}".encode()).digest()[:8]) >> 1
+        site = Site(self.model, name, self._module(name), torch.Generator().manual_seed(seed))
+        attachments = tuple(op_named(op)(site, **arguments))
+        check_grafts(self.model, attachments, op)
+        return tuple(apply_graft(self.model, each, self._overrides) for each in attachments)
 
     def _module(self, name: str) -> nn.Module:
         try:
@@ -428,6 +473,6 @@ class ParameterLedger(Books):
 
 
 def _rate(argument: str, value: object, example: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise ArgumentError(f"ledger.{argument}", got=value, takes="a finite number, 0 or above", example=example)
     return float(value)

@@ -1,143 +1,48 @@
-"""Schedules: pure functions of progress, from 0 to 1, that give a factor on the learning rate."""
+"""Schedules made of others: one after another, again and again, and the shapes that have names."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import pairwise
-from typing import TypeAlias, cast
-
-from attrs import field, frozen
 
 from .clock import Time
+from .curves import constant, cosine, inverse_sqrt, linear, polynomial
 from .errors import ArgumentError
-from .typing import Json
+from .schedule import (
+    Argument,
+    Length,
+    Schedule,
+    Share,
+    as_schedule,
+    as_written,
+    factor_of,
+    inside,
+    made,
+    share_of,
+    span_of,
+)
 
-Share: TypeAlias = Callable[[Time], float]
-"""Maps a time to its share of the fit's duration."""
-Length: TypeAlias = float | str | Time
-Argument: TypeAlias = "float | str | Schedule | tuple[Schedule, ...] | tuple[float | str, ...]"
+__all__ = [
+    "Schedule",
+    "as_schedule",
+    "constant",
+    "cosine",
+    "inverse_sqrt",
+    "join",
+    "linear",
+    "one_cycle",
+    "polynomial",
+    "repeat",
+    "schedule_from_description",
+    "warmup",
+    "wsd",
+]
 
-_LENGTHS = "a share of the duration above 0 and below 1, or a time: '0.1dur', '100ba', '1ep', '5000sp'"
+# Step k of n stands at k / n, and a boundary at a quotient of others: what differs by rounding alone is the same place.
+TOLERANCE = 1e-9
 _DEEPEST = 32  # descriptions come out of files, and a file must not exhaust the stack
-
-
-@frozen
-class Schedule:
-    """A factor on the learning rate as a function of progress; equal to another by name and arguments.
-
-    Args:
-        name: Name of the factory that made it, or the qualified name of a function of the user's.
-        arguments: The factory's arguments: numbers, times as text, and further schedules.
-        function: Maps progress (0 to 1) to the factor.
-        binder: Makes the same schedule with its times turned into shares; None where there are none.
-
-    Example:
-        >>> decay = cosine(end=0.1)
-        >>> decay(0.0), round(decay(0.5), 2), decay == cosine(end=0.1)
-        (1.0, 0.55, True)
-        >>> decay.describe()
-        {'name': 'cosine', 'arguments': {'end': 0.1, 'start': 1.0}}
-    """
-
-    name: str
-    arguments: Mapping[str, Argument] = field(hash=False)
-    function: Callable[[float], float] = field(eq=False, repr=False)
-    binder: Callable[[Share], Schedule] | None = field(default=None, eq=False, repr=False)
-
-    def __call__(self, progress: float) -> float:
-        """Return the factor at ``progress``."""
-        return self.function(progress)
-
-    @property
-    def bound(self) -> bool:
-        """Whether it can be called: every time in it is known as a share of the duration."""
-        return self.binder is None
-
-    def bind(self, share: Share) -> Schedule:
-        """Return the schedule with its epochs, batches and samples turned into shares of the duration.
-
-        Args:
-            share: Maps a :class:`Time` to its share of the duration; asked only for times in "ep", "ba" and "sp".
-
-        Returns:
-            A schedule that can be called, equal to this one; itself where it needs no binding.
-
-        Example:
-            >>> warmup("100ba").bind(lambda time: time.value / 1000)(0.05)
-            0.5
-        """
-        return self if self.binder is None else self.binder(share)
-
-    def describe(self) -> dict[str, Json]:
-        """Return name and arguments as JSON; :func:`schedule_from_description` inverts it."""
-        return {"name": self.name, "arguments": {key: _describe(value) for key, value in self.arguments.items()}}
-
-
-def _describe(value: Argument) -> Json:
-    if isinstance(value, Schedule):
-        return value.describe()
-    return [_describe(each) for each in value] if isinstance(value, tuple) else value
-
-
-def constant(factor: float = 1.0) -> Schedule:
-    """Return the schedule that stays at ``factor``.
-
-    Args:
-        factor: The factor, at least 0.
-
-    Raises:
-        ArgumentError: The factor is not a finite number of at least 0.
-
-    Example:
-        >>> constant()(0.7)
-        1.0
-    """
-    value = _factor("constant(factor=)", factor, "constant(factor=1.0)")
-    return Schedule("constant", {"factor": value}, lambda _: value)
-
-
-def linear(end: float = 0.0, start: float = 1.0) -> Schedule:
-    """Return the straight line from ``start`` at the beginning to ``end`` at the end of the fit.
-
-    Args:
-        end: Factor at progress 1, at least 0.
-        start: Factor at progress 0, at least 0.
-
-    Raises:
-        ArgumentError: A factor is not a finite number of at least 0.
-
-    Example:
-        >>> [linear()(k / 4) for k in range(5)]
-        [1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    last = _factor("linear(end=)", end, "linear(end=0.0)")
-    first = _factor("linear(start=)", start, "linear(start=1.0)")
-    return Schedule("linear", {"end": last, "start": first}, lambda progress: first + (last - first) * progress)
-
-
-def cosine(end: float = 0.0, start: float = 1.0) -> Schedule:
-    """Return the half cosine from ``start`` to ``end``: Loshchilov and Hutter, SGDR (2017), equation 5, without restarts.
-
-    Args:
-        end: Factor at progress 1, at least 0.
-        start: Factor at progress 0, at least 0.
-
-    Raises:
-        ArgumentError: A factor is not a finite number of at least 0.
-
-    Example:
-        >>> [round(cosine()(k / 4), 3) for k in range(5)]
-        [1.0, 0.854, 0.5, 0.146, 0.0]
-    """
-    last = _factor("cosine(end=)", end, "cosine(end=0.0)")
-    first = _factor("cosine(start=)", start, "cosine(start=1.0)")
-    height = (first - last) / 2
-    return Schedule(
-        "cosine", {"end": last, "start": first}, lambda progress: last + height * (1 + math.cos(math.pi * progress))
-    )
 
 
 def warmup(length: Length, then: Schedule | Callable[[float], float] | None = None, start: float = 0.0) -> Schedule:
@@ -158,13 +63,13 @@ def warmup(length: Length, then: Schedule | Callable[[float], float] | None = No
         [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     after = constant() if then is None else as_schedule(then, argument="warmup(then=)")
-    first = _factor("warmup(start=)", start, "warmup(0.1, start=0.0)")
-    span = _length("warmup(length=)", length, "warmup('0.1dur')")
-    arguments: dict[str, Argument] = {"length": _as_written(span), "then": after, "start": first}
+    first = factor_of("warmup(start=)", start, "warmup(0.1, start=0.0)")
+    span = span_of("warmup(length=)", length, "warmup('0.1dur')")
+    arguments: dict[str, Argument] = {"length": as_written(span), "then": after, "start": first}
 
     def bound(share: Share) -> Schedule:
-        rise = _share(span, share)
-        following = after.bind(_inside(share, 1 - rise))
+        rise = share_of(span, share)
+        following = after.bind(inside(share, 1 - rise))
         top, rest = following(0.0), following.function
 
         def factor(progress: float) -> float:
@@ -174,7 +79,7 @@ def warmup(length: Length, then: Schedule | Callable[[float], float] | None = No
 
         return Schedule("warmup", arguments, factor)
 
-    return _made("warmup", arguments, bound, after.bound and not isinstance(span, Time))
+    return made("warmup", arguments, bound, after.bound and not isinstance(span, Time))
 
 
 def join(schedules: Sequence[Schedule | Callable[[float], float]], boundaries: Sequence[Length]) -> Schedule:
@@ -200,67 +105,156 @@ def join(schedules: Sequence[Schedule | Callable[[float], float]], boundaries: S
     if not isinstance(boundaries, (list, tuple)) or len(boundaries) != len(parts) - 1:
         takes = f"a list of {len(parts) - 1} boundaries, one fewer than schedules"
         raise ArgumentError("join(boundaries=)", got=boundaries, takes=takes, example=example)
-    spans = [_length("join(boundaries=)", each, example) for each in boundaries]
+    spans = [span_of("join(boundaries=)", each, example) for each in boundaries]
     _increasing([each for each in spans if not isinstance(each, Time)], boundaries, example)
-    arguments: dict[str, Argument] = {"schedules": parts, "boundaries": tuple(_as_written(each) for each in spans)}
+    arguments: dict[str, Argument] = {"schedules": parts, "boundaries": tuple(as_written(each) for each in spans)}
 
     def bound(share: Share) -> Schedule:
-        begins = [0.0, *(_share(each, share) for each in spans)]
+        begins = [0.0, *(share_of(each, share) for each in spans)]
         _increasing(begins, boundaries, example)
-        edges = [*begins, max(1.0, begins[-1])]  # a boundary past the end of the fit is never reached
+        ends = [*begins[1:], max(1.0, begins[-1])]
         following = [
-            each.bind(_inside(share, end - begin)).function
-            for each, (begin, end) in zip(parts, pairwise(edges), strict=True)
+            each.bind(inside(share, end - begin)) for each, begin, end in zip(parts, begins, ends, strict=True)
         ]
-
-        def factor(progress: float) -> float:
-            place = 0
-            while place + 1 < len(following) and progress >= edges[place + 1]:
-                place += 1
-            begin, end = edges[place], edges[place + 1]
-            return following[place]((progress - begin) / (end - begin) if end > begin else 0.0)
-
-        return Schedule("join", arguments, factor)
+        return Schedule("join", arguments, _stretches(following, begins[1:]))
 
     free = all(each.bound for each in parts) and not any(isinstance(each, Time) for each in spans)
-    return _made("join", arguments, bound, free)
+    return made("join", arguments, bound, free)
 
 
-def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Schedule:
-    """Return ``given`` as a schedule: a :class:`Schedule` as it is, a plain function under its qualified name.
+def repeat(schedule: Schedule | Callable[[float], float], every: Length, growth: int = 1) -> Schedule:
+    """Return ``schedule`` again and again, each time from its beginning: warm restarts.
 
     Args:
-        given: A schedule or a function ``progress -> factor``.
-        argument: The argument it was passed as, for the error.
+        schedule: What is repeated, its progress going from 0 to 1 in each period. Lengths in it are parts of the first
+            period, and grow with it.
+        every: The first period: a share of the duration above 0 and below 1, or a time such as "0.25dur" or "10ep".
+        growth: How many times as long each period is as the one before.
 
     Raises:
-        ArgumentError: It is not callable, or does not give a finite number at progress 0 and 1.
+        ArgumentError: No schedule, a length that is none of these, or a growth that is no whole number of at least 1.
+
+    Source: Loshchilov and Hutter, SGDR, arXiv:1608.03983; torch's ``CosineAnnealingWarmRestarts``.
 
     Example:
-        >>> def square_root(progress):
-        ...     return (1 - progress) ** 0.5
-        >>> as_schedule(square_root)(0.75)
-        0.5
+        >>> [round(repeat(cosine(), 0.5)(k / 8), 3) for k in range(8)]
+        [1.0, 0.854, 0.5, 0.146, 1.0, 0.854, 0.5, 0.146]
     """
-    if isinstance(given, Schedule):
-        return given
-    takes = "a schedule, or a function from progress (0 to 1) to a finite factor"
-    example = argument.replace("=)", "=cosine(end=0.1))")
-    if not callable(given) or isinstance(given, type):
-        raise ArgumentError(argument, got=given, takes=takes, example=example)
-    function = cast("Callable[[float], float]", given)
-    for progress in (0.0, 1.0):
-        try:
-            value = function(progress)
-            finite = not isinstance(value, bool) and math.isfinite(value)
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise ArgumentError(argument, got=given, takes=takes, example=example) from error
-        if not finite:
-            takes += f": it gave {value!r} at progress {progress:g}"
-            raise ArgumentError(argument, got=given, takes=takes, example=example)
-    settings = given.keywords if isinstance(given, partial) else {}
-    arguments = {key: value for key, value in settings.items() if isinstance(value, (int, float, str))}
-    return Schedule(_qualified_name(given), arguments, function)
+    part = as_schedule(schedule, argument="repeat(schedule=)")
+    span = span_of("repeat(every=)", every, "repeat(cosine(), every='10ep')")
+    if isinstance(growth, bool) or not isinstance(growth, int) or growth < 1:
+        takes = "a whole number of at least 1"
+        raise ArgumentError("repeat(growth=)", got=growth, takes=takes, example="repeat(cosine(), '10ep', growth=2)")
+    arguments: dict[str, Argument] = {"schedule": part, "every": as_written(span), "growth": growth}
+
+    def bound(share: Share) -> Schedule:
+        period = share_of(span, share)
+        inner = part.bind(inside(share, period)).function
+
+        def factor(progress: float) -> float:
+            passed, length = progress / period, 1  # in first periods
+            if growth == 1:
+                passed -= math.floor(passed + TOLERANCE)
+            while growth > 1 and passed >= length - TOLERANCE:
+                passed, length = passed - length, length * growth
+            return inner(max(0.0, passed) / length)
+
+        return Schedule("repeat", arguments, factor)
+
+    return made("repeat", arguments, bound, part.bound and not isinstance(span, Time))
+
+
+def one_cycle(
+    peak: Length = 0.3, start: float = 1 / 25, end: float = 1 / 25e4, anneal: str = "cosine", three_phase: bool = False
+) -> Schedule:
+    """Return a rise from ``start`` to 1 at ``peak``, and a fall to ``end``: the optimizer's rate is the highest.
+
+    torch's ``OneCycleLR`` counts its phases to the last step and not to the end of the fit: with a total of n steps it is
+    at the top at step ``pct_start * n - 1`` and at the bottom at step ``n - 1``. The same rates, at each of n batches::
+
+        join([one_cycle((pct_start * n - 1) / (n - 1)), constant(1 / 25e4)], [f"{n - 1}ba"])
+
+    Args:
+        peak: When the factor is 1: a share of the duration above 0 and below 1, or a time such as "500ba".
+        start: Factor at progress 0, at least 0; torch's ``1 / div_factor``.
+        end: Factor at progress 1, at least 0; torch's ``1 / (div_factor * final_div_factor)``.
+        anneal: ``"cosine"`` or ``"linear"``.
+        three_phase: Fall back to ``start`` at twice ``peak``, and from there to ``end``.
+
+    Raises:
+        ArgumentError: A length, a factor, a kind or a flag that is none of these; three phases with a peak at half or later.
+
+    Source: Smith and Topin, Super-Convergence, arXiv:1708.07120.
+
+    Example:
+        >>> [round(one_cycle(0.5, start=0.2, end=0.0, anneal="linear")(k / 4), 3) for k in range(5)]
+        [0.2, 0.6, 1.0, 0.5, 0.0]
+    """
+    example = "one_cycle(0.3, anneal='cosine')"
+    span = span_of("one_cycle(peak=)", peak, example)
+    first = factor_of("one_cycle(start=)", start, "one_cycle(start=0.04)")
+    last = factor_of("one_cycle(end=)", end, "one_cycle(end=0.0)")
+    curve = _curve("one_cycle(anneal=)", anneal, {"cosine": cosine, "linear": linear}, example)
+    if not isinstance(three_phase, bool):
+        raise ArgumentError("one_cycle(three_phase=)", got=three_phase, takes="True or False", example=example)
+    if three_phase and not isinstance(span, Time) and span >= 0.5:
+        takes = "a share below 0.5, twice of which the second phase ends at"
+        raise ArgumentError("one_cycle(peak=)", got=peak, takes=takes, example="one_cycle(0.3, three_phase=True)")
+    arguments: dict[str, Argument] = {
+        "peak": as_written(span), "start": first, "end": last, "anneal": anneal, "three_phase": three_phase,
+    }  # fmt: skip
+
+    def bound(share: Share) -> Schedule:
+        top = share_of(span, share)
+        parts = [curve(1.0, first), curve(first, 1.0), curve(last, first)] if three_phase else []
+        parts = parts or [curve(1.0, first), curve(last, 1.0)]
+        return Schedule("one_cycle", arguments, _stretches(parts, [top, 2 * top][: len(parts) - 1]))
+
+    return made("one_cycle", arguments, bound, not isinstance(span, Time))
+
+
+def wsd(
+    warmup: Length = 0.05, decay: Length = 0.2, end: float = 0.0, start: float = 0.0, shape: str = "linear"
+) -> Schedule:
+    """Return warmup, stable, decay: a straight rise to 1, a plateau, and a fall at the very end.
+
+    What the plateau has trained can be trained on: the length of the fit is decided by where the decay begins.
+
+    Args:
+        warmup: Length of the rise: a share of the duration above 0 and below 1, or a time such as "100ba".
+        decay: Length of the fall, likewise, up to the end of the fit.
+        end: Factor at progress 1, at least 0.
+        start: Factor at progress 0, at least 0.
+        shape: Of the fall: ``"linear"``, ``"cosine"`` or ``"1-sqrt"``.
+
+    Raises:
+        ArgumentError: A length, a factor or a shape that is none of these, or warmup and decay longer than the fit.
+
+    Source: Hu et al., MiniCPM, arXiv:2404.06395, section 4; ``"1-sqrt"``: Hägele et al., arXiv:2405.18392.
+
+    Example:
+        >>> [wsd(0.25, 0.5)(k / 8) for k in range(9)]
+        [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    example = "wsd(warmup='100ba', decay='0.2dur')"
+    rise = span_of("wsd(warmup=)", warmup, example)
+    fall = span_of("wsd(decay=)", decay, example)
+    last = factor_of("wsd(end=)", end, "wsd(end=0.1)")
+    first = factor_of("wsd(start=)", start, "wsd(start=0.0)")
+    curve = _curve("wsd(shape=)", shape, {"linear": linear, "cosine": cosine, "1-sqrt": _square_root}, example)
+    arguments: dict[str, Argument] = {
+        "warmup": as_written(rise), "decay": as_written(fall), "end": last, "start": first, "shape": shape,
+    }  # fmt: skip
+
+    def bound(share: Share) -> Schedule:
+        up, down = share_of(rise, share), share_of(fall, share)
+        if up + down > 1 + TOLERANCE:
+            takes = "together with warmup= at most the whole fit"
+            raise ArgumentError("wsd(decay=)", got=decay, takes=takes, example="wsd(warmup=0.05, decay=0.2)")
+        parts = [linear(1.0, first), constant(), curve(last, 1.0)]
+        return Schedule("wsd", arguments, _stretches(parts, [up, max(up, 1 - down)]))
+
+    return made("wsd", arguments, bound, not isinstance(rise, Time) and not isinstance(fall, Time))
 
 
 def schedule_from_description(description: object) -> Schedule:
@@ -301,8 +295,9 @@ def _from_description(description: object, depth: int) -> Schedule:
         takes = f"at least {', '.join(sorted(required))} as arguments of {name}"
         raise ArgumentError(owner, got=arguments, takes=takes, example=example)
     rebuilt = dict(arguments)
-    if isinstance(rebuilt.get("then"), dict):
-        rebuilt["then"] = _from_description(rebuilt["then"], depth + 1)
+    for key in ("then", "schedule"):
+        if isinstance(rebuilt.get(key), dict):
+            rebuilt[key] = _from_description(rebuilt[key], depth + 1)
     if isinstance(rebuilt.get("schedules"), list):
         rebuilt["schedules"] = [_from_description(each, depth + 1) for each in rebuilt["schedules"]]
     return factory(**rebuilt)
@@ -314,80 +309,42 @@ FACTORIES: Mapping[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "warmup": warmup,
     "join": join,
+    "polynomial": polynomial,
+    "inverse_sqrt": inverse_sqrt,
+    "repeat": repeat,
+    "one_cycle": one_cycle,
+    "wsd": wsd,
 }
 
 
-def _made(name: str, arguments: Mapping[str, Argument], bound: Callable[[Share], Schedule], free: bool) -> Schedule:
-    """Return a schedule that is bound already where it is ``free`` of times, and else waits for ``bind``."""
-    if free:
-        return bound(_no_share)
-    return Schedule(name, arguments, partial(_unbound, name, arguments), bound)
+def _stretches(parts: Sequence[Schedule], boundaries: Sequence[float]) -> Callable[[float], float]:
+    """Return the function that gives each schedule its stretch, rescaled to 0..1."""
+    functions = [each.function for each in parts]
+    # A boundary past the end of the fit is never reached, and squeezes nothing.
+    edges = [0.0, *boundaries, max([1.0, *boundaries[-1:]])]
+
+    def factor(progress: float) -> float:
+        place = 0
+        while place + 1 < len(functions) and progress >= edges[place + 1] - TOLERANCE:
+            place += 1
+        begin, end = edges[place], edges[place + 1]
+        return functions[place](max(0.0, progress - begin) / (end - begin) if end > begin else 0.0)
+
+    return factor
 
 
-def _unbound(name: str, arguments: Mapping[str, Argument], progress: float) -> float:
-    times = ", ".join(_times(arguments))
-    raise ArgumentError(
-        f"{name}(progress=)",
-        got=progress,
-        takes=f"progress only once the duration is known, which {times} needs",
-        example=f"{name}(…).bind(share), where share(Time) is a share of the duration, or '0.1dur' instead of {times}",
-    )
+def _curve(
+    argument: str, name: object, curves: Mapping[str, Callable[[float, float], Schedule]], example: str
+) -> Callable[[float, float], Schedule]:
+    if isinstance(name, str) and name in curves:
+        return curves[name]
+    raise ArgumentError(argument, got=name, takes=f"one of {', '.join(map(repr, curves))}", example=example)
 
 
-def _times(arguments: Mapping[str, Argument]) -> list[str]:
-    """Return the times of ``arguments``, nested ones included, that need the duration."""
-    found: list[str] = []
-    for value in arguments.values():
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, str):
-                found.append(repr(each))
-            elif isinstance(each, Schedule):
-                found.extend(_times(each.arguments))
-    return list(dict.fromkeys(found))
-
-
-def _no_share(time: Time) -> float:
-    raise AssertionError(f"a schedule without times asked for {time}")
-
-
-def _inside(share: Share, part: float) -> Share:
-    """Return ``share`` as seen by a schedule that has only ``part`` of the duration for itself."""
-    return lambda time: share(time) / part if part > 0 else 1.0
-
-
-def _share(span: float | Time, share: Share) -> float:
-    return share(span) if isinstance(span, Time) else span
-
-
-def _length(argument: str, length: object, example: str) -> float | Time:
-    """Return a share of the duration, or a time that needs binding to become one."""
-    if isinstance(length, (int, str, Time)) and not isinstance(length, bool):
-        time = Time(length)
-        if time.unit != "dur" and time.value > 0:
-            return time
-        length = float(time.value)
-    if isinstance(length, float) and 0 < length < 1:
-        return length
-    raise ArgumentError(argument, got=length, takes=_LENGTHS, example=example)
-
-
-def _as_written(span: float | Time) -> float | str:
-    return str(span) if isinstance(span, Time) else span
+def _square_root(end: float, start: float) -> Schedule:
+    return Schedule("1-sqrt", {}, lambda progress: start + (end - start) * math.sqrt(progress))
 
 
 def _increasing(edges: Sequence[float], got: object, example: str) -> None:
     if any(left >= right for left, right in pairwise(edges)):
         raise ArgumentError("join(boundaries=)", got=got, takes="boundaries that increase", example=example)
-
-
-def _factor(argument: str, value: object, example: str) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
-        return float(value)
-    raise ArgumentError(argument, got=value, takes="a finite number of at least 0", example=example)
-
-
-def _qualified_name(function: object) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{getattr(named, '__module__', None)}.{getattr(named, '__qualname__', repr(named))}"

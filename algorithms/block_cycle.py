@@ -1,0 +1,110 @@
+"""Block coordinate descent: one block of the model trains at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import attrs
+from typing_extensions import override
+
+from ..engine import LayerMap, State, Time, register
+from .arguments import check_one_of, check_selectors, check_time, flag, one_of
+from .layer_thaw import cannot_fire
+from .turns import Turns, shuffled
+
+CycleOrder: TypeAlias = Literal["random", "ascending", "descending"]
+ORDERS = ("random", "ascending", "descending")
+
+
+def cycle_order(
+    count: int, order: CycleOrder = "random", *, seed: int = 0, owner: str = "", cycle: int = 0
+) -> list[int]:
+    """Return the order in which ``count`` blocks train in one cycle.
+
+    Args:
+        count: How many blocks.
+        order: ``"random"``, shuffled anew in each cycle, ``"ascending"`` from the input, or ``"descending"``.
+        seed: Seed of the run.
+        owner: Who shuffles; two of them shuffle apart.
+        cycle: Number of the cycle, from 0.
+
+    Raises:
+        ArgumentError: Another order.
+
+    Example:
+        >>> cycle_order(3, "descending"), sorted(cycle_order(3, "random", cycle=5))
+        ([2, 1, 0], [0, 1, 2])
+    """
+    check_one_of("cycle_order(order=)", order, ORDERS, example="cycle_order(12, 'random')")
+    if order == "random":
+        return shuffled(count, seed, owner, cycle)
+    return list(range(count)) if order == "ascending" else list(range(count))[::-1]
+
+
+def _every(value: str | int | Time) -> Time:
+    return check_time("BlockCycle(every=)", value, example="BlockCycle(every='100ba')")
+
+
+def _always(value: object) -> tuple[str, ...]:
+    return check_selectors("BlockCycle(always=)", value, example="BlockCycle(always='head')", empty=True)
+
+
+@register
+@attrs.define(slots=False, eq=False)
+class BlockCycle(Turns):
+    """Train one layer at a time, all in turn, over and over: BAdam, where the optimizer is Adam.
+
+    Each layer begins its turn without optimizer state, also where it has the last turn of a cycle and the first of the
+    next. So moments are held for one layer, and for what always trains, whose moments run on.
+
+    Args:
+        every: Length of a turn: an int is epochs; in epochs it acts at EPOCH_START, else at BATCH_START. The paper's K.
+        order: ``"random"``, shuffled anew in each cycle, ``"ascending"`` from the input, or ``"descending"``.
+        always: Selectors of what trains all the time. A head that is not among them is a block of the cycle.
+        stem: Whether the embeddings are a block of the cycle; else they are frozen, unless they always train.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+        LayerError: At the start of a fit, a model in which everything always trains.
+
+    Warns:
+        ThawlineWarning: At the start of a fit that ends before each block has had a turn.
+
+    Source: Luo et al., BAdam, arXiv:2404.02827, algorithm 1.
+
+    Example:
+        >>> BlockCycle("50ba", order="descending").describe()["arguments"]
+        {'every': '50ba', 'order': 'descending', 'always': ['head'], 'stem': True}
+    """
+
+    every: Time = attrs.field(default=Time("100ba"), converter=_every)
+    order: CycleOrder = attrs.field(default="random", validator=one_of(ORDERS))
+    always: tuple[str, ...] = attrs.field(default=("head",), converter=_always)
+    stem: bool = attrs.field(default=True, validator=flag())
+    turn: int = attrs.field(default=0, init=False, repr=False)
+    active: tuple[str, ...] = attrs.field(default=(), init=False, repr=False)
+
+    @override
+    def candidates(self, layers: LayerMap) -> list[str]:
+        """Return all layers, the embeddings where they are asked for."""
+        return [layer.name for layer in layers if self.stem or layer.name != "stem"]
+
+    @override
+    def choose(self, candidates: Sequence[str], turn: int, seed: int) -> tuple[str, ...]:
+        """Return the one block of this turn."""
+        cycle, place = divmod(turn, len(candidates))
+        order = cycle_order(len(candidates), self.order, seed=seed, owner=self.owner, cycle=cycle)
+        return (candidates[order[place]],)
+
+    @override
+    def leaving(self, chosen: Sequence[str]) -> tuple[str, ...]:
+        """Return the block whose turn is over, though the next be its own."""
+        return self.active
+
+    @override
+    def idle(self, candidates: Sequence[str], state: State) -> str | None:
+        """Return that some blocks never have a turn."""
+        last = self.every.value * (len(candidates) - 1)
+        never = last and cannot_fire(Time(f"{last}{self.every.unit}"), state)
+        return f"does not come to each of {len(candidates)} blocks" if never else None

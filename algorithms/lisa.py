@@ -1,0 +1,102 @@
+"""LISA: few random layers train at a time, between embeddings and head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+from typing_extensions import override
+
+from ..engine import ArgumentError, LayerMap, State, Time, register
+from .arguments import check_selectors, check_time, check_whole, whole
+from .layer_thaw import cannot_fire
+from .turns import Turns, shuffled
+
+
+def sampled_layers(layers: Sequence[str], count: int, *, seed: int, owner: str, interval: int) -> tuple[str, ...]:
+    """Return ``count`` of ``layers``, each set of them equally likely, in the order in which they were given.
+
+    Args:
+        layers: Names to choose from.
+        count: How many, at least 1 and at most all.
+        seed: Seed of the run.
+        owner: Who samples; two of them sample apart.
+        interval: Number of the interval, from 0.
+
+    Raises:
+        ArgumentError: There are fewer layers.
+
+    Example:
+        >>> blocks = ["blocks[0]", "blocks[1]", "blocks[2]"]
+        >>> len(sampled_layers(blocks, 2, seed=0, owner="LISA", interval=7))
+        2
+    """
+    check_whole("LISA(layers=)", count, at_least=1, example="LISA(layers=2)")
+    if count > len(layers):
+        takes = f"at most {len(layers)}, the layers of this model that may be sampled"
+        raise ArgumentError("LISA(layers=)", got=count, takes=takes, example=f"LISA(layers={max(1, len(layers) // 2)})")
+    chosen = sorted(shuffled(len(layers), seed, owner, interval)[:count])
+    return tuple(layers[index] for index in chosen)
+
+
+def _every(value: str | int | Time) -> Time:
+    return check_time("LISA(every=)", value, example="LISA(every='20ba')")
+
+
+def _always(value: object) -> tuple[str, ...]:
+    return check_selectors("LISA(always=)", value, example="LISA(always=('stem', 'head'))", empty=True)
+
+
+@register
+@attrs.define(slots=False, eq=False)
+class LISA(Turns):
+    """Train embeddings, head, and in each interval ``layers`` of the layers between, drawn at random.
+
+    The others are frozen and their optimizer state is dropped: a large model needs moments for a few layers only. A
+    layer that is drawn twice in a row goes on with its moments. What is drawn is a pure function of the run's seed and
+    the number of the interval; the global generators are left alone.
+
+    Args:
+        every: The interval: an int is epochs; in epochs it acts at EPOCH_START, else at BATCH_START. The paper's K.
+        layers: How many layers train in each interval. The paper's gamma.
+        always: Selectors of what trains all the time; what is neither among them nor between stem and head stays frozen.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range; at the start of a fit, more layers than there are.
+        LayerError: At the start of a fit, a model without layers between.
+
+    Warns:
+        ThawlineWarning: At the start of a fit that ends within the first interval.
+
+    Source: Pan et al., LISA, arXiv:2403.17919, algorithm 1.
+
+    Example:
+        >>> LISA(every="5ba", layers=4).describe()["arguments"]
+        {'every': '5ba', 'layers': 4, 'always': ['stem', 'head']}
+    """
+
+    every: Time = attrs.field(default=Time("20ba"), converter=_every)
+    layers: int = attrs.field(default=2, validator=whole(at_least=1))
+    always: tuple[str, ...] = attrs.field(default=("stem", "head"), converter=_always)
+    turn: int = attrs.field(default=0, init=False, repr=False)
+    active: tuple[str, ...] = attrs.field(default=(), init=False, repr=False)
+
+    @override
+    def candidates(self, layers: LayerMap) -> list[str]:
+        """Return the layers between stem and head."""
+        return [layer.name for layer in layers if layer.name not in ("stem", "head")]
+
+    @override
+    def choose(self, candidates: Sequence[str], turn: int, seed: int) -> tuple[str, ...]:
+        """Return the layers drawn in this interval."""
+        return sampled_layers(candidates, self.layers, seed=seed, owner=self.owner, interval=turn)
+
+    @override
+    def leaving(self, chosen: Sequence[str]) -> tuple[str, ...]:
+        """Return those that are not drawn again."""
+        return tuple(each for each in self.active if each not in chosen)
+
+    @override
+    def idle(self, candidates: Sequence[str], state: State) -> str | None:
+        """Return that it draws only once."""
+        return "draws only once" if len(candidates) > self.layers and cannot_fire(self.every, state) else None
