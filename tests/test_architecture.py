@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from earlier tiers and from its own, never from a later one, and never in a cycle.
 TIERS: tuple[frozenset[str], ...] = (
     frozenset({"typing", "errors", "log", "clock", "events", "schedules"}),
-    frozenset({"layers", "selectors", "surgery"}),
+    frozenset({"forward_order", "splits", "layers", "selectors", "surgery"}),
     frozenset({"homes", "holds", "groups", "grafts", "modes", "invariants", "books", "ledger"}),
     frozenset({"state"}),
     frozenset({"algorithm"}),
