@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from attrs import Factory, define, frozen
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .log import get_logger
 
@@ -64,6 +65,15 @@ def find_split(model: nn.Module, order: Sequence[str]) -> Split:
         return Split(of, _doubt(model, order, of, in_layers={"stem"}), len(kinds))
     of = _filled(order, _labelled(order, _unit_layers(model, order)))
     return Split(of, _doubt(model, order, of, in_layers=set(of.values()) - {"head"}))
+
+
+def is_unsure(model: nn.Module) -> bool:
+    """Return whether a forward pass is worth its while: a head that may stand before its body, or several stacks."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    if not named or any(map(is_lazy, named.values())):
+        return False
+    split = find_split(model, tuple(named))
+    return bool(split.doubt) or split.stacks > 1
 
 
 # -- the model's own grouping ----------------------------------------------------------------------------------
