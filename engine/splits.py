@@ -325,20 +325,17 @@ def _shared(first: str, second: str) -> int:
 def _doubt(model: nn.Module, order: Sequence[str], of: Mapping[str, str], *, in_layers: set[str]) -> str:
     """Say what speaks against the order of registration: a head that stands before the body, and none behind it."""
     owners = {name: name.rpartition(".")[0] for name in order}
-    if any(of[name] == "head" and any(map(_like_head, (path, *ancestors(path)))) for name, path in owners.items()):
+    heads = {name: path for name, path in owners.items() if any(map(_like_head, (path, *ancestors(path))))}
+    if any(of[name] == "head" for name in heads):
         return ""
-    for name, path in owners.items():
-        named = any(map(_like_head, (path, *ancestors(path))))
-        if of[name] in in_layers and named:
-            return f"{path!r} is registered before the body of {type(model).__name__}, and may be its head"
+    kind = type(model).__name__
+    for name, path in heads.items():
+        if of[name] in in_layers:
+            return f"{path!r} is registered before the body of {kind}, and may be its head"
     if "head" not in of.values():
-        linear = (
-            path
-            for name, path in owners.items()
-            if isinstance(model.get_submodule(path), nn.Linear) and of[name] == "stem"
-        )
-        if (path := next(linear, None)) is not None:
-            return f"{path!r} is registered before the blocks of {type(model).__name__}, and nothing behind them"
+        for name, path in owners.items():
+            if of[name] == "stem" and isinstance(model.get_submodule(path), nn.Linear):
+                return f"{path!r} is registered before the blocks of {kind}, and nothing is behind them"
     return ""
 
 
