@@ -58,6 +58,7 @@ class Books:
         self.phase: Event | None = None
         self.version = 0
         self._read_names()
+        self.layers.check(self._parameters)
         self.optimizers, self._homes = settle(optimizer, self._parameters, self._aliases, self.layers)
         self._selectors = selectors_of(optimizer)
         self._home_list = sorted(

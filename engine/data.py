@@ -125,6 +125,13 @@ class ResumableLoader:
         if not start:
             raise self._empty()
 
+    def peek(self) -> Any:
+        """Return a batch of the first two samples, or None where the loader is an iterable that reading would change.
+
+        Neither the sampler nor a worker has a part in it, and random number generators are as before.
+        """
+        return self._source.peek()
+
     def close(self) -> None:
         """Stop workers that persist between epochs."""
         self._source.close()
@@ -140,6 +147,8 @@ class _Source(Protocol):
     limits: tuple[str, ...]
 
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]: ...
+
+    def peek(self) -> Any: ...
 
     def close(self) -> None: ...
 
@@ -166,6 +175,9 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             yield Fetched(batch, None, _samples_in(batch))
+
+    def peek(self) -> Any:
+        return self._batches[0]
 
     def close(self) -> None: ...
 
@@ -214,6 +226,9 @@ class _IterableSource:
             else:
                 yield Fetched(batch, None, _samples_in(batch))
 
+    def peek(self) -> Any:
+        return None
+
     def close(self) -> None: ...
 
 
@@ -226,7 +241,8 @@ class _MapSource:
         self._indices: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self._keys = Keys()
         self._generator = torch.Generator()
-        self._make = partial(keyed_loader, loader, KeyedDataset(loader, seed), self._keys, self._generator)
+        self._dataset = KeyedDataset(loader, seed)
+        self._make = partial(keyed_loader, loader, self._dataset, self._keys, self._generator)
         self._twin: DataLoader[Any] | None = None
         self.limits = order_limits(self._indices, seed)
 
@@ -245,6 +261,10 @@ class _MapSource:
             else:
                 samples = _samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
+
+    def peek(self) -> Any:
+        few = list(range(min(2, _length(self._dataset.dataset) or 1)))
+        return self._dataset[Key(0, few if self._batched else few[0])]
 
     def close(self) -> None:
         self._twin = None

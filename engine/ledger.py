@@ -291,7 +291,7 @@ class ParameterLedger(Books):
                 table.pop(name, None)
         self._trainable -= gone
         self._read_names()
-        self.layers.follow(tuple(self._parameters), {})
+        self.layers.follow(self._parameters, {})
         self._modes.scan()
         self._regroup()
 
@@ -441,7 +441,7 @@ class ParameterLedger(Books):
         self._read_names()
         beside = {name: graft.beside for graft in grafts for name in graft.parameters if name in self._parameters}
         beside = {name: self._aliases.get(other, other) for name, other in beside.items()}
-        self.layers.follow(tuple(self._parameters), beside)
+        self.layers.follow(self._parameters, beside)
         for name, other in beside.items():
             parameter = self._parameters[name]
             parameter.requires_grad = False

@@ -21,6 +21,7 @@ from .evaluation import evaluate
 from .events import Event
 from .forward import GradientCheck, is_finite, require_gradient
 from .homes import OptimizerLike
+from .layering import find_layers
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
@@ -92,6 +93,8 @@ class Run:
         try:
             model.to(trainer.device)
             schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
+            if layers is None:
+                layers = find_layers(model, self.data, self.functions[0], trainer.device)
             ledger = ParameterLedger(
                 model, optimizer, layers, schedule=schedule, min_lr=trainer.min_lr, seed=trainer.seed
             )

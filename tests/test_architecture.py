@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from earlier tiers and from its own, never from a later one, and never in a cycle.
 TIERS: tuple[frozenset[str], ...] = (
     frozenset({"typing", "errors", "log", "clock", "events", "schedule", "curves", "schedules"}),
-    frozenset({"layers", "selectors", "surgery"}),
+    frozenset({"forward_order", "splits", "layers", "selectors", "surgery"}),
     frozenset({"homes", "holds", "groups", "grafts", "modes", "invariants", "books", "ledger"}),
     frozenset({"state"}),
     frozenset({"algorithm"}),
     frozenset({"engine"}),
     frozenset(
         {"data", "forward", "meters", "settings", "precision", "distributed", "plan", "progress"}
-        | {"batches", "randomness", "keyed", "order"}
+        | {"batches", "randomness", "keyed", "order", "layering"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
     ),
     frozenset({"evaluation", "recipe", "run", "trainer"}),
