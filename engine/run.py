@@ -123,7 +123,7 @@ class Run:
                 if self.folder.due:
                     self._save()
                 emit(Event.EPOCH_START)
-            for fetched in self._epoch():
+            for fetched in self._epoch() if state.stop_reason is None else ():
                 if self.folder.due:
                     self._save()
                 before = state.clock
@@ -134,7 +134,7 @@ class Run:
                 if self._finished():
                     break
             else:
-                self._exhausted = True
+                self._exhausted = state.stop_reason is None
             self._end_epoch()
         if self._evaluated_at != state.clock.batch:
             self._evaluate()
@@ -154,6 +154,7 @@ class Run:
         emit(BATCH_START)
         if not ledger.trainable_parameters:
             self._stop_frozen()
+        if state.stop_reason is not None:
             return
         self.recorder.observe(state.clock)
         parts = self._microbatches()
@@ -223,9 +224,12 @@ class Run:
                 self._evaluate()
             state.tick_epoch()
             self.folder.note(before, state.clock)
-        state.metrics["train/loss"] = self._epoch_loss.value()
+        trained = before.batch_in_epoch > 0
+        if trained:
+            state.metrics["train/loss"] = self._epoch_loss.value()
         self.engine.emit(Event.EPOCH_END)
-        self._write_history()
+        if trained:
+            self._write_history()
         self._log({})
 
     # -- parts of a batch --------------------------------------------------------------------------------------

@@ -82,7 +82,10 @@ class State:
         return taken
 
     def stop(self, reason: str) -> None:
-        """Ask the loop to end after the running batch or evaluation; the first reason stays."""
+        """Ask the loop to end; the first reason stays.
+
+        No further batch is trained: at EPOCH_START or BATCH_START not this one either, later the running one is finished.
+        """
         if self.stop_reason is None:
             self.stop_reason = reason
 
