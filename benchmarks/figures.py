@@ -56,6 +56,9 @@ class Listen(Algorithm):
 
     events = frozenset({Event.BATCH_END})
 
+    def apply(self, event: Event, state: State) -> None:
+        """Do nothing."""
+
 
 def event(rounds: int, _: torch.device) -> list[Row]:
     """One event with 0, 5 and 20 listeners."""

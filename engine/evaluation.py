@@ -76,7 +76,7 @@ def _loss(forward: Forward, outputs: object, batch: object, *, needed: bool) -> 
         try:
             return forward.loss(outputs, batch)
         except DataError:
-            if needed:
+            if needed or targets_of(batch) is not None:
                 raise
             return None
     if isinstance(outputs, Tensor):

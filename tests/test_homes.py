@@ -40,7 +40,9 @@ def test_a_foreign_parameter_is_called_by_its_place_and_shape() -> None:
         ParameterLedger(net, torch.optim.SGD(other.named_parameters(), lr=0.1))
 
 
-@pytest.mark.parametrize("factory", [partial(torch.optim.AdamW, lr=-1), lambda: None, partial(torch.optim.SGD, rate=1)])
+@pytest.mark.parametrize(
+    "factory", [partial(torch.optim.AdamW, lr=-1), lambda: None, partial(torch.optim.SGD, lr="fast")]
+)
 def test_a_factory_that_fails_is_shown(factory: Any) -> None:
     """With what it said, and one that works."""
     with pytest.raises(OptimizerError, match=r"the optimizer factory .* failed: .* Write: optimizer=partial\("):
