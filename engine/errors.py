@@ -119,6 +119,8 @@ def shorten(value: object, limit: int = 120) -> str:
         text = repr(value)
     except RecursionError:  # what a hostile file nested too deep
         text = f"<{type(value).__name__}, nested too deep to show>"
+    except Exception:  # noqa: BLE001 - an error about a value must not fail on showing it: an int of 5000 digits cannot
+        text = f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

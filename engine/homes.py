@@ -77,7 +77,7 @@ def settle(
         )
     for each in optimizers:
         refuse_closure(each)
-    return optimizers, _homes(optimizers, floating)
+    return optimizers, _homes(optimizers, floating, parameters)
 
 
 def home_of_new(
@@ -151,7 +151,10 @@ def _is_pair(each: object) -> bool:
 
 
 def _made(factory: OptimizerFactory, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-    optimizer = factory(list(parameters.values()))
+    try:
+        optimizer = factory(list(parameters.values()))
+    except (TypeError, ValueError) as error:
+        raise OptimizerError(f"the optimizer factory {shorten(factory)} failed: {error}. Write: {_EXAMPLE}") from error
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(
             f"the optimizer factory returned {shorten(optimizer)}, no torch Optimizer. Write: {_EXAMPLE}"
@@ -192,21 +195,20 @@ def _partitioned(
     return tuple(optimizers)
 
 
-def _homes(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Home]:
+def _homes(
+    optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter], whole: Mapping[str, nn.Parameter]
+) -> dict[str, Home]:
     names = {id(each): name for name, each in parameters.items()}
     homes: dict[str, Home] = {}
     every: list[Home] = []
     for place, optimizer in enumerate(optimizers):
-        for group in optimizer.param_groups:
+        for number, group in enumerate(optimizer.param_groups):
             home = Home(place, len(every), group, _number(group.get("lr")))
             every.append(home)
-            for each in group["params"]:
+            for index, each in enumerate(group["params"]):
                 name = names.get(id(each))
                 if name is None:
-                    raise OptimizerError(
-                        f"{type(optimizer).__name__} holds a parameter of shape {tuple(each.shape)} that is not in the "
-                        "model. Write: optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4) over the model you fit"
-                    )
+                    raise _unfit(optimizer, number, index, whole)
                 if name in homes:
                     raise OptimizerError(f"{name!r} lies in two optimizer groups. Put every parameter into one group.")
                 homes[name] = home
@@ -214,6 +216,24 @@ def _homes(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Paramete
         raise OptimizerError(f"the optimizer holds no parameter of the model. Write: {_EXAMPLE}")
     _adopt(homes, parameters)
     return homes
+
+
+def _unfit(optimizer: Optimizer, number: int, index: int, parameters: Mapping[str, nn.Parameter]) -> OptimizerError:
+    """Say which parameter an optimizer cannot bring into the fit: one that cannot train, or one of another model."""
+    kind, group = type(optimizer).__name__, optimizer.param_groups[number]
+    held = group["params"][index]
+    name = next((name for name, each in parameters.items() if each is held), None)
+    if name is not None:
+        return OptimizerError(
+            f"{kind} holds {name!r} of {held.dtype}, which cannot train. "
+            f"Write: optimizer={kind}([p for p in model.parameters() if p.is_floating_point()], …)"
+        )
+    called = f", which it calls {group['param_names'][index]!r}," if "param_names" in group else ""
+    alike = next((f"; {name!r} has that shape" for name, each in parameters.items() if each.shape == held.shape), "")
+    return OptimizerError(
+        f"{kind} holds a parameter{called} that is not in the model: params[{index}] of param_groups[{number}], of shape "
+        f"{tuple(held.shape)}{alike}. Write: optimizer={kind}(model.parameters(), …) over the model you fit, as it is now"
+    )
 
 
 def _adopt(homes: dict[str, Home], parameters: Mapping[str, nn.Parameter]) -> None:

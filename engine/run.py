@@ -126,7 +126,7 @@ class Run:
                 if self.folder.due:
                     self._save()
                 emit(Event.EPOCH_START)
-            for fetched in self._epoch():
+            for fetched in self._epoch() if state.stop_reason is None else ():
                 if self.folder.due:
                     self._save()
                 before = state.clock
@@ -138,7 +138,7 @@ class Run:
                 if (due or state.stop_reason is not None) and self._finished():
                     break
             else:
-                self._exhausted = True
+                self._exhausted = state.stop_reason is None
             self._end_epoch()
         if self._evaluated_at != state.clock.batch:
             self._evaluate()
@@ -156,6 +156,7 @@ class Run:
         emit(BATCH_START)
         if not ledger.trainable_parameters:
             self._stop_frozen()
+        if state.stop_reason is not None:
             return
         self.recorder.observe(state.clock)
         parts = [(state.batch, 1.0)] if self._whole else self._microbatches()
@@ -235,9 +236,12 @@ class Run:
                 self._evaluate()
             state.tick_epoch()
             self.folder.note(before, state.clock)
-        state.metrics["train/loss"] = self._losses.of_epoch()
+        trained = before.batch_in_epoch > 0
+        if trained:
+            state.metrics["train/loss"] = self._losses.of_epoch()
         self.engine.emit(Event.EPOCH_END)
-        self._write_history()
+        if trained:
+            self._write_history()
         self._log({})
 
     # -- parts of a batch --------------------------------------------------------------------------------------

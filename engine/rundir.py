@@ -10,7 +10,7 @@ from .clock import Clock
 from .errors import CheckpointError, RunDirError
 from .log import get_logger
 from .snapshot import read_checkpoint
-from .store import Checkpointing, CheckpointStore
+from .store import Checkpointing, CheckpointStore, checkpoints_in
 from .tracking import JsonlTracker, Tracker, Trackers
 
 log = get_logger(__name__)
@@ -23,10 +23,11 @@ class RunDir:
         folder: The run's directory; None for a fit that leaves nothing behind.
         policy: When to save and what to keep.
         trackers: Where metrics go besides the directory.
-        resume: True: the newest checkpoint, if there is one; a path: that checkpoint; False: none.
+        resume: True: the newest checkpoint, if there is one; a path: that checkpoint, or the newest of that run's
+            directory; False: none.
 
     Raises:
-        RunDirError: The directory holds a run and ``resume`` is False, or somebody else writes there.
+        RunDirError: The directory holds a run and ``resume`` is False, it is a file, or somebody else writes there.
         CheckpointError: What is to be resumed from is missing or damaged.
     """
 
@@ -39,9 +40,12 @@ class RunDir:
         self._store: CheckpointStore | None = None
         self._jsonl: JsonlTracker | None = None
         if isinstance(resume, (str, Path)):
-            self.loaded = (Path(resume), read_checkpoint(Path(resume)))
+            if folder is not None and Path(resume).resolve() == folder.resolve() and _checkpoints(folder):
+                resume = True
+            else:
+                self.loaded = _load(Path(resume))
         if folder is not None:
-            self._store = CheckpointStore(folder, policy.keep, monitor=policy.monitor, mode=policy.mode)
+            self._store = _opened(folder, policy)
             try:
                 self._find_run(self._store, folder, resume=resume)
             except BaseException:
@@ -104,3 +108,34 @@ class RunDir:
                 f"{folder} holds a run already. Continue it: trainer.fit(…, resume=True), or start another one: "
                 "Trainer(run_dir=<another directory>)."
             )
+
+
+def _opened(folder: Path, policy: Checkpointing) -> CheckpointStore:
+    try:
+        return CheckpointStore(folder, policy.keep, monitor=policy.monitor, mode=policy.mode)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+            raise
+        raise RunDirError(
+            f"{folder} is a file, or lies in one, and a run needs a directory. Write: Trainer(run_dir='runs/first')"
+        ) from error
+
+
+def _load(resume: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that a path means, itself or the newest one in it, or say which others there are."""
+    inside = _checkpoints(resume)
+    path = inside[-1] if inside else resume
+    try:
+        return path, read_checkpoint(path)
+    except CheckpointError as error:
+        others = [str(each) for each in inside or _checkpoints(resume.parent) if each != path]
+        there = f" There are {', '.join(others[-5:])}." if others else ""
+        example = others[-1] if others else "runs/first/ba00000120"
+        raise type(error)(f"{error}{there} Write: trainer.fit(…, resume='{example}')") from error
+
+
+def _checkpoints(folder: Path) -> tuple[Path, ...]:
+    try:
+        return checkpoints_in(folder)
+    except CheckpointError:  # no directory, or one that cannot be read
+        return ()

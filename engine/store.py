@@ -41,6 +41,7 @@ __all__ = [
     "Checkpointing",
     "Manifest",
     "UnreadableError",
+    "checkpoints_in",
     "read_checkpoint",
     "read_manifest",
     "verify_checkpoint",
@@ -161,7 +162,7 @@ class CheckpointStore:
     @property
     def checkpoints(self) -> tuple[Path, ...]:
         """Every checkpoint, oldest first. None has been verified."""
-        return tuple(sorted(self._entries(_STEP_NAME), key=_step))
+        return checkpoints_in(self.folder)
 
     @property
     def holds_run(self) -> bool:
@@ -274,10 +275,7 @@ class CheckpointStore:
         self.close()
 
     def _entries(self, pattern: re.Pattern[str]) -> list[Path]:
-        try:
-            return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
-        except OSError as error:
-            raise CheckpointError(f"Cannot list {self.folder}: {error}.") from error
+        return _entries(self.folder, pattern)
 
     def _manifests(self) -> dict[Path, Manifest | None]:
         """Every checkpoint's manifest, None for one that cannot be read."""
@@ -318,6 +316,22 @@ class CheckpointStore:
                 raise CheckpointError(f"Cannot set {path} aside: {failure}.") from failure
             reason = "the run went on from an earlier one" if error is None else str(error)
             _log.warning("checkpoint set aside", path=str(path), moved_to=aside.name, reason=reason)
+
+
+def checkpoints_in(folder: Path) -> tuple[Path, ...]:
+    """Return every checkpoint in ``folder``, oldest first. None has been verified.
+
+    Raises:
+        CheckpointError: The directory cannot be listed.
+    """
+    return tuple(sorted(_entries(folder, _STEP_NAME), key=_step))
+
+
+def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    except OSError as error:
+        raise CheckpointError(f"Cannot list {folder}: {error}.") from error
 
 
 def _check_step(step: object, newest: Path | None) -> None:

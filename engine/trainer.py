@@ -20,7 +20,7 @@ from .plan import Plan
 from .precision import Precision
 from .recipe import Recipe, check_optimizer
 from .run import Run
-from .settings import duration_of, refuse_ranks
+from .settings import duration_of, path_of, refuse_ranks, require_weights
 
 
 @frozen(eq=False)
@@ -112,7 +112,8 @@ class Trainer(Recipe):
             optimizer: Instead of the Trainer's: an instance, whose groups' options are kept, or a factory.
             layers: Instead of the layers that are found: what :class:`LayerMap` takes.
             resume: True goes on from ``run_dir`` where it holds a checkpoint and starts otherwise; a path goes
-                on from that checkpoint; False starts, and refuses a ``run_dir`` that holds a run.
+                on from that checkpoint, or from the newest one of that run's directory; False starts, and refuses
+                a ``run_dir`` that holds a run.
 
         Raises:
             ArgumentError: A wrong argument.
@@ -122,9 +123,12 @@ class Trainer(Recipe):
         if self.distributed == "auto":
             refuse_ranks()
         _check_module("fit", model)
+        require_weights("fit", model)
         span = duration_of(duration)
-        if not isinstance(resume, (bool, str, Path)):
-            example = "trainer.fit(model, train_loader, duration='3ep', resume=True)"
+        example = "trainer.fit(model, train_loader, duration='3ep', resume=True)"
+        if isinstance(resume, (str, Path)):
+            resume = path_of("Trainer.fit(resume=)", resume, example)
+        elif not isinstance(resume, bool):
             raise ArgumentError("Trainer.fit(resume=)", got=resume, takes="True, False or a path", example=example)
         if resume is True and self.run_dir is None:
             raise ArgumentError(
@@ -153,6 +157,7 @@ class Trainer(Recipe):
             DataError: The loader yields nothing.
         """
         _check_module("evaluate", model)
+        require_weights("evaluate", model, lazy=True)
         return evaluate(
             model.to(self.device),
             ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)"),
