@@ -51,8 +51,9 @@ class LayerwiseLR(Algorithm):
     @override
     def apply(self, event: Event, state: State) -> None:
         """Set the factors, and the head's rate."""
-        for layer, factor in layer_factors(state.layers, self.decay).items():
-            if factor != 1.0:
-                state.ledger.scale(layer, factor, owner=self.owner)
-        if self.lr_head is not None:
-            state.ledger.set_lr("head", self.lr_head, owner=self.owner)
+        with state.ledger.at_once():
+            for layer, factor in layer_factors(state.layers, self.decay).items():
+                if factor != 1.0:
+                    state.ledger.scale(layer, factor, owner=self.owner)
+            if self.lr_head is not None:
+                state.ledger.set_lr("head", self.lr_head, owner=self.owner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ def _rates(value: object) -> dict[str, float]:
     if value is None:
         return {}
     if isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(lr, (int, float)) and not isinstance(lr, bool) and 0 < lr < float("inf")
+        isinstance(name, str) and isinstance(lr, (int, float)) and not isinstance(lr, bool) and 0 < lr <= sys.float_info.max
         for name, lr in value.items()
     ):
         return {str(name): float(lr) for name, lr in value.items()}

@@ -119,6 +119,8 @@ def shorten(value: object, limit: int = 120) -> str:
         text = repr(value)
     except RecursionError:  # what a hostile file nested too deep
         text = f"<{type(value).__name__}, nested too deep to show>"
+    except ValueError:  # Python writes out no int of more than 4300 digits
+        text = f"<{type(value).__name__}, too long to show>"
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
