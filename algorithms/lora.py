@@ -310,7 +310,9 @@ def _matching(pattern: str, names: Sequence[str]) -> list[str]:
 def _nearest(model: nn.Module, name: str) -> str:
     names = _able(model) or [each for each, _ in model.named_modules() if each]
     ends = dict.fromkeys(each.rpartition(".")[2] for each in names)
-    return nearest(name, dict.fromkeys([*(_WORDS if name else ()), *(each for each in ends if not each.isdigit()), *names]))
+    return nearest(
+        name, dict.fromkeys([*(_WORDS if name else ()), *(each for each in ends if not each.isdigit()), *names])
+    )
 
 
 def _goes_on(model: nn.Module, name: str, rank: int, alpha: float, dropout: float) -> bool:

@@ -379,7 +379,9 @@ def check_site(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module
             "GPT-2's Conv1D stores its weight transposed and is not supported yet. Train its last blocks instead: "
             "Trainer(algorithms=partial(last=2)), with partial from thawline.algorithms."
         )
-    raise SurgeryError(f"'lora' takes nn.Linear and nn.MultiheadAttention; {name!r} is a {type(module).__name__}. {advice}")
+    raise SurgeryError(
+        f"'lora' takes nn.Linear and nn.MultiheadAttention; {name!r} is a {type(module).__name__}. {advice}"
+    )
 
 
 def check_class(name: str, module: nn.Module, adapter: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:

@@ -155,8 +155,7 @@ class Books:
             for name, each in self._parameters.items()
             if name in self._homes and id(each) not in self._in_optimizer
         }
-        forgotten = self._left_out - self._given_frozen
-        if forgotten:
+        if forgotten := self._left_out - self._given_frozen:
             log.warning(
                 "in no optimizer group, so held by the user", parameters=len(forgotten), first=min(forgotten),
                 advice="pass a factory such as partial(torch.optim.AdamW, lr=1e-4)",
