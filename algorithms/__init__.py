@@ -2,6 +2,8 @@
 
 from .early_stop import EarlyStop
 from .ema import EMA, ema_update
+from .freeze_at import FreezeAt
+from .freeze_out import FreezeOut, freeze_out_times
 from .grad_clip import GradClip, clip_gradients
 from .layer_freeze import LayerFreeze, freeze_layers, freeze_share
 from .layer_thaw import LayerThaw, thaw_order
@@ -14,6 +16,8 @@ from .train_only import TrainOnly
 __all__ = [
     "EMA",
     "EarlyStop",
+    "FreezeAt",
+    "FreezeOut",
     "GradClip",
     "LayerFreeze",
     "LayerThaw",
@@ -23,6 +27,7 @@ __all__ = [
     "clip_gradients",
     "ema_update",
     "freeze_layers",
+    "freeze_out_times",
     "freeze_share",
     "full",
     "head_only",
