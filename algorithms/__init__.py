@@ -10,7 +10,7 @@ from .layer_thaw import LayerThaw, thaw_order
 from .layerwise_lr import LayerwiseLR, layer_factors
 from .lora import LoRAInject, inject_lora
 from .lora_modules import lora_forward
-from .presets import full, head_only, lora, partial, progressive
+from .presets import fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
 from .train_only import TrainOnly
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "TrainOnly",
     "clip_gradients",
     "ema_update",
+    "fine_tune",
     "freeze_layers",
     "freeze_out_times",
     "freeze_share",
@@ -35,7 +36,9 @@ __all__ = [
     "layer_factors",
     "lora",
     "lora_forward",
+    "lp_ft",
     "partial",
     "progressive",
     "thaw_order",
+    "ulmfit",
 ]

@@ -53,9 +53,8 @@ class FreezeOut(Algorithm):
     """Anneal each layer's learning rate to zero on a cosine of its own, and freeze it there.
 
     Layer i of n freezes at ``t_i``, linear from ``t_0`` (input) to 1 (head); at progress t its rate is
-    ``0.5 * lr * (1 + cos(pi * t / t_i))``, with ``lr / t_i`` in place of ``lr`` where ``scale_lr``. The optimizer's
-    schedule and other owners' factors multiply, so leave the Trainer's ``schedule`` constant. What freezes loses
-    gradient and optimizer state.
+    ``0.5 * lr * (1 + cos(pi * t / t_i))``, with ``lr / t_i`` in place of ``lr`` where ``scale_lr``. The Trainer's
+    ``schedule`` and other owners' factors multiply with it. What freezes loses gradient and optimizer state.
 
     Args:
         t_0: Share of the fit at which the first layer freezes (before cubing), above 0, up to 1.

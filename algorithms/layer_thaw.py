@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import attrs
@@ -29,7 +29,7 @@ from .arguments import check_time, flag, one_of, positive, whole
 from .train_only import LEFT_OUT, all_but, warn_of_left_out
 
 Start: TypeAlias = str | int | Sequence[str]
-Order: TypeAlias = Literal["top", "bottom"] | Sequence[str]
+Order: TypeAlias = Literal["top", "bottom", "together"] | Sequence[str]
 log = get_logger(__name__)
 
 
@@ -38,8 +38,8 @@ def thaw_order(layers: LayerMap, *, order: Order = "top", stem: bool = True) -> 
 
     Args:
         layers: The model's layers.
-        order: ``"top"`` begins beside the head, ``"bottom"`` beside the input; a list names the layers, slices of
-            blocks included.
+        order: ``"top"`` and ``"together"`` begin beside the head, ``"bottom"`` beside the input; a list names the layers,
+            slices of blocks included.
         stem: Whether the stem (embeddings) thaws as well, always after the blocks; a list decides itself.
 
     Raises:
@@ -55,7 +55,7 @@ def thaw_order(layers: LayerMap, *, order: Order = "top", stem: bool = True) -> 
     body = [layer.name for layer in layers if layer.name not in ("stem", "head")]
     if isinstance(order, str):
         below = ["stem"] if stem and layers.stem.parameters else []
-        return (*(body[::-1] if order == "top" else body), *below)
+        return (*(body if order == "bottom" else body[::-1]), *below)
     example = f"LayerThaw(order={body[::-1][:2]})"
     for name in order:
         if not layers.names_layer(name):
@@ -77,23 +77,23 @@ def thawed_count(clock: Clock, every: Time, layers: int) -> int:
     return min(every.count(clock), layers)
 
 
-def merged(layers: Sequence[str], idle: Collection[str]) -> tuple[tuple[str, ...], ...]:
-    """Return the steps of a thaw: each layer with the idle ones before it, those at the end with the last.
+def merged(steps: Iterable[Sequence[str]], idle: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the steps of a thaw, those in which nothing can train joined to the next, at the end to the last.
 
     Args:
-        layers: The layers in the order in which they thaw.
-        idle: Those in which nothing can train; a step of nothing else is none.
+        steps: The layers that thaw together, in order.
+        idle: The layers in which nothing can train; a step of nothing else is none.
 
     Example:
-        >>> merged(["head", "blocks[1]", "blocks[0]", "stem"], idle=["head", "stem"])
+        >>> merged([["head"], ["blocks[1]"], ["blocks[0]"], ["stem"]], idle=["head", "stem"])
         (('head', 'blocks[1]'), ('blocks[0]', 'stem'))
     """
-    steps: list[list[str]] = [[]]
-    for layer in layers:
-        steps[-1].append(layer)
-        if layer not in idle:
-            steps.append([])
-    *whole, rest = steps
+    found: list[list[str]] = [[]]
+    for step in steps:
+        found[-1] += step
+        if not all(layer in idle for layer in step):
+            found.append([])
+    *whole, rest = found
     if whole:
         whole[-1] += rest
     return tuple(map(tuple, whole))
@@ -123,8 +123,8 @@ def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: obj
 
 def _check_order(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
     listed = not isinstance(value, str) and isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
-    if value not in ("top", "bottom") and not (listed and value):
-        takes = "'top', 'bottom' or a list of layers"
+    if value not in ("top", "bottom", "together") and not (listed and value):
+        takes = "'top', 'bottom', 'together' or a list of layers"
         raise ArgumentError("LayerThaw(order=)", got=value, takes=takes, example="LayerThaw(order='top')")
 
 
@@ -154,7 +154,8 @@ class LayerThaw(Algorithm):
         start: What trains from the beginning: ``"head"``, a number of blocks beside the head, or selectors.
         limit: How many layers are released at most; None for all.
         lr_scale: Factor from each released layer to the next.
-        order: ``"top"`` (the block beside the head first), ``"bottom"``, or a list of layers.
+        order: ``"top"`` (the block beside the head first), ``"bottom"``, ``"together"`` (all at once, after one
+            interval), or a list of layers.
         warmup: The rate of a released layer rises from zero over this time.
         moments: Whether the optimizer's state of what is frozen is dropped or kept.
         stem: Whether embeddings are released, after the last block.
@@ -227,7 +228,8 @@ class LayerThaw(Algorithm):
                 "trainer.fit(…, layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'})"
             )
         started = frozenset(state.ledger.select(self._selector(layers)))
-        self.steps = tuple((layer,) for layer in self._order(layers, started))
+        order = self._order(layers, started)
+        self.steps = (order,) if self.order == "together" and order else tuple((layer,) for layer in order)
         self.thawed, self._begun = 0, False
         if held := all_but(layers, started):
             state.ledger.freeze(held, owner=self.owner, moments=self.moments)
@@ -249,7 +251,7 @@ class LayerThaw(Algorithm):
             for layer in step
         }
         idle = [layer for layer, names in parts.items() if not any(self._can_train(ledger, name) for name in names)]
-        steps = merged(tuple(parts), idle)
+        steps = merged(self.steps, idle)
         begins = () if any(self._can_train(ledger, name) for name in started) else steps[:1]
         for step in begins:
             ledger.thaw(step, owner=self.owner)
@@ -314,5 +316,5 @@ class LayerThaw(Algorithm):
         """Return the layers that are released one by one: what does not train from the beginning, the head included."""
         order = thaw_order(layers, order=self.order, stem=self.stem)
         if isinstance(self.order, str):
-            order = ("head", *order) if self.order == "top" else (*order, "head")
+            order = (*order, "head") if self.order == "bottom" else ("head", *order)
         return tuple(name for name in order if not started.issuperset(layers.parameters(name)))
