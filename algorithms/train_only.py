@@ -50,7 +50,7 @@ def all_but(layers: LayerMap, names: Collection[str]) -> list[str]:
 
 
 LEFT_OUT = (
-    "no group of the optimizer instance holds them, so they cannot train. Pass a factory, which sees every parameter: "
+    "no group of the optimizer instance holds them. Pass a factory, which sees every parameter: "
     "optimizer=partial(torch.optim.AdamW, lr=1e-4)"
 )
 
@@ -60,7 +60,7 @@ def warn_of_left_out(ledger: ParameterLedger, names: Collection[str], who: str) 
     missing = [name for name in names if name in ledger.left_out]
     if missing and len(missing) < len(names):
         warnings.warn(
-            f"{who} is to train {len(names)} parameters; of {len(missing)} (first {missing[0]!r}) {LEFT_OUT}.",
+            f"{who} is to train {len(names)} parameters, and {len(missing)} (first {missing[0]!r}) cannot: {LEFT_OUT}.",
             ThawlineWarning,
             stacklevel=3,
         )

@@ -27,7 +27,7 @@ DECAYED: Rates = {"stem": 0.0625, "blocks[0]": 0.125, "blocks[1]": 0.25, "blocks
         (partial(last=1), [{"blocks[2]": 1.0, "head": 1.0}] * 4),
         (partial(last=2, lr_trunk=0.1, lr_head=3.0), [{"blocks[1]": 0.1, "blocks[2]": 0.1, "head": 3.0}] * 4),
         (partial(last=1, also=["stem"], lr_trunk=0.1), [{"stem": 0.1, "blocks[2]": 0.1, "head": 1.0}] * 4),
-        (partial(last=99), [{name: 1.0 for name in EVERYTHING if name != "stem"}] * 4),
+        (partial(last=3), [{name: 1.0 for name in EVERYTHING if name != "stem"}] * 4),
         (full(layer_decay=None), [EVERYTHING] * 4),
         (full(layer_decay=None, lr_head=3.0), [{**EVERYTHING, "head": 3.0}] * 4),
         (full(layer_decay=0.5), [DECAYED] * 4),
