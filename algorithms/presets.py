@@ -169,8 +169,8 @@ def ulmfit(
     Source: Howard and Ruder, ULMFiT, arXiv:1801.06146, sections 3.2 and 3.3.
 
     Example:
-        >>> ulmfit()
-        [LayerThaw(every=Time('1ep'), start='head', limit=None, lr_scale=0.38461538461538464, order='top', warmup=None, moments='drop', stem=True)]
+        >>> ulmfit()[0].describe()["arguments"]["lr_scale"] * 2.6
+        1.0
     """
     return [LayerThaw(every, lr_scale=lr_scale, warmup=warmup)]
 
