@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -90,7 +90,7 @@ class Books:
             self._write_lr()
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self) -> Generator[None]:
         """Derive the groups once for all the changes inside, not once for each.
 
         What trains is up to date inside, also where an error ends it; :attr:`groups` and :attr:`trainable_parameters`
