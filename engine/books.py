@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -91,7 +91,7 @@ class Books:
             self._write_lr()
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self) -> Generator[None]:
         """Derive the groups once for all the changes inside, not once for each.
 
         What trains is up to date inside, also where an error ends it; :attr:`groups` and :attr:`trainable_parameters`
@@ -156,8 +156,7 @@ class Books:
             for name, each in self._parameters.items()
             if name in self._homes and id(each) not in self._in_optimizer
         }
-        forgotten = self._left_out - self._given_frozen
-        if forgotten:
+        if forgotten := self._left_out - self._given_frozen:
             log.warning(
                 "in no optimizer group, so held by the user", parameters=len(forgotten), first=min(forgotten),
                 advice="pass a factory such as partial(torch.optim.AdamW, lr=1e-4)",

@@ -101,8 +101,8 @@ class ParameterLedger(Books):
 
     @property
     def left_out(self) -> frozenset[str]:
-        """Names of the parameters that were in no group of the optimizer instance given; the user holds them."""
-        return frozenset(self._left_out)
+        """Names of the parameters, not frozen by the user, that the optimizer instance does not hold: held by "user"."""
+        return frozenset(self._left_out - self._given_frozen)
 
     def owners(self, name: str) -> tuple[str, ...]:
         """Return who holds the parameter called ``name``."""
@@ -255,7 +255,8 @@ class ParameterLedger(Books):
         made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
         try:
             for name in [module_name] if isinstance(module_name, str) else module_name:
-                made.append((JournalEntry(name, op, owner, dict(arguments)), self._graft(name, op, arguments)))
+                entry = JournalEntry(name, op, owner, dict(arguments))
+                made.append((entry, self._graft(name, op, arguments)))
         except BaseException:
             for graft in reversed([graft for _, grafts in made for graft in grafts]):
                 undo_graft(self.model, graft, self._overrides)

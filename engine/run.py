@@ -324,10 +324,14 @@ class Run:
             return
         name = next(iter(ledger.parameters))
         holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
+        advice = "Thaw some: model.requires_grad_(True) before the fit where the user holds them."
+        if ledger.left_out:
+            advice = (
+                f"The optimizer instance holds {len(ledger.parameters) - len(ledger.left_out)} of them. Pass a factory, "
+                "which sees every parameter: optimizer=partial(torch.optim.AdamW, lr=1e-4)."
+            )
         raise LedgerError(
-            f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). Thaw some: "
-            "model.requires_grad_(True) before the fit where the user holds them; LayerThaw(start=1) or "
-            "LoRAInject(train_head=True) where these two hold a language model's head between them."
+            f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). {advice}"
         )
 
     def _finished(self) -> bool:

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812  # torch's own name for it
 from typing_extensions import override
 
 from helpers import Encoder, Shared, Tied, loader, mlp
+from thawline.algorithms import partial as last_blocks
 from thawline.algorithms.lora import LoRAInject, inject_lora, lora_targets
 from thawline.algorithms.lora_modules import (
     LoRALinear,
@@ -398,7 +399,20 @@ class TestRefusals:
         with pytest.raises(SurgeryError, match="carries an adapter already"):
             ledger.attach("0", "lora", owner="other", rank=2, alpha=4)
 
-    @pytest.mark.parametrize("arguments", [{"rank": 0}, {"rank": True}, {"alpha": 0}, {"dropout": 1.0}, {"alpha": "x"}])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"rank": 0},
+            {"rank": True},
+            {"rank": 10**20},
+            {"rank": 10**5000},
+            {"alpha": 0},
+            {"alpha": 10**400},
+            {"dropout": 1.0},
+            {"dropout": 10**400},
+            {"alpha": "x"},
+        ],
+    )
     def test_arguments(self, arguments: dict[str, Any]) -> None:
         """Of the op itself."""
         with pytest.raises(ArgumentError, match=rf"lora\({next(iter(arguments))}=\)"):
@@ -788,6 +802,10 @@ class TestTargets:
         """For a glob, for attention, for a model that is all head."""
         with pytest.raises(SelectorError, match=r"'querry' matches no module\. Nearest: .*q_proj"):
             targets(Projections(), ["q_proj", "querry"])
+        with pytest.raises(SelectorError, match=r"'atention' matches no module\. Nearest: 'attention'"):
+            targets(Projections(), "atention")
+        with pytest.raises(SelectorError, match=r"Nearest: 'q_proj'"):
+            targets(Projections(), "q_prj")
         with pytest.raises(SelectorError, match="all-linear"):
             targets(mlp(), "attention")
         with pytest.raises(SelectorError, match="outside its head"):
@@ -826,11 +844,16 @@ class TestTargets:
         )
         assert len(found) >= 4
 
-    def test_gpt2_says_that_conv1d_is_not_supported(self) -> None:
-        """Not a silent fall-back to something else."""
-        model = hugging_face("GPT2", "LMHeadModel", n_embd=16, n_layer=2, n_head=2, vocab_size=50)
-        with pytest.raises(SurgeryError, match="Conv1D"):
+    def test_gpt2_says_that_conv1d_is_not_supported_and_what_works(self) -> None:
+        """Not a silent fall-back to something else; the advice is a fit that runs."""
+        model = hugging_face("GPT2", "LMHeadModel", n_embd=16, n_layer=3, n_head=2, vocab_size=50)
+        with pytest.raises(SurgeryError, match=r"Conv1D.*Trainer\(algorithms=partial\(last=2\)\)"):
             targets(model)
+        ids = torch.arange(8).reshape(2, 4)
+        result = Trainer(algorithms=last_blocks(last=2), progress=False).fit(
+            model, [{"input_ids": ids, "labels": ids}], duration="1ep"
+        )
+        assert result.timeline.spans[0].layers[:2] == ("blocks[1]", "blocks[2]")
 
 
 # -- injection ------------------------------------------------------------------------------------------------------
