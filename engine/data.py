@@ -10,18 +10,18 @@ import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import batch_size_of, count_weight, forward_arguments, split_batch, to_device
 from .errors import ArgumentError, DataError
-from .keyed import Key, KeyedDataset, Keys, keyed_loader
-from .order import epoch_order, order_limits, tell_epoch
+from .keyed import Key, KeyedDataset, Keys, copied_dataset, keyed_loader
+from .order import copied_sampler, epoch_order, order_limits, tell_epoch
 from .randomness import Randomness, Stream, derive_seed
 
 __all__ = [
@@ -125,6 +125,14 @@ class ResumableLoader:
         if not start:
             raise self._empty()
 
+    def sizes(self, epoch: int) -> Iterator[int] | None:
+        """Yield the samples in each batch of an epoch without loading one; None where the loader does not say."""
+        return self._source.sizes(epoch)
+
+    def peek(self) -> Any:
+        """Return the first batch, loaded on the side; None where that is not possible without disturbing the loader."""
+        return self._source.peek()
+
     def close(self) -> None:
         """Stop workers that persist between epochs."""
         self._source.close()
@@ -140,6 +148,10 @@ class _Source(Protocol):
     limits: tuple[str, ...]
 
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]: ...
+
+    def sizes(self, epoch: int) -> Iterator[int] | None: ...
+
+    def peek(self) -> Any: ...
 
     def close(self) -> None: ...
 
@@ -166,6 +178,16 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             yield Fetched(batch, None, _samples_in(batch))
+
+    def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
+        return map(_samples_in, self._batches) if self._lie_ready else None
+
+    def peek(self) -> Any:
+        return self._batches[0] if self._lie_ready else None
+
+    @property
+    def _lie_ready(self) -> bool:
+        return isinstance(self._batches, (list, tuple))
 
     def close(self) -> None: ...
 
@@ -214,6 +236,13 @@ class _IterableSource:
             else:
                 yield Fetched(batch, None, _samples_in(batch))
 
+    def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
+        size = self._loader.batch_size if isinstance(self._loader, DataLoader) else None
+        return None if size is None else repeat(size)
+
+    def peek(self) -> Any:
+        return None
+
     def close(self) -> None: ...
 
 
@@ -221,6 +250,7 @@ class _MapSource:
     """A DataLoader over a map-style dataset, read through a second one that is given keys instead of indices."""
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self._loader = loader
         self._seed = seed
         self._batched = loader.batch_sampler is not None
         self._indices: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
@@ -245,6 +275,27 @@ class _MapSource:
             else:
                 samples = _samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
+
+    def sizes(self, epoch: int) -> Iterator[int] | None:
+        if not self._batched:
+            return None
+        if type(self._indices) is BatchSampler:
+            size, samples = self._indices.batch_size, len(self._indices.sampler)  # type: ignore[arg-type]
+            tail = [] if self._indices.drop_last or not samples % size else [samples % size]
+            return chain(repeat(size, samples // size), tail)
+        aside = copied_sampler(self._indices)
+        return None if aside is None else map(len, epoch_order(aside, self._seed, epoch))
+
+    def peek(self) -> Any:
+        aside = copied_sampler(self._indices)
+        if aside is None:
+            return None
+        try:
+            dataset = KeyedDataset(self._loader, self._seed)
+            dataset.dataset = copied_dataset(dataset.dataset)
+            return dataset[Key(0, next(epoch_order(aside, self._seed, 0)))]
+        except Exception:  # noqa: BLE001 - the user's code; the fit raises it, with workers and all
+            return None
 
     def close(self) -> None:
         self._twin = None

@@ -24,7 +24,7 @@ from .homes import OptimizerLike
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
-from .plan import Recorder
+from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
@@ -153,7 +153,7 @@ class Run:
         state.step_skipped, state.grad_norm = False, None
         emit(BATCH_START)
         if not ledger.trainable_parameters:
-            self._stop_frozen()
+            stop_frozen(state)
             return
         self.recorder.observe(state.clock)
         parts = self._microbatches()
@@ -302,20 +302,6 @@ class Run:
                 "the data and the loss, or write Trainer(precision='bf16')."
             )
 
-    def _stop_frozen(self) -> None:
-        """Nothing trains: an error at the start of the fit, its end later."""
-        state, ledger = self.state, self.state.ledger
-        if state.clock.batch:
-            state.stop("nothing trains any more")
-            return
-        name = next(iter(ledger.parameters))
-        holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
-        raise LedgerError(
-            f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). Thaw some: "
-            "model.requires_grad_(True) before the fit where the user holds them; LayerThaw(start=1) or "
-            "LoRAInject(train_head=True) where these two hold a language model's head between them."
-        )
-
     def _finished(self) -> bool:
         return self.state.stop_reason is not None or self.state.duration.reached(self.state.clock)
 
@@ -325,6 +311,12 @@ class Run:
     def stop_reason(self) -> str:
         """Why the fit ended."""
         return self.state.stop_reason or "duration"
+
+    @property
+    def timeline(self) -> Plan:
+        """What happened, once the fit has ended."""
+        reason = self.stop_reason
+        return self.recorder.timeline(self.state.clock, reason if reason == "duration" else f"stopped: {reason}")
 
     def _start(self) -> None:
         """Begin afresh with FIT_START, or where the checkpoint was cut."""
@@ -451,6 +443,25 @@ class Run:
         log.info("fit ended", reason=self.stop_reason, batches=self.state.clock.batch)
         if self.stop_reason != "duration":
             self.progress.message(f"stopped: {self.stop_reason}")
+
+
+def stop_frozen(state: State) -> None:
+    """Nothing trains: an error at the start of the fit, its end later.
+
+    Raises:
+        LedgerError: At the start.
+    """
+    ledger = state.ledger
+    if state.clock.batch:
+        state.stop("nothing trains any more")
+        return
+    name = next(iter(ledger.parameters))
+    holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
+    raise LedgerError(
+        f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). Thaw some: "
+        "model.requires_grad_(True) before the fit where the user holds them; LayerThaw(start=1) or "
+        "LoRAInject(train_head=True) where these two hold a language model's head between them."
+    )
 
 
 class _Mean:
