@@ -41,13 +41,13 @@ def state_template(optimizer: Optimizer, options: Mapping[str, Any], dtype: torc
     if ndim > len(_SIZES):
         return None
     sizes = _SIZES[:ndim]
-    probe = nn.Parameter(torch.zeros(sizes, dtype=dtype))
+    probe = nn.Parameter(torch.zeros(sizes, dtype=dtype, device="cpu"))
     random = torch.get_rng_state()
     try:
         # Capturable steps need an accelerator, and keep the same state.
         known = known_options(optimizer, options)
         twin = type(optimizer)([probe], **{**known, **({"capturable": False} if "capturable" in known else {})})
-        probe.grad = torch.zeros_like(probe)
+        torch.autograd.backward((0 * probe).sum())
         twin.step()
         state = list(twin.state.get(probe, {}).values())
     except Exception:  # noqa: BLE001 - an optimizer of the user's may raise anything, and then its state is not known

@@ -14,7 +14,7 @@ from .algorithm import Algorithm, Stage
 from .clock import Clock, Time
 from .data import ResumableLoader
 from .engine import Engine, Handler
-from .errors import ArgumentError
+from .errors import ArgumentError, DataError
 from .events import Event
 from .flops import FlopCounter, count_flops
 from .homes import OptimizerLike, over_twins
@@ -91,32 +91,39 @@ class Foresight:
             emit(Event.FIT_START)
             while not self._finished():
                 emit(Event.EPOCH_START)
-                for samples in self._epoch():
-                    emit(Event.BATCH_START)
-                    if not state.ledger.trainable_parameters:
-                        stop_frozen(state)
-                        break
-                    self.recorder.observe(state.clock)
-                    state.tick(samples)
-                    emit(Event.BATCH_END)
-                    if self._finished():
-                        break
-                else:
-                    state.tick_epoch()
-                    emit(Event.EPOCH_END)
-                    continue
-                if 0 < state.clock.batch_in_epoch == state.clock.batches_per_epoch:
+                if self._epoch():
                     state.tick_epoch()
                 emit(Event.EPOCH_END)
         reason = state.stop_reason
         plan = self.recorder.timeline(state.clock, "duration" if reason is None else f"stopped: {reason}")
         return Plan(plan.spans, plan.samples, plan.layers, tuple(self._notes()))
 
-    def _epoch(self) -> Iterator[int]:
+    def _epoch(self) -> bool:
+        """Run the clock to the end of the epoch or of the fit; return whether the epoch is complete."""
+        emit, state, observe = self.engine.emit, self.state, self.recorder.observe
+        for samples in self._steps():
+            emit(Event.BATCH_START)
+            if not state.ledger.trainable_parameters:
+                stop_frozen(state)
+                break
+            observe(state.clock)
+            state.tick(samples)
+            emit(Event.BATCH_END)
+            if self._finished():
+                break
+        else:
+            return True
+        return 0 < state.clock.batch_in_epoch == state.clock.batches_per_epoch
+
+    def _steps(self) -> Iterator[int]:
         """Yield the samples of each step of the running epoch."""
-        sizes = islice(self.data.sizes(self.state.clock.epoch) or repeat(0), self.data.length)
+        epoch, empty = self.state.clock.epoch, True
+        sizes = islice(self.data.sizes(epoch) or repeat(0), self.data.length)
         for first in sizes:
+            empty = False
             yield first + sum(islice(sizes, self.accumulate - 1))
+        if empty:
+            raise DataError(f"train_loader yields no batch in epoch {epoch}. Give a loader with data.")
 
     def _finished(self) -> bool:
         return self.state.stop_reason is not None or self.state.duration.reached(self.state.clock)

@@ -64,7 +64,9 @@ def order_limits(indices: Iterable[Any], seed: int) -> tuple[str, ...]:
 
 def copied_sampler(indices: Iterable[Any]) -> Iterable[Any] | None:
     """Return a sampler to draw from that leaves the user's as it is; None where drawing uses it up."""
-    if isinstance(indices, Iterator) or any(isinstance(each, Iterator) for each in getattr(indices, "__dict__", {}).values()):
+    if isinstance(indices, Iterator) or any(
+        isinstance(each, Iterator) for each in getattr(indices, "__dict__", {}).values()
+    ):
         return None
     return _trial(indices) if hasattr(indices, "__dict__") else indices
 
