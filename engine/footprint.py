@@ -46,7 +46,8 @@ def state_template(optimizer: Optimizer, options: Mapping[str, Any], dtype: torc
     try:
         # Capturable steps need an accelerator, and keep the same state.
         known = known_options(optimizer, options)
-        twin = type(optimizer)([probe], **{**known, **({"capturable": False} if "capturable" in known else {})})
+        kind: Any = type(optimizer)
+        twin = kind([probe], **{**known, **({"capturable": False} if "capturable" in known else {})})
         torch.autograd.backward((0 * probe).sum())
         twin.step()
         state = list(twin.state.get(probe, {}).values())
