@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from attrs import define, field
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 from .data import to_device
 from .forward import Forward
@@ -48,6 +50,8 @@ class FlopCounter:
 def count_flops(model: nn.Module, batch: Any, forward: Forward) -> int | None:
     """Return the operations of one forward and backward, or None where they cannot be counted.
 
+    Where the model asks whether something holds of its numbers, such as that nothing is padded, it is taken to hold.
+
     Args:
         model: A model on the meta device.
         batch: A batch; None where there is none.
@@ -66,10 +70,19 @@ def count_flops(model: nn.Module, batch: Any, forward: Forward) -> int | None:
     counter = FlopCounterMode(display=False)
     try:
         inputs = to_device(batch, torch.device("meta"))
-        with counter:
+        with counter, _Affirms():  # type: ignore[no-untyped-call]  # torch does not annotate it
             loss = forward.loss(forward.outputs(model, inputs), inputs)
             trains = [each for each in model.parameters() if each.requires_grad]
             torch.autograd.grad(loss, trains, allow_unused=True)
     except Exception:  # noqa: BLE001 - a model may do anything that needs numbers, and then nothing is known
         return None
     return int(counter.get_total_flops())
+
+
+class _Affirms(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
+    """Answers yes to ``bool(tensor)`` of a boolean tensor without numbers: transformers ask it of each attention mask."""
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        asked = func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype is torch.bool
+        return True if asked else func(*args, **(kwargs or {}))

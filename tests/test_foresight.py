@@ -525,6 +525,34 @@ def test_a_model_that_needs_numbers_shows_a_dash() -> None:
     assert "FLOPs" in str(trainer().plan(Bare(), loader(), duration="3ep"))
 
 
+def test_a_padded_batch_of_transformers_is_counted() -> None:
+    """Hugging Face's BERT asks of its mask whether it is all ones; counted is what the real model costs."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    net, shape = transformers.BertForSequenceClassification(config), (2, 5)
+    batch = {"input_ids": torch.ones(shape, dtype=torch.long), "attention_mask": torch.ones(shape, dtype=torch.long)}
+    batch["labels"] = torch.zeros(2, dtype=torch.long)
+    plan = trainer(LayerThaw(1), loss_fn=None).plan(net, [batch], duration="4ep")
+    counts: list[int] = []
+    for layers in (
+        1,
+        2,
+        3,
+        4,
+        5,
+    ):  # the head, a block more at each epoch, and the embeddings, which the fit does not reach
+        trains = {name for layer in list(LayerMap(net))[-layers:] for name in layer.parameters}
+        for name, each in net.named_parameters():
+            each.requires_grad = name in trains
+        with FlopCounterMode(display=False) as counter:
+            net(**batch).loss.backward()
+        counts.append(counter.get_total_flops())
+    assert [span.flops for span in plan.spans] == pytest.approx([each / counts[-1] for each in counts[:4]], rel=1e-9)
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
