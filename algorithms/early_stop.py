@@ -125,6 +125,13 @@ class EarlyStop(Algorithm):
             log.info("early stop", owner=self.owner, monitor=self.monitor, best=self.best, bad=self.bad)
 
     @override
+    def unplanned(self) -> str:
+        """Return when it may stop the fit."""
+        occasions = "epochs" if self.monitor.startswith("train/") else "evaluations"
+        spent = f"{self.patience} {occasions}" if isinstance(self.patience, int) else str(self.patience)
+        return f"may stop the fit when {self.monitor} has not improved for {spent}"
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "bad": self.bad, "since": self._since, "trainable": self._trainable}
 

@@ -95,6 +95,19 @@ class Algorithm:
         args, kwargs = self._arguments
         cast("Any", self).__init__(*args, **kwargs)
 
+    def fresh(self) -> Self:
+        """Return another instance of the same arguments, as constructed."""
+        args, kwargs = self._arguments
+        return type(self)(*args, **kwargs)
+
+    def unplanned(self) -> str | None:
+        """Return in words what it may do that :meth:`Trainer.plan` cannot know; None where the clock decides everything.
+
+        What depends on losses, gradients or weights is decided in the fit only. The words follow the algorithm's name,
+        as in "may stop the fit when eval/loss has not improved for 3 evaluations".
+        """
+        return None
+
     def describe(self) -> dict[str, Json]:
         """Return name and arguments as JSON; :meth:`from_description` inverts it.
 

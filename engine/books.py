@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .clock import Clock
 from .events import Event
+from .footprint import Template
 from .grafts import Graft, Overrides
 from .groups import Origin, Slot, derive_groups, name_groups
 from .holds import USER, Hold, Holds, Rate
@@ -27,7 +28,7 @@ log = get_logger(__name__)
 
 # What is attached to a model outlives the fit that attached it: the next ledger over the same model knows it, can undo
 # it, and writes it into its own journal.
-_ATTACHED: WeakKeyDictionary[nn.Module, tuple[list[tuple[JournalEntry, tuple[Graft, ...]]], Overrides]] = (
+ATTACHED: WeakKeyDictionary[nn.Module, tuple[list[tuple[JournalEntry, tuple[Graft, ...]]], Overrides]] = (
     WeakKeyDictionary()
 )
 
@@ -57,6 +58,9 @@ class Books:
         self.clock = Clock()
         self.phase: Event | None = None
         self.version = 0
+        self.changed_by: tuple[str, ...] = ()
+        self._acting = USER
+        self._templates: dict[tuple[int, object, int], Template | None] = {}
         self._read_names()
         self.layers.check(self._parameters)
         self.optimizers, self._homes = settle(optimizer, self._parameters, self._aliases, self.layers)
@@ -74,7 +78,7 @@ class Books:
         self._live: dict[Slot, dict[str, Any]] = {}
         self._names: tuple[str, ...] | None = None
         self._trainable_names: frozenset[str] | None = None
-        self._journal, self._overrides = _ATTACHED.setdefault(model, ([], {}))
+        self._journal, self._overrides = ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
         self._gathering = 0
         self._behind = False
@@ -175,7 +179,7 @@ class Books:
             optimizer.param_groups[:] = []
         self._join([name for name in self._parameters if not self._holds.is_held(name)], restore=False)
         self._regroup()
-        self.version = 0
+        self.version, self.changed_by = 0, ()
 
     def _read_names(self) -> None:
         self._parameters = dict(self.model.named_parameters())
@@ -273,6 +277,8 @@ class Books:
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)
         self.version += 1
+        if self._acting not in self.changed_by:
+            self.changed_by += (self._acting,)
 
     def _group_names(self) -> tuple[str, ...]:
         if self._names is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -132,12 +133,57 @@ def fresh_state(optimizer: Optimizer, parameter: nn.Parameter, options: Mapping[
 
     Step functions of such optimizers expect it, so a parameter that returns or is new must bring it.
     """
-    known = {key: value for key, value in options.items() if key in optimizer.defaults}
     try:
-        twin = type(optimizer)([parameter], **known)
+        twin = type(optimizer)([parameter], **known_options(optimizer, options))
     except (TypeError, ValueError):
         return {}
     return dict(twin.state.get(parameter, {}))
+
+
+def known_options(optimizer: Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a group's options that the optimizer's constructor takes (AdamW sets one that it does not)."""
+    takes = inspect.signature(type(optimizer)).parameters
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
+    return {key: value for key, value in options.items() if key in optimizer.defaults and (anything or key in takes)}
+
+
+def over_twins(optimizer: OptimizerLike, twins: Mapping[int, nn.Parameter]) -> OptimizerLike:
+    """Return what is ``optimizer`` for a model's twin.
+
+    Args:
+        optimizer: What :func:`settle` takes; left as it is.
+        twins: The twin's parameters by the ``id`` of the model's.
+    """
+    if isinstance(optimizer, Optimizer):
+        return _over_twins(optimizer, twins)
+    if callable(optimizer):
+        return _factory_over_twins(optimizer, twins)
+    if isinstance(optimizer, Sequence) and all(isinstance(each, Optimizer) for each in optimizer):
+        return [_over_twins(each, twins) for each in optimizer if isinstance(each, Optimizer)]
+    if isinstance(optimizer, Sequence) and all(_is_pair(each) for each in optimizer):
+        return [(select, _factory_over_twins(factory, twins)) for select, factory in optimizer]  # type: ignore[misc]
+    return optimizer
+
+
+def _factory_over_twins(factory: OptimizerFactory, twins: Mapping[int, nn.Parameter]) -> OptimizerFactory:
+    """Return a factory for the twin, also where the user's looks at the model instead of at what it is given."""
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        made = factory(parameters)
+        return _over_twins(made, twins) if isinstance(made, Optimizer) else made
+
+    return make
+
+
+def _over_twins(optimizer: Optimizer, twins: Mapping[int, nn.Parameter]) -> Optimizer:
+    groups = [
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+        | {"params": [twins.get(id(each), each) for each in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    twin: Optimizer = object.__new__(type(optimizer))
+    vars(twin).update({**vars(optimizer), "state": defaultdict(dict), "param_groups": groups})
+    return twin
 
 
 def fills_state(optimizer: Optimizer) -> bool:

@@ -10,10 +10,7 @@ from torch import nn
 
 from .data import ResumableLoader, to_device
 from .layers import LayerMap
-from .log import get_logger
 from .splits import is_unsure
-
-log = get_logger(__name__)
 
 
 def find_layers(
@@ -33,15 +30,7 @@ def find_layers(
         >>> find_layers(model, data, lambda model, x: model["head"](model["body"](x)), torch.device("cpu")).head.modules
         ('head',)
     """
-    batch = _peek(data) if is_unsure(model) else None
+    batch = data.peek(2) if is_unsure(model) else None  # two samples, so that no memory is wanted for a whole batch
     if batch is None:
         return LayerMap(model)
     return LayerMap(model, forward=lambda: outputs_of(model, to_device(batch, device)))
-
-
-def _peek(data: ResumableLoader) -> Any:
-    try:
-        return data.peek()
-    except Exception as error:  # noqa: BLE001 - the user's dataset and collate function: training will tell what is wrong
-        log.warning("no batch to find the order of layers", error=repr(error))
-        return None

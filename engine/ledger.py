@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .books import Books
+from .books import ATTACHED, Books
 from .clock import Time
 from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
 from .events import Event
+from .footprint import state_template, template_bytes
 from .grafts import Graft, apply_graft, check_grafts, undo_graft
 from .groups import Group, Origin, Slot, options_of, view_groups
 from .holds import USER, Hold, Holds, Moments
@@ -93,6 +94,22 @@ class ParameterLedger(Books):
     def slots(self) -> tuple[Slot, ...]:
         """What each group's learning rate is a function of, in the order of :attr:`groups`."""
         return tuple(self._live)
+
+    @property
+    def state_bytes(self) -> int | None:
+        """What the optimizers keep for what trains, once they have stepped; None where that is not known beforehand."""
+        total = 0
+        for name in self._trainable:
+            home, parameter = self._homes[name], self._parameters[name]
+            key = (home.index, parameter.dtype, parameter.ndim)
+            if key not in self._templates:
+                optimizer = self.optimizers[home.optimizer]
+                self._templates[key] = state_template(optimizer, home.options, parameter.dtype, parameter.ndim)
+            template = self._templates[key]
+            if template is None:
+                return None
+            total += template_bytes(template, parameter.shape)
+        return total
 
     @property
     def journal(self) -> tuple[JournalEntry, ...]:
@@ -437,6 +454,7 @@ class ParameterLedger(Books):
             )
         if not isinstance(owner, str) or not owner:
             raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
+        self._acting = owner
 
     def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
         self._read_names()
@@ -471,6 +489,12 @@ class ParameterLedger(Books):
                 f"the optimizer was saved with {len(saved['homes'])} groups of its own and has {len(self._home_list)} now. "
                 "Build it as in the run that was saved."
             )
+
+
+def hand_down(model: nn.Module, twin: nn.Module) -> None:
+    """Let the ledger over a copy of a model know what earlier ones attached to it."""
+    journal, overrides = ATTACHED.get(model, ([], {}))
+    ATTACHED[twin] = (list(journal), dict(overrides))
 
 
 def _rate(argument: str, value: object, example: str) -> float:

@@ -26,7 +26,7 @@ from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
 from .meters import RunningLoss
-from .plan import Recorder
+from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
@@ -155,7 +155,7 @@ class Run:
         state.step_skipped, state.grad_norm = False, None
         emit(BATCH_START)
         if not ledger.trainable_parameters:
-            self._stop_frozen()
+            stop_frozen(state)
         if state.stop_reason is not None:
             return
         self.recorder.observe(state.clock)
@@ -316,24 +316,6 @@ class Run:
                 "the data and the loss, or write Trainer(precision='bf16')."
             )
 
-    def _stop_frozen(self) -> None:
-        """Nothing trains: an error at the start of the fit, its end later."""
-        state, ledger = self.state, self.state.ledger
-        if state.clock.batch:
-            state.stop("nothing trains any more")
-            return
-        name = next(iter(ledger.parameters))
-        holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
-        advice = "Thaw some: model.requires_grad_(True) before the fit where the user holds them."
-        if ledger.left_out:
-            advice = (
-                f"The optimizer instance holds {len(ledger.parameters) - len(ledger.left_out)} of them. Pass a factory, "
-                "which sees every parameter: optimizer=partial(torch.optim.AdamW, lr=1e-4)."
-            )
-        raise LedgerError(
-            f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). {advice}"
-        )
-
     def _finished(self) -> bool:
         return self.state.stop_reason is not None or self.state.duration.reached(self.state.clock)
 
@@ -343,6 +325,12 @@ class Run:
     def stop_reason(self) -> str:
         """Why the fit ended."""
         return self.state.stop_reason or "duration"
+
+    @property
+    def timeline(self) -> Plan:
+        """What happened, once the fit has ended."""
+        reason = self.stop_reason
+        return self.recorder.timeline(self.state.clock, reason if reason == "duration" else f"stopped: {reason}")
 
     def _start(self) -> None:
         """Begin afresh with FIT_START, or where the checkpoint was cut."""
@@ -464,6 +452,29 @@ class Run:
         log.info("fit ended", reason=self.stop_reason, batches=self.state.clock.batch)
         if self.stop_reason != "duration":
             self.progress.message(f"stopped: {self.stop_reason}")
+
+
+def stop_frozen(state: State) -> None:
+    """Nothing trains: an error at the start of the fit, its end later.
+
+    Raises:
+        LedgerError: At the start.
+    """
+    ledger = state.ledger
+    if state.clock.batch:
+        state.stop("nothing trains any more")
+        return
+    name = next(iter(ledger.parameters))
+    holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
+    advice = "Thaw some: model.requires_grad_(True) before the fit where the user holds them."
+    if ledger.left_out:
+        advice = (
+            f"The optimizer instance holds {len(ledger.parameters) - len(ledger.left_out)} of them. Pass a factory, "
+            "which sees every parameter: optimizer=partial(torch.optim.AdamW, lr=1e-4)."
+        )
+    raise LedgerError(
+        f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). {advice}"
+    )
 
 
 def _of_evaluation(monitor: object) -> bool:

@@ -140,20 +140,20 @@ def interval(name: str, value: object) -> Time:
     return time
 
 
-def duration_of(value: object) -> Time:
+def duration_of(value: object, call: str = "fit") -> Time:
     """Return the duration of a fit.
 
     Raises:
         ArgumentError: It is no time, zero, or a share of itself.
     """
-    example = "trainer.fit(model, train_loader, duration='3ep')"
+    example = f"trainer.{call}(model, train_loader, duration='3ep')"
     takes = f"a time above zero, at most {LONGEST:.0e}, in epochs ('3ep' or 3), batches ('200ba') or samples ('5000sp')"
     try:
         time = Time(value)  # type: ignore[arg-type]
     except ArgumentError:
-        raise ArgumentError("Trainer.fit(duration=)", got=value, takes=takes, example=example) from None
+        raise ArgumentError(f"Trainer.{call}(duration=)", got=value, takes=takes, example=example) from None
     if time.unit == "dur" or not time.value:
-        raise ArgumentError("Trainer.fit(duration=)", got=value, takes=takes, example=example)
+        raise ArgumentError(f"Trainer.{call}(duration=)", got=value, takes=takes, example=example)
     return time
 
 

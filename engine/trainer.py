@@ -14,6 +14,7 @@ from .clock import Clock, Time
 from .data import ResumableLoader
 from .errors import ArgumentError
 from .evaluation import evaluate
+from .foresight import foresee
 from .homes import OptimizerLike
 from .layers import LayerMap, LayerSpec
 from .plan import Plan
@@ -135,20 +136,63 @@ class Trainer(Recipe):
                 "Trainer.fit(resume=)", got=True, takes="a run_dir to resume from, or a checkpoint's path",
                 example="Trainer(run_dir='runs/first').fit(…, resume=True)",
             )  # fmt: skip
-        chosen = self.optimizer if optimizer is None else check_optimizer(optimizer)
-        if isinstance(self.optimizer, Optimizer) and optimizer is None:
-            raise ArgumentError(
-                "Trainer(optimizer=)", got=type(self.optimizer).__name__, takes="a factory: an instance belongs to one model",
-                example="trainer.fit(model, train_loader, duration='3ep', optimizer=instance)",
-            )  # fmt: skip
+        chosen = self._chosen(optimizer)
         with Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume
         ) as run:
             run.train()
             return FitResult(
-                run.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.recorder.timeline(run.state.clock),
+                run.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,
                 run.folder.best, run.folder.last,
             )  # fmt: skip
+
+    def plan(
+        self,
+        model: nn.Module,
+        train_loader: Iterable[Any],
+        *,
+        duration: Time | str | int,
+        optimizer: OptimizerLike | None = None,
+        layers: LayerMap | LayerSpec | None = None,
+    ) -> Plan:
+        """Return the timeline that :meth:`fit` would have, without training.
+
+        The algorithms run over the clock on a copy of the model on the meta device, which holds no numbers; of the
+        loader, the first batch is loaded on the side, to count operations on its shapes. Model, loader, algorithms,
+        optimizer and random generators stay as they are. What depends on losses, gradients or weights is not run but
+        said in the plan's notes; algorithms of the stages DATA, GRADIENTS, WEIGHTS and OBSERVE are not run.
+
+        Args:
+            model: The model.
+            train_loader: As for :meth:`fit`; one that says how many batches it has, or a duration in batches.
+            duration: As for :meth:`fit`.
+            optimizer: As for :meth:`fit`.
+            layers: As for :meth:`fit`.
+
+        Raises:
+            ArgumentError: A wrong argument, a model that ``copy.deepcopy`` does not copy, or a loader that does not
+                say what the duration needs.
+            Exception: What the algorithms raise in the fit.
+
+        Example:
+            >>> import torch
+            >>> batches = [(torch.zeros(8, 4), torch.zeros(8, 1))] * 10
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+            >>> plan = Trainer(loss_fn=nn.functional.mse_loss).plan(model, batches, duration="3ep")
+            >>> plan.spans[0].end.batch, plan.spans[0].trainable, plan.spans[0].ends_with
+            (30, 49, 'duration')
+        """
+        _check_module("plan", model)
+        span, chosen = duration_of(duration, call="plan"), self._chosen(optimizer)
+        return foresee(self, model, train_loader, duration=span, optimizer=chosen, layers=layers)
+
+    def _chosen(self, optimizer: OptimizerLike | None) -> OptimizerLike:
+        if isinstance(self.optimizer, Optimizer) and optimizer is None:
+            raise ArgumentError(
+                "Trainer(optimizer=)", got=type(self.optimizer).__name__, takes="a factory: an instance belongs to one model",
+                example="trainer.fit(model, train_loader, duration='3ep', optimizer=instance)",
+            )  # fmt: skip
+        return self.optimizer if optimizer is None else check_optimizer(optimizer)
 
     def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
         """Return ``"eval/loss"`` and ``"eval/<metric>"`` over a loader; the model's mode is put back.

@@ -26,23 +26,23 @@ ROOT = Path(__file__).resolve().parents[1]
 TIERS: tuple[frozenset[str], ...] = (
     frozenset({"typing", "errors", "log", "clock", "events", "schedule", "curves", "schedules"}),
     frozenset({"forward_order", "splits", "layers", "selectors", "surgery"}),
-    frozenset({"homes", "holds", "groups", "grafts", "modes", "invariants", "books", "ledger"}),
+    frozenset({"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "ledger"}),
     frozenset({"state"}),
     frozenset({"algorithm"}),
     frozenset({"engine"}),
     frozenset(
         {"data", "forward", "meters", "settings", "precision", "distributed", "plan", "progress"}
-        | {"batches", "randomness", "keyed", "order", "layering"}
+        | {"batches", "flops", "randomness", "keyed", "order", "layering"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
     ),
-    frozenset({"evaluation", "recipe", "run", "trainer"}),
+    frozenset({"evaluation", "foresight", "recipe", "run", "trainer"}),
     frozenset({"testing"}),
     frozenset({"__init__"}),
 )
 # The ledger is several files. `books` carries out what it decides, `grafts` is its hand on the model; the others read parameter groups and optimizer state.
 LEDGER = {"ledger", "books"}
 LEDGER_HANDS = {"ledger", "books", "grafts"}
-LEDGER_READERS = {"ledger", "books", "homes", "groups", "invariants"}
+LEDGER_READERS = {"ledger", "books", "footprint", "homes", "groups", "invariants"}
 TRACKER_PACKAGES = {"comet_ml", "wandb", "mlflow", "tensorboard"}
 HEAVY_PACKAGES = {"hypothesis", "matplotlib", "rich", "sklearn", "structlog", "torchmetrics", "transformers"}
 PICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "copyreg"}

@@ -265,7 +265,7 @@ def test_peeking_takes_two_samples_and_no_random_numbers() -> None:
         data = ResumableLoader(torch.utils.data.DataLoader(Augmented(), batch_size=4, shuffle=True), seed=0)
         if peeks:
             before = torch.get_rng_state()
-            assert data.peek().shape == (2, 3)
+            assert data.peek(2).shape == (2, 3)
             assert torch.equal(before, torch.get_rng_state())
         return [fetched.batch for fetched in data.batches(0)]
 
@@ -281,4 +281,4 @@ def test_a_dataset_that_fails_is_not_the_layers_business(caplog: pytest.LogCaptu
         pytest.raises((TypeError, AttributeError)),
     ):  # fmt: skip
         fitted(bad)
-    assert "no batch to find the order of layers" in caplog.text
+    assert "the first batch cannot be loaded on the side" in caplog.text
