@@ -32,7 +32,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset(
         {"data", "forward", "meters", "settings", "precision", "distributed", "plan", "progress"}
-        | {"batches", "randomness", "keyed", "order"}
+        | {"batches", "randomness", "keyed", "order", "shift"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
     ),
     frozenset({"evaluation", "recipe", "run", "trainer"}),
