@@ -27,6 +27,7 @@ from .groups import Group
 from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
 from .log import configure_logging, get_logger
+from .monitor import direction_of
 from .plan import Plan
 from .schedules import Schedule, constant, cosine, join, linear, warmup
 from .selectors import Selector
@@ -83,6 +84,7 @@ __all__ = [
     "configure_logging",
     "constant",
     "cosine",
+    "direction_of",
     "get_logger",
     "join",
     "linear",

@@ -24,6 +24,7 @@ from .homes import OptimizerLike
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
+from .monitor import of_evaluation
 from .plan import Recorder
 from .precision import Precision
 from .progress import progress_for
@@ -346,8 +347,8 @@ class Run:
 
     def _warn_unmonitored(self) -> None:
         """Say at once that what waits for an evaluation will wait in vain."""
-        watched = [each.owner for each in self.engine.algorithms if _of_evaluation(getattr(each, "monitor", None))]
-        watched += ["Checkpointing"] if _of_evaluation(self.folder.policy.monitor) else []
+        watched = [each.owner for each in self.engine.algorithms if of_evaluation(getattr(each, "monitor", None))]
+        watched += ["Checkpointing"] if of_evaluation(self.folder.policy.monitor) else []
         if watched and self.eval_data is None:
             warnings.warn(
                 f"{', '.join(watched)} monitors an evaluation, and there is no eval_loader: it will never act. "
@@ -371,7 +372,8 @@ class Run:
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
 
     def _save(self) -> None:
-        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics)
+        evaluated = self._evaluated_at is not None
+        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics, evaluated=evaluated)
 
     def _capture(self) -> dict[str, Any]:
         extra = {
@@ -468,7 +470,3 @@ class _Mean:
 
     def parts(self) -> tuple[float, int]:
         return self.total, self.count
-
-
-def _of_evaluation(monitor: object) -> bool:
-    return isinstance(monitor, str) and monitor.startswith("eval/")

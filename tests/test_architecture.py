@@ -31,7 +31,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"algorithm"}),
     frozenset({"engine"}),
     frozenset(
-        {"data", "forward", "meters", "settings", "precision", "distributed", "plan", "progress"}
+        {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
         | {"batches", "randomness", "keyed", "order", "shift"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
     ),
