@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from .clock import Clock
 from .events import Event
-from .grafts import Graft, Overrides
 from .groups import Origin, Slot, derive_groups, name_groups
 from .holds import USER, Hold, Holds, Rate
 from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
@@ -20,15 +18,8 @@ from .log import get_logger
 from .modes import ModeKeeper
 from .schedules import Schedule, constant
 from .selectors import Selection
-from .surgery import JournalEntry
 
 log = get_logger(__name__)
-
-# What is attached to a model outlives the fit that attached it: the next ledger over the same model knows it, can undo
-# it, and writes it into its own journal.
-_ATTACHED: WeakKeyDictionary[nn.Module, tuple[list[tuple[JournalEntry, tuple[Graft, ...]]], Overrides]] = (
-    WeakKeyDictionary()
-)
 
 
 class Books:
@@ -72,7 +63,6 @@ class Books:
         self._live: dict[Slot, dict[str, Any]] = {}
         self._names: tuple[str, ...] | None = None
         self._trainable_names: frozenset[str] | None = None
-        self._journal, self._overrides = _ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
         self._factor = 1.0
         self._rated = self.clock  # for which the rates were last written: the clock ticks before the next batch's are

@@ -16,7 +16,7 @@ from .books import Books
 from .clock import Time
 from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
 from .events import Event
-from .grafts import Graft, apply_graft, check_grafts, undo_graft
+from .grafts import Graft, apply_graft, check_grafts, keep_record, record_of, undo_graft
 from .groups import Group, Origin, Slot, options_of, view_groups
 from .holds import USER, Hold, Holds, Moments
 from .homes import home_of_new
@@ -94,7 +94,7 @@ class ParameterLedger(Books):
     @property
     def journal(self) -> tuple[JournalEntry, ...]:
         """What was attached, in order."""
-        return tuple(entry for entry, _ in self._journal)
+        return tuple(entry for entry, _ in record_of(self.model).entries)
 
     def owners(self, name: str) -> tuple[str, ...]:
         """Return who holds the parameter called ``name``."""
@@ -220,8 +220,10 @@ class ParameterLedger(Books):
         site = Site(self.model, module_name, module, torch.Generator().manual_seed(seed))
         attachments = tuple(op_named(op)(site, **arguments))
         check_grafts(self.model, attachments, op)
-        grafts = tuple(apply_graft(self.model, each, self._overrides) for each in attachments)
-        self._journal.append((JournalEntry(module_name, op, owner, dict(arguments)), grafts))
+        record = record_of(self.model)
+        grafts = tuple(apply_graft(self.model, each, record.overrides) for each in attachments)
+        record.entries.append((JournalEntry(module_name, op, owner, dict(arguments)), grafts))
+        keep_record(self.model, record)
         self._enroll(grafts, owner)
 
     def detach(self, module_name: str, op: str, *, owner: str) -> None:
@@ -231,18 +233,20 @@ class ParameterLedger(Books):
             SurgeryError: This owner attached no such thing, or something was attached on top of it.
         """
         self._check_open("detach", owner)
-        for index in reversed(range(len(self._journal))):
-            entry, grafts = self._journal[index]
+        record = record_of(self.model)
+        for index in reversed(range(len(record.entries))):
+            entry, grafts = record.entries[index]
             if (entry.module, entry.op, entry.owner) == (module_name, op, owner):
                 break
         else:
-            known = sorted({f"{entry.module} ({entry.op}, {entry.owner})" for entry, _ in self._journal}) or ["nothing"]
+            known = sorted({f"{entry.module} ({entry.op}, {entry.owner})" for entry in self.journal}) or ["nothing"]
             raise SurgeryError(
                 f"{owner!r} attached no {op!r} to {module_name!r}. Attached: {nearest(module_name, known)}."
             )
         for graft in reversed(grafts):
-            undo_graft(self.model, graft, self._overrides)
-        del self._journal[index]
+            undo_graft(self.model, graft, record.overrides)
+        del record.entries[index]
+        keep_record(self.model, record)
         gone = {name for graft in grafts for name in graft.parameters}
         for name in gone & set(self._parameters):
             self.optimizers[self._homes[name].optimizer].state.pop(self._parameters[name], None)
