@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .clock import Clock
@@ -249,11 +250,20 @@ class Books:
         on_device = bool(options.get("capturable") or options.get("fused"))
         device = self._parameters[name].device
         return {
-            key: value.to(device if key != "step" or on_device else "cpu", copy=True)
-            if isinstance(value, Tensor)
-            else value
+            key: _copied(value, device if key != "step" or on_device else torch.device("cpu"))
             for key, value in values.items()
         }
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """Copy a value of an optimizer's state, with all tensors in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(each, device) for each in value)
+    if type(value) is dict:
+        return {key: _copied(each, device) for key, each in value.items()}
+    return value
 
 
 def set_lr(group: dict[str, Any], lr: float) -> None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from .books import Books
@@ -19,7 +19,7 @@ from .events import Event
 from .grafts import Graft, apply_graft, check_grafts, keep_record, record_of, undo_graft
 from .groups import Group, Origin, Slot, options_of, view_groups
 from .holds import USER, Hold, Holds, Moments
-from .homes import home_of_new
+from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_parameter, check_rates
 from .selectors import Selection, Selector, covers, resolve
 from .surgery import JournalEntry, Site, op_named
@@ -307,29 +307,29 @@ class ParameterLedger(Books):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything by name: JSON, and the tensors of the optimizer's state (not copied)."""
-        state: dict[str, dict[str, Any]] = {}
-        shared: list[dict[str, Any]] = []
         names = {id(each): name for name, each in self._parameters.items()}
-        for optimizer in self.optimizers:
-            shared.append({str(key): value for key, value in optimizer.state.items() if not isinstance(key, Tensor)})
-            for parameter, values in optimizer.state.items():
-                if isinstance(parameter, Tensor):
-                    state[names[id(parameter)]] = {str(key): value for key, value in values.items()}
+        optimizers = {
+            title: state_by_name(each, names)
+            for title, each in zip(names_of(self.optimizers), self.optimizers, strict=True)
+        }
+        for entry in optimizers.values():
+            entry["kept"] = {}
+        for name, values in self._kept.items():
+            list(optimizers.values())[self._homes[name].optimizer]["kept"][name] = dict(values)
         return {
             "parameters": list(self._parameters),
             "trainable": [name for name in self._parameters if name in self._trainable],
             "holds": self._holds.state_dict(),
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
-            "homes": [{"lr": home.lr, "options": home.options} for home in self._home_list],
+            "layers": {layer.name: list(layer.parameters) for layer in self.layers},
+            "homes": [{"lr": home.lr, "options": home.options, "given": home.given} for home in self._home_list],
             "home_of": {name: home.index for name, home in self._homes.items()},
             "groups": [
                 {"home": slot.home.index, "parameters": self._members[slot], "options": options_of(group)}
                 for slot, group in self._live.items()
             ],
             "journal": [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal],
-            "state": state,
-            "shared": shared,
-            "kept": {name: dict(values) for name, values in self._kept.items()},
+            "optimizers": optimizers,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -350,7 +350,7 @@ class ParameterLedger(Books):
         self._modes.evaluating = any(hold.evaluate for mine in self._holds.held.values() for hold in mine.values())
         by_index = {home.index: home for home in self._home_list}
         for home, entry in zip(self._home_list, saved["homes"], strict=True):
-            home.lr = entry["lr"]
+            home.lr, home.given = entry["lr"], dict(entry["given"])
             home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
         trainable = set(saved["trainable"])
@@ -367,12 +367,12 @@ class ParameterLedger(Books):
                 )
             # Not the rate: it is a function of the clock, and the saved one is that of the step before.
             group.update({key: value for key, value in entry["options"].items() if key != "lr"})
-        self._kept = {name: self._placed(name, values) for name, values in saved["kept"].items()}
-        for optimizer, values in zip(self.optimizers, saved["shared"], strict=True):
-            optimizer.state.update(values)
-        for name, values in saved["state"].items():
-            optimizer = self.optimizers[self._homes[name].optimizer]
-            optimizer.state[self._parameters[name]] = self._placed(name, values)
+        self._kept = {}
+        for optimizer, entry in zip(self.optimizers, saved["optimizers"].values(), strict=True):
+            optimizer.state.update(entry["shared"])
+            self._kept.update({name: self._placed(name, values) for name, values in entry["kept"].items()})
+            for name, values in entry["state"].items():
+                optimizer.state[self._parameters[name]] = self._placed(name, values)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
@@ -423,6 +423,12 @@ class ParameterLedger(Books):
             raise LedgerError(
                 f"the model is not the one that was saved: missing {missing[:3]}, unknown to the checkpoint {extra[:3]}. "
                 "Build it as in the run that was saved."
+            )
+        names, saved_names = names_of(self.optimizers), tuple(saved["optimizers"])
+        if names != saved_names:
+            raise LedgerError(
+                f"the optimizer was saved as {', '.join(saved_names)} and is {', '.join(names)} now. Build it as in the run "
+                "that was saved."
             )
         if len(saved["homes"]) != len(self._home_list):
             raise LedgerError(

@@ -33,7 +33,19 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset(
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
         | {"batches", "randomness", "keyed", "order", "shift"}
-        | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
+        | {
+            "jsontext",
+            "tensorfile",
+            "codec",
+            "snapshot",
+            "lock",
+            "store",
+            "rundir",
+            "checkpoint",
+            "resume",
+            "comet",
+            "tracking",
+        }
     ),
     frozenset({"evaluation", "recipe", "run", "trainer"}),
     frozenset({"testing"}),

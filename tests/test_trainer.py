@@ -373,7 +373,7 @@ def test_a_run_dir_that_holds_a_run_is_refused_and_resumes_only_when_asked(tmp_p
 def test_resume_with_other_settings_says_what_differs(tmp_path: Path) -> None:
     """Another schedule or another model is an error that names the difference."""
     Trainer_(run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
-    with pytest.raises(CheckpointError, match="schedule: saved .*constant.*now .*cosine"):
+    with pytest.raises(CheckpointError, match="schedule: saved .*constant.*given .*cosine"):
         Trainer_(run_dir=tmp_path, schedule=cosine()).fit(mlp(), loader(), duration="2ep", resume=True)
     with pytest.raises(LedgerError, match="not the one that was saved"):
         Trainer_(run_dir=tmp_path).fit(mlp(depth=4), loader(), duration="2ep", resume=True)
