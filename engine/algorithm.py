@@ -129,7 +129,8 @@ class Algorithm:
 
     def _converted(self, argument: str, value: Any) -> Any:
         """Return an argument as the class keeps it, so that ``LayerThaw(2)`` and ``LayerThaw("2ep")`` are alike."""
-        fields = attrs.fields(type(self)) if attrs.has(type(self)) else ()
+        kind: Any = type(self)
+        fields = attrs.fields(kind) if attrs.has(kind) else ()
         kept = [each.name for each in fields if each.init and each.alias == argument]
         return getattr(self, kept[0], value) if kept else value
 

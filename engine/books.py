@@ -63,6 +63,7 @@ class Books:
         self._slots: dict[str, Slot] = {}
         self._live: dict[Slot, dict[str, Any]] = {}
         self._names: tuple[str, ...] | None = None
+        self._groups_of_layers: dict[str, tuple[int, ...]] | None = None
         self._trainable_names: frozenset[str] | None = None
         self._modes = ModeKeeper(model)
         self._factor = 1.0
@@ -226,7 +227,7 @@ class Books:
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
         self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
-        self._trainable_names = self._names = None
+        self._trainable_names = self._names = self._groups_of_layers = None
         self._warming = any(slot.origin is not None for slot in self._live)
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)

@@ -17,7 +17,7 @@ from .clock import Time
 from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
 from .events import Event
 from .grafts import Graft, apply_graft, check_grafts, keep_record, record_of, undo_graft
-from .groups import Group, Origin, Slot, options_of, view_groups
+from .groups import Group, Origin, Slot, groups_of_layers, options_of, view_groups
 from .holds import USER, Hold, Holds, Moments
 from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_parameter, check_rates
@@ -82,9 +82,21 @@ class ParameterLedger(Books):
 
     @property
     def rates(self) -> dict[str, float]:
-        """The learning rate of each group now, by the group's name; cheap between two changes."""
-        groups = zip(self._group_names(), self._live.values(), strict=True)
-        return {name: float(group["lr"]) for name, group in groups if "lr" in group}
+        """The highest learning rate in each layer now, 0.0 where nothing of it trains; cheap between two changes.
+
+        The layers are always the same, while groups, and with them their names, come and go. Empty where the optimizers'
+        groups have no learning rate.
+        """
+        if all(home.lr is None for home in self._home_list):
+            return {}
+        lrs = [float(group.get("lr", 0.0)) for group in self._live.values()]
+        if self._groups_of_layers is None:
+            members = [self._members[slot] for slot in self._live]
+            self._groups_of_layers = groups_of_layers(members, self.layers)
+        return {
+            layer: max([lrs[place] for place in places], default=0.0)
+            for layer, places in self._groups_of_layers.items()
+        }
 
     @property
     def slots(self) -> tuple[Slot, ...]:

@@ -430,17 +430,19 @@ class Run:
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
         shown = {name: value for name, value in self.state.metrics.items() if name.startswith(("train/", "eval/"))}
-        self._shown = shown | {"lr": max(self.state.ledger.rates.values(), default=0.0)}
+        self._shown = shown | {"lr": self.state.metrics.get("lr", 0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 
     def _rates(self) -> dict[str, float]:
-        return {f"lr/{name}": lr for name, lr in self.state.ledger.rates.items()}
+        """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""
+        rates = self.state.ledger.rates
+        return {"lr": max(rates.values())} | {f"lr/{layer}": lr for layer, lr in rates.items()} if rates else {}
 
     def _write_history(self) -> None:
         state = self.state
         state.metrics.update(self._rates())
-        row = {name: value for name, value in state.metrics.items() if not name.startswith("lr/")} | self._rates()
+        row = dict(state.metrics)
         numel = sum(each.numel() for each in state.ledger.trainable_parameters)
         row |= {"epoch": state.clock.epoch, "batch": state.clock.batch, "trainable": numel}
         self.history.append(row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ def shifts_labels(model: nn.Module) -> bool:
         (True, False)
     """
     for module in model.modules():
-        kind = _kind(type(module))
+        kind = _kind(type(module).forward)
         if kind == "asks":
             return getattr(getattr(module, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
         if kind != "none":
@@ -43,8 +43,8 @@ def shifts_labels(model: nn.Module) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _kind(kind: type[nn.Module]) -> _Kind:
-    forward = inspect.unwrap(kind.forward)
+def _kind(forward: Callable[..., Any]) -> _Kind:
+    forward = inspect.unwrap(forward)
     if str(getattr(forward, "__module__", "torch.")).startswith("torch."):
         return "none"
     try:

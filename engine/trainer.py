@@ -28,8 +28,9 @@ class FitResult:
     """What a fit leaves behind.
 
     Args:
-        history: One dict an epoch: ``epoch``, ``batch``, ``train/loss``, evaluation metrics, ``lr/<group>``,
-            ``trainable`` (number of scalars) and what algorithms logged.
+        history: One dict an epoch: ``epoch``, ``batch``, ``train/loss``, evaluation metrics, ``lr`` (the highest
+            learning rate), ``lr/<layer>`` (the highest in each layer, 0.0 while it is frozen), ``trainable`` (number of
+            scalars) and what algorithms logged.
         metrics: The latest value of everything logged.
         stop_reason: Why the fit ended: ``"duration"``, or what an algorithm gave to ``state.stop``.
         clock: Where it ended.

@@ -211,7 +211,7 @@ class Odd(Optimizer):
         super().__init__(params, {"lr": lr, "seen": 0, "trace": ()})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         shared = self.state["shared"]
         shared["calls"] = shared.get("calls", 0) + 1
         shared[3] = [shared.get(3, [0.5])[0] * 0.9, None]

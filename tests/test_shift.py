@@ -99,7 +99,7 @@ def test_a_wrapper_is_as_the_model_inside() -> None:
             return self.inner(**batch)
 
     class OwnLoss(HandsOn):
-        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
             logits = self.inner(input_ids=input_ids).logits
             return nn.functional.cross_entropy(logits.transpose(1, 2), labels)
 

@@ -562,7 +562,10 @@ def test_history_has_a_row_an_epoch_and_the_timeline_a_row_a_span() -> None:
     result = Trainer_(algorithms=[Thaw()]).fit(mlp(), loader(), loader(), duration="4ep")
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
     assert [row["trainable"] for row in result.history] == [10, 10, 30, 30]
-    assert {"train/loss", "eval/loss", "lr/blocks[1]..head"} <= set(result.history[-1])
+    assert {"train/loss", "eval/loss"} <= set(result.history[-1])
+    rates = [{name: value for name, value in row.items() if name.startswith("lr")} for row in result.history]
+    before = {"lr": 0.1, "lr/blocks[0]": 0.0, "lr/blocks[1]": 0.0, "lr/head": 0.1}
+    assert rates == [before, before, *2 * [before | {"lr/blocks[1]": 0.1}]]
     spans = [(span.start.batch, span.end.batch, span.trainable, span.layers) for span in result.timeline.spans]
     assert spans == [(0, 8, 10, ("head",)), (8, 16, 30, ("blocks[1]", "head"))]
 
