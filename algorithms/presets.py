@@ -145,7 +145,7 @@ def progressive(
 
     Example:
         >>> progressive(every=2)[0].describe()["arguments"]["every"]
-        2
+        '2ep'
     """
     return [LayerThaw(every, limit=limit, lr_scale=lr_scale, order=order, warmup=warmup)]
 

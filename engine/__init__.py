@@ -27,6 +27,7 @@ from .groups import Group
 from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
 from .log import configure_logging, get_logger
+from .monitor import direction_of
 from .plan import Plan
 from .randomness import derive_seed
 from .schedules import (
@@ -97,6 +98,7 @@ __all__ = [
     "constant",
     "cosine",
     "derive_seed",
+    "direction_of",
     "get_logger",
     "inverse_sqrt",
     "join",

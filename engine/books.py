@@ -1,36 +1,31 @@
-"""The books of the ledger: parameters, groups and optimizer state, made to agree."""
+"""The books of the ledger: parameters, groups and optimizer state, made to agree, and what can be read of them."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from .clock import Clock
 from .events import Event
-from .footprint import Template
-from .grafts import Graft, Overrides
-from .groups import Origin, Slot, derive_groups, name_groups
+from .footprint import Template, state_template, template_bytes
+from .grafts import record_of
+from .groups import Group, Origin, Slot, derive_groups, groups_of_layers, name_groups, view_groups
 from .holds import USER, Hold, Holds, Rate
 from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
 from .layers import LayerMap, LayerSpec
 from .log import get_logger
 from .modes import ModeKeeper
 from .schedules import Schedule, constant
-from .selectors import Selection
+from .selectors import Selection, Selector, resolve
 from .surgery import JournalEntry
 
 log = get_logger(__name__)
-
-# What is attached to a model outlives the fit that attached it: the next ledger over the same model knows it, can undo
-# it, and writes it into its own journal.
-ATTACHED: WeakKeyDictionary[nn.Module, tuple[list[tuple[JournalEntry, tuple[Graft, ...]]], Overrides]] = (
-    WeakKeyDictionary()
-)
 
 
 class Books:
@@ -77,14 +72,105 @@ class Books:
         self._slots: dict[str, Slot] = {}
         self._live: dict[Slot, dict[str, Any]] = {}
         self._names: tuple[str, ...] | None = None
+        self._groups_of_layers: dict[str, tuple[int, ...]] | None = None
         self._trainable_names: frozenset[str] | None = None
-        self._journal, self._overrides = ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
         self._gathering = 0
         self._behind = False
         self._factor = 1.0
         self._rated = self.clock  # for which the rates were last written: the clock ticks before the next batch's are
         self._begin()
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """All parameters by canonical name, in registration order; tied ones once."""
+        return MappingProxyType(self._parameters)
+
+    @property
+    def trainable(self) -> frozenset[str]:
+        """Names of the parameters that train."""
+        if self._trainable_names is None:
+            self._trainable_names = frozenset(self._trainable)
+        return self._trainable_names
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that do not train."""
+        return frozenset(self._parameters) - self._trainable
+
+    @property
+    def trainable_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that train, in the order of the groups; the same object until :attr:`version` moves."""
+        return self._flat
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The parameter groups of all optimizers, named by the layers they span."""
+        return view_groups(self._live, self._members, self._group_names())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The highest learning rate in each layer now, 0.0 where nothing of it trains; cheap between two changes.
+
+        The layers are always the same, while groups, and with them their names, come and go. Empty where the optimizers'
+        groups have no learning rate.
+        """
+        if all(home.lr is None for home in self._home_list):
+            return {}
+        lrs = [float(group.get("lr", 0.0)) for group in self._live.values()]
+        if self._groups_of_layers is None:
+            members = [self._members[slot] for slot in self._live]
+            self._groups_of_layers = groups_of_layers(members, self.layers)
+        return {
+            layer: max([lrs[place] for place in places], default=0.0)
+            for layer, places in self._groups_of_layers.items()
+        }
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What each group's learning rate is a function of, in the order of :attr:`groups`."""
+        return tuple(self._live)
+
+    @property
+    def state_bytes(self) -> int | None:
+        """What the optimizers keep for what trains, once they have stepped; None where that is not known beforehand."""
+        total = 0
+        for name in self._trainable:
+            home, parameter = self._homes[name], self._parameters[name]
+            key = (home.index, parameter.dtype, parameter.ndim)
+            if key not in self._templates:
+                optimizer = self.optimizers[home.optimizer]
+                self._templates[key] = state_template(optimizer, home.options, parameter.dtype, parameter.ndim)
+            template = self._templates[key]
+            if template is None:
+                return None
+            total += template_bytes(template, parameter.shape)
+        return total
+
+    @property
+    def journal(self) -> tuple[JournalEntry, ...]:
+        """What was attached, in order."""
+        return tuple(entry for entry, _ in record_of(self.model).entries)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the parameters, not frozen by the user, that the optimizer instance does not hold: held by "user"."""
+        return frozenset(self._left_out - self._given_frozen)
+
+    def owners(self, name: str) -> tuple[str, ...]:
+        """Return who holds the parameter called ``name``."""
+        return self._holds.owners(self._aliases.get(name, name))
+
+    def select(self, select: Selector) -> tuple[str, ...]:
+        """Return the canonical names that a selector means; a SelectorError where it matches nothing."""
+        return tuple(self._resolve(select).names)
+
+    def _resolve(self, select: Selector) -> Selection:
+        return resolve(select, self._parameters, self._aliases, self.layers)
+
+    # -- following ---------------------------------------------------------------------------------------------
 
     def apply_lr(self, clock: Clock) -> None:
         """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedules(progress), min_lr)``."""
@@ -274,6 +360,7 @@ class Books:
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
         self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
         self._moving = any(slot.moves for slot in self._live)
+        self._trainable_names = self._names = self._groups_of_layers = None
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)
         self.version += 1
@@ -298,11 +385,20 @@ class Books:
         on_device = bool(options.get("capturable") or options.get("fused"))
         device = self._parameters[name].device
         return {
-            key: value.to(device if key != "step" or on_device else "cpu", copy=True)
-            if isinstance(value, Tensor)
-            else value
+            key: _copied(value, device if key != "step" or on_device else torch.device("cpu"))
             for key, value in values.items()
         }
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """Copy a value of an optimizer's state, with all tensors in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(each, device) for each in value)
+    if type(value) is dict:
+        return {key: _copied(each, device) for key, each in value.items()}
+    return value
 
 
 def set_lr(group: dict[str, Any], lr: float) -> None:

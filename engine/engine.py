@@ -147,17 +147,25 @@ class Engine:
         """Give every algorithm back its state.
 
         Raises:
-            CheckpointError: The algorithms are not those that were saved; the message says which differ and how.
+            CheckpointError: As :meth:`check_same`.
+        """
+        self.check_same(saved)
+        for each in self.algorithms:
+            each.load_state_dict(saved[each.owner]["state"])
+
+    def check_same(self, saved: Mapping[str, Any]) -> None:
+        """Compare the algorithms with those whose :meth:`state_dict` was saved; their order may differ.
+
+        Raises:
+            CheckpointError: They are not the same; the message says which differ and how.
         """
         here = {each.owner: each.describe() for each in self.algorithms}
         there = {owner: entry["description"] for owner, entry in saved.items()}
         if here != there:
             raise CheckpointError(
                 f"the algorithms are not those of the run that is resumed: {_difference(there, here)}. "
-                "Give the same list, or start anew in another run_dir."
+                "Give the same list, or start anew with fit(resume=False) and Trainer(run_dir=<another directory>)."
             )
-        for each in self.algorithms:
-            each.load_state_dict(saved[each.owner]["state"])
 
     def _handler(self, algorithm: Algorithm) -> Handler:
         """Return what to call for an algorithm: its bare ``apply`` where nothing else is needed."""
@@ -258,5 +266,5 @@ def _difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         elif there != here:
             before, after = there["arguments"], here["arguments"]
             names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-            changed += [f"{owner}({name}=): saved {before.get(name)!r}, now {after.get(name)!r}" for name in names]
-    return "; ".join(changed) or "they come in another order"
+            changed += [f"{owner}({name}=): saved {before.get(name)!r}, given {after.get(name)!r}" for name in names]
+    return "; ".join(changed)

@@ -20,7 +20,7 @@ from .flops import FlopCounter, count_flops
 from .homes import OptimizerLike, over_twins
 from .layering import find_layers
 from .layers import LayerMap, LayerSpec
-from .ledger import ParameterLedger, hand_down
+from .ledger import ParameterLedger
 from .plan import Plan, Recorder
 from .randomness import Randomness
 from .recipe import Recipe
@@ -73,7 +73,6 @@ class Foresight:
         if layers is None:
             layers = find_layers(model, self.data, trainer.forward().outputs, next(model.parameters()).device)
         twin, twins = meta_twin(model)
-        hand_down(model, twin)
         twin.train()
         schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
         ledger = ParameterLedger(

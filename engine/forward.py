@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .data import count_weight, forward_arguments
 from .errors import ArgumentError, DataError, LossError, shorten
+from .shift import shifts_labels
 
 # The commonest batches: read here in a fraction of the time that `forward_arguments` takes.
 _PAIRS = frozenset({tuple, list})
@@ -95,9 +96,7 @@ class Forward:
         """
         if self.loss_weight is not None:
             return _weight(self.loss_weight(batch))
-        # Hugging Face's causal models shift labels by one inside, so the first of each row is not in their mean.
-        shift = self.loss_fn is None and getattr(model, "loss_type", None) == "ForCausalLM"
-        return count_weight(batch, targets_of(batch), shift=shift)
+        return count_weight(batch, targets_of(batch), shift=self.loss_fn is None and shifts_labels(model))
 
 
 def _weight(given: Any) -> float:

@@ -139,6 +139,15 @@ def name_groups(
     return tuple(names)
 
 
+def groups_of_layers(members: Iterable[Iterable[str]], layers: LayerMap) -> dict[str, tuple[int, ...]]:
+    """Return for each layer with parameters the places of the groups that have some of them; empty where none trains."""
+    places: dict[str, dict[int, None]] = {layer.name: {} for layer in layers}
+    for place, names in enumerate(members):
+        for name in names:
+            places[layers.of(name).name][place] = None
+    return {layer: tuple(found) for layer, found in places.items()}
+
+
 def view_groups(
     live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, list[str]], names: Iterable[str]
 ) -> tuple[Group, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -33,12 +33,18 @@ class Home:
         index: Place among all homes.
         template: The group's dictionary; while parameters of this home train, the live one of the first of them.
         lr: The base learning rate; None where the optimizer's groups have none.
+        given: What else the group said when the user made it. Some optimizers count in their groups, so that
+            ``options`` moves while this stays.
     """
 
     optimizer: int
     index: int
     template: dict[str, Any]
     lr: float | None
+    given: dict[str, Any] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.given = {key: value for key, value in self.options.items() if key != "lr"}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -116,6 +122,51 @@ def selectors_of(optimizer: OptimizerLike) -> tuple[Selector, ...]:
     if isinstance(optimizer, Sequence) and all(_is_pair(each) for each in optimizer):
         return tuple(select for select, _ in optimizer)  # type: ignore[misc]
     return ()
+
+
+def names_of(optimizers: Sequence[Optimizer]) -> tuple[str, ...]:
+    """Return the optimizers' class names, numbered from the second of a kind on.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(1))
+        >>> names_of([torch.optim.SGD([weight]), torch.optim.AdamW([weight]), torch.optim.SGD([weight])])
+        ('SGD', 'AdamW', 'SGD 2')
+    """
+    kinds = [type(each).__name__ for each in optimizers]
+    seen = [kinds[: index + 1].count(kind) for index, kind in enumerate(kinds)]
+    return tuple(kind if count == 1 else f"{kind} {count}" for kind, count in zip(kinds, seen, strict=True))
+
+
+def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[Any, Any]]:
+    """Return an optimizer's state: of parameters by name, and ``"shared"`` what lies under keys of the optimizer's own.
+
+    Args:
+        optimizer: The optimizer.
+        names: Each parameter's name by its identity.
+
+    Raises:
+        OptimizerError: State of a tensor that is no parameter, or a parameter's state that is no dict.
+    """
+    state: dict[Any, Any] = {}
+    shared: dict[Any, Any] = {}
+    kind = type(optimizer).__name__
+    for key, values in optimizer.state.items():
+        if not isinstance(key, Tensor):
+            shared[key] = values
+            continue
+        name = names.get(id(key))
+        if name is None:
+            raise OptimizerError(
+                f"{kind}.state has a tensor of shape {tuple(key.shape)} for a key that is no parameter of the model, so a "
+                f"checkpoint cannot name it. Keep it under a text: optimizer.state['{kind.lower()}'] = …"
+            )
+        if not isinstance(values, Mapping):
+            raise OptimizerError(
+                f"{kind}.state[{name!r}] is a {type(values).__name__}, and a parameter's state is a dict, so a checkpoint "
+                "cannot hold it. Keep it under a text: optimizer.state[parameter] = {'value': …}"
+            )
+        state[name] = dict(values)
+    return {"state": state, "shared": shared}
 
 
 def refuse_closure(optimizer: Optimizer) -> None:

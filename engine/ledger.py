@@ -7,25 +7,23 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from .books import ATTACHED, Books
+from .books import Books
 from .clock import Time
 from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
 from .events import Event
-from .footprint import state_template, template_bytes
-from .grafts import Graft, apply_graft, check_grafts, undo_graft
-from .groups import Group, Origin, Slot, options_of, view_groups
+from .grafts import Graft, Overrides, apply_graft, check_grafts, keep_record, record_of, undo_graft
+from .groups import Origin, options_of
 from .holds import USER, Hold, Holds, Moments
-from .homes import home_of_new
+from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_parameter, check_rates
 from .schedules import Schedule, schedule_from_description
-from .selectors import Selection, Selector, covers, resolve
+from .selectors import Selector, covers
 from .surgery import JournalEntry, Site, op_named
 from .typing import Json
 
@@ -54,80 +52,6 @@ class ParameterLedger(Books):
         >>> len(ledger.trainable)
         4
     """
-
-    # -- reading -----------------------------------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """All parameters by canonical name, in registration order; tied ones once."""
-        return MappingProxyType(self._parameters)
-
-    @property
-    def trainable(self) -> frozenset[str]:
-        """Names of the parameters that train."""
-        if self._trainable_names is None:
-            self._trainable_names = frozenset(self._trainable)
-        return self._trainable_names
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Names of the parameters that do not train."""
-        return frozenset(self._parameters) - self._trainable
-
-    @property
-    def trainable_parameters(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that train, in the order of the groups; the same object until :attr:`version` moves."""
-        return self._flat
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The parameter groups of all optimizers, named by the layers they span."""
-        return view_groups(self._live, self._members, self._group_names())
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """The learning rate of each group now, by the group's name; cheap between two changes."""
-        groups = zip(self._group_names(), self._live.values(), strict=True)
-        return {name: float(group["lr"]) for name, group in groups if "lr" in group}
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        """What each group's learning rate is a function of, in the order of :attr:`groups`."""
-        return tuple(self._live)
-
-    @property
-    def state_bytes(self) -> int | None:
-        """What the optimizers keep for what trains, once they have stepped; None where that is not known beforehand."""
-        total = 0
-        for name in self._trainable:
-            home, parameter = self._homes[name], self._parameters[name]
-            key = (home.index, parameter.dtype, parameter.ndim)
-            if key not in self._templates:
-                optimizer = self.optimizers[home.optimizer]
-                self._templates[key] = state_template(optimizer, home.options, parameter.dtype, parameter.ndim)
-            template = self._templates[key]
-            if template is None:
-                return None
-            total += template_bytes(template, parameter.shape)
-        return total
-
-    @property
-    def journal(self) -> tuple[JournalEntry, ...]:
-        """What was attached, in order."""
-        return tuple(entry for entry, _ in self._journal)
-
-    @property
-    def left_out(self) -> frozenset[str]:
-        """Names of the parameters, not frozen by the user, that the optimizer instance does not hold: held by "user"."""
-        return frozenset(self._left_out - self._given_frozen)
-
-    def owners(self, name: str) -> tuple[str, ...]:
-        """Return who holds the parameter called ``name``."""
-        return self._holds.owners(self._aliases.get(name, name))
-
-    def select(self, select: Selector) -> tuple[str, ...]:
-        """Return the canonical names that a selector means; a SelectorError where it matches nothing."""
-        return tuple(self._resolve(select).names)
 
     # -- changing ----------------------------------------------------------------------------------------------
 
@@ -269,16 +193,18 @@ class ParameterLedger(Books):
             LedgerClosedError: Called during forward, backward, step or evaluation.
         """
         self._check_open("attach", owner)
+        record = record_of(self.model)
         made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
         try:
             for name in [module_name] if isinstance(module_name, str) else module_name:
                 entry = JournalEntry(name, op, owner, dict(arguments))
-                made.append((entry, self._graft(name, op, arguments)))
+                made.append((entry, self._graft(name, op, arguments, record.overrides)))
         except BaseException:
             for graft in reversed([graft for _, grafts in made for graft in grafts]):
-                undo_graft(self.model, graft, self._overrides)
+                undo_graft(self.model, graft, record.overrides)
             raise
-        self._journal += made
+        record.entries += made
+        keep_record(self.model, record)
         self._enroll([graft for _, grafts in made for graft in grafts], owner)
 
     def detach(self, module_name: str, op: str, *, owner: str) -> None:
@@ -288,18 +214,20 @@ class ParameterLedger(Books):
             SurgeryError: This owner attached no such thing, or something was attached on top of it.
         """
         self._check_open("detach", owner)
-        for index in reversed(range(len(self._journal))):
-            entry, grafts = self._journal[index]
+        record = record_of(self.model)
+        for index in reversed(range(len(record.entries))):
+            entry, grafts = record.entries[index]
             if (entry.module, entry.op, entry.owner) == (module_name, op, owner):
                 break
         else:
-            known = sorted({f"{entry.module} ({entry.op}, {entry.owner})" for entry, _ in self._journal}) or ["nothing"]
+            known = sorted({f"{entry.module} ({entry.op}, {entry.owner})" for entry in self.journal}) or ["nothing"]
             raise SurgeryError(
                 f"{owner!r} attached no {op!r} to {module_name!r}. Attached: {nearest(module_name, known)}."
             )
         for graft in reversed(grafts):
-            undo_graft(self.model, graft, self._overrides)
-        del self._journal[index]
+            undo_graft(self.model, graft, record.overrides)
+        del record.entries[index]
+        keep_record(self.model, record)
         gone = {name for graft in grafts for name in graft.parameters}
         for name in gone & set(self._parameters):
             self.optimizers[self._homes[name].optimizer].state.pop(self._parameters[name], None)
@@ -358,29 +286,29 @@ class ParameterLedger(Books):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything by name: JSON, and the tensors of the optimizer's state (not copied)."""
-        state: dict[str, dict[str, Any]] = {}
-        shared: list[dict[str, Any]] = []
         names = {id(each): name for name, each in self._parameters.items()}
-        for optimizer in self.optimizers:
-            shared.append({str(key): value for key, value in optimizer.state.items() if not isinstance(key, Tensor)})
-            for parameter, values in optimizer.state.items():
-                if isinstance(parameter, Tensor):
-                    state[names[id(parameter)]] = {str(key): value for key, value in values.items()}
+        optimizers = {
+            title: state_by_name(each, names)
+            for title, each in zip(names_of(self.optimizers), self.optimizers, strict=True)
+        }
+        for entry in optimizers.values():
+            entry["kept"] = {}
+        for name, values in self._kept.items():
+            list(optimizers.values())[self._homes[name].optimizer]["kept"][name] = dict(values)
         return {
             "parameters": list(self._parameters),
             "trainable": [name for name in self._parameters if name in self._trainable],
             "holds": self._holds.state_dict(),
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
-            "homes": [{"lr": home.lr, "options": home.options} for home in self._home_list],
+            "layers": {layer.name: list(layer.parameters) for layer in self.layers},
+            "homes": [{"lr": home.lr, "options": home.options, "given": home.given} for home in self._home_list],
             "home_of": {name: home.index for name, home in self._homes.items()},
             "groups": [
                 {"home": slot.home.index, "parameters": self._members[slot], "options": options_of(group)}
                 for slot, group in self._live.items()
             ],
             "journal": [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal],
-            "state": state,
-            "shared": shared,
-            "kept": {name: dict(values) for name, values in self._kept.items()},
+            "optimizers": optimizers,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -401,7 +329,7 @@ class ParameterLedger(Books):
         self._modes.evaluating = any(hold.evaluate for mine in self._holds.held.values() for hold in mine.values())
         by_index = {home.index: home for home in self._home_list}
         for home, entry in zip(self._home_list, saved["homes"], strict=True):
-            home.lr = entry["lr"]
+            home.lr, home.given = entry["lr"], dict(entry["given"])
             home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
         trainable = set(saved["trainable"])
@@ -418,25 +346,22 @@ class ParameterLedger(Books):
                 )
             # Not the rate: it is a function of the clock, and the saved one is that of the step before.
             group.update({key: value for key, value in entry["options"].items() if key != "lr"})
-        self._kept = {name: self._placed(name, values) for name, values in saved["kept"].items()}
-        for optimizer, values in zip(self.optimizers, saved["shared"], strict=True):
-            optimizer.state.update(values)
-        for name, values in saved["state"].items():
-            optimizer = self.optimizers[self._homes[name].optimizer]
-            optimizer.state[self._parameters[name]] = self._placed(name, values)
+        self._kept = {}
+        for optimizer, entry in zip(self.optimizers, saved["optimizers"].values(), strict=True):
+            optimizer.state.update(entry["shared"])
+            self._kept.update({name: self._placed(name, values) for name, values in entry["kept"].items()})
+            for name, values in entry["state"].items():
+                optimizer.state[self._parameters[name]] = self._placed(name, values)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _resolve(self, select: Selector) -> Selection:
-        return resolve(select, self._parameters, self._aliases, self.layers)
-
-    def _graft(self, name: str, op: str, arguments: Mapping[str, Json]) -> tuple[Graft, ...]:
+    def _graft(self, name: str, op: str, arguments: Mapping[str, Json], overrides: Overrides) -> tuple[Graft, ...]:
         """Build what ``op`` attaches to one module, and put it on."""
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}/{op}".encode()).digest()[:8]) >> 1
         site = Site(self.model, name, self._module(name), torch.Generator().manual_seed(seed))
         attachments = tuple(op_named(op)(site, **arguments))
         check_grafts(self.model, attachments, op)
-        return tuple(apply_graft(self.model, each, self._overrides) for each in attachments)
+        return tuple(apply_graft(self.model, each, overrides) for each in attachments)
 
     def _module(self, name: str) -> nn.Module:
         try:
@@ -484,17 +409,17 @@ class ParameterLedger(Books):
                 f"the model is not the one that was saved: missing {missing[:3]}, unknown to the checkpoint {extra[:3]}. "
                 "Build it as in the run that was saved."
             )
+        names, saved_names = names_of(self.optimizers), tuple(saved["optimizers"])
+        if names != saved_names:
+            raise LedgerError(
+                f"the optimizer was saved as {', '.join(saved_names)} and is {', '.join(names)} now. Build it as in the run "
+                "that was saved."
+            )
         if len(saved["homes"]) != len(self._home_list):
             raise LedgerError(
                 f"the optimizer was saved with {len(saved['homes'])} groups of its own and has {len(self._home_list)} now. "
                 "Build it as in the run that was saved."
             )
-
-
-def hand_down(model: nn.Module, twin: nn.Module) -> None:
-    """Let the ledger over a copy of a model know what earlier ones attached to it."""
-    journal, overrides = ATTACHED.get(model, ([], {}))
-    ATTACHED[twin] = (list(journal), dict(overrides))
 
 
 def _rate(argument: str, value: object, example: str) -> float:

@@ -26,6 +26,7 @@ from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
 from .meters import RunningLoss
+from .monitor import of_evaluation
 from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
@@ -352,8 +353,8 @@ class Run:
 
     def _warn_unmonitored(self) -> None:
         """Say at once that what waits for an evaluation will wait in vain."""
-        watched = [each.owner for each in self.engine.algorithms if _of_evaluation(getattr(each, "monitor", None))]
-        watched += ["Checkpointing"] if _of_evaluation(self.folder.policy.monitor) else []
+        watched = [each.owner for each in self.engine.algorithms if of_evaluation(getattr(each, "monitor", None))]
+        watched += ["Checkpointing"] if of_evaluation(self.folder.policy.monitor) else []
         if watched and self.eval_data is None:
             warnings.warn(
                 f"{', '.join(watched)} monitors an evaluation, and there is no eval_loader: it will never act. "
@@ -377,7 +378,8 @@ class Run:
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
 
     def _save(self) -> None:
-        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics)
+        evaluated = self._evaluated_at is not None
+        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics, evaluated=evaluated)
 
     def _capture(self) -> dict[str, Any]:
         extra = {
@@ -429,17 +431,19 @@ class Run:
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
         shown = {name: value for name, value in self.state.metrics.items() if name.startswith(("train/", "eval/"))}
-        self._shown = shown | {"lr": max(self.state.ledger.rates.values(), default=0.0)}
+        self._shown = shown | {"lr": self.state.metrics.get("lr", 0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 
     def _rates(self) -> dict[str, float]:
-        return {f"lr/{name}": lr for name, lr in self.state.ledger.rates.items()}
+        """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""
+        rates = self.state.ledger.rates
+        return {"lr": max(rates.values())} | {f"lr/{layer}": lr for layer, lr in rates.items()} if rates else {}
 
     def _write_history(self) -> None:
         state = self.state
         state.metrics.update(self._rates())
-        row = {name: value for name, value in state.metrics.items() if not name.startswith("lr/")} | self._rates()
+        row = dict(state.metrics)
         numel = sum(each.numel() for each in state.ledger.trainable_parameters)
         row |= {"epoch": state.clock.epoch, "batch": state.clock.batch, "trainable": numel}
         self.history.append(row)
@@ -475,7 +479,3 @@ def stop_frozen(state: State) -> None:
     raise LedgerError(
         f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). {advice}"
     )
-
-
-def _of_evaluation(monitor: object) -> bool:
-    return isinstance(monitor, str) and monitor.startswith("eval/")

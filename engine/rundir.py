@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .clock import Clock
-from .errors import CheckpointError, RunDirError
+from .errors import CheckpointError, RunDirError, ThawlineWarning
 from .log import get_logger
+from .monitor import missing_metric, of_evaluation
 from .snapshot import read_checkpoint
 from .store import Checkpointing, CheckpointStore, checkpoints_in
 from .tracking import JsonlTracker, Tracker, Trackers
@@ -36,6 +38,7 @@ class RunDir:
     ) -> None:
         self.policy = policy
         self.due = False
+        self._warned = False
         self.loaded: tuple[Path, dict[str, Any]] | None = None
         self._store: CheckpointStore | None = None
         self._jsonl: JsonlTracker | None = None
@@ -70,12 +73,22 @@ class RunDir:
         if self._store is not None and self.policy.every.crossed(before, after):
             self.due = True
 
-    def save(self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: dict[str, float]) -> None:
-        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next batch."""
+    def save(
+        self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: Mapping[str, float], evaluated: bool
+    ) -> None:
+        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next batch.
+
+        Args:
+            tree: Returns what to save.
+            step: Batches completed.
+            metrics: What was logged.
+            evaluated: Whether an evaluation has passed: from then on the monitored metric is missed.
+        """
         self.due = False
         if self._store is None:
             return
-        metric = None if self.policy.monitor is None else metrics.get(self.policy.monitor)
+        monitor = self.policy.monitor
+        metric = None if monitor is None else metrics.get(monitor)
         try:
             path = self._store.save(tree(), step=step, metric=metric)
         except CheckpointError as error:
@@ -85,6 +98,8 @@ class RunDir:
             log.error("checkpoint not written; trying again at the next batch", error=str(error))
         else:
             log.info("checkpoint", path=str(path))
+        if monitor is not None and metric is None and evaluated:
+            self._warn_missing(monitor, metrics)
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` past ``step``, which a resumed run writes anew."""
@@ -96,6 +111,14 @@ class RunDir:
         self.trackers.close()
         if self._store is not None:
             self._store.close()
+
+    def _warn_missing(self, monitor: str, metrics: Mapping[str, float]) -> None:
+        """Say once that there will be no best checkpoint; the start of the fit has said so where nothing is evaluated."""
+        if self._warned or (of_evaluation(monitor) and not any(map(of_evaluation, metrics))):
+            return
+        self._warned = True
+        missing = missing_metric(monitor, metrics, call="Checkpointing(monitor=)")
+        warnings.warn(f"there is no best checkpoint: {missing}", ThawlineWarning, stacklevel=6)
 
     def _find_run(self, store: CheckpointStore, folder: Path, *, resume: bool | str | Path) -> None:
         if resume is True:

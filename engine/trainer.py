@@ -29,8 +29,9 @@ class FitResult:
     """What a fit leaves behind.
 
     Args:
-        history: One dict an epoch: ``epoch``, ``batch``, ``train/loss``, evaluation metrics, ``lr/<group>``,
-            ``trainable`` (number of scalars) and what algorithms logged.
+        history: One dict an epoch: ``epoch``, ``batch``, ``train/loss``, evaluation metrics, ``lr`` (the highest
+            learning rate), ``lr/<layer>`` (the highest in each layer, 0.0 while it is frozen), ``trainable`` (number of
+            scalars) and what algorithms logged.
         metrics: The latest value of everything logged.
         stop_reason: Why the fit ended: ``"duration"``, or what an algorithm gave to ``state.stop``.
         clock: Where it ended.
@@ -59,7 +60,8 @@ class Trainer(Recipe):
         min_lr: Floor of every learning rate.
         loss_fn: ``(outputs, targets) -> scalar``, a mean; None: the model returns its loss.
         forward_fn: ``(model, batch) -> outputs``; None: mappings are keywords, tuples ``(*inputs, targets)``.
-        loss_weight: ``batch -> number`` of what the loss is a mean over; None: labels that are not ignored, else samples.
+        loss_weight: ``batch -> number`` of what the loss is a mean over; None: labels that are not ignored, else samples;
+            the first label of each row is left out where the model computes its loss and shifts them.
         metrics: Name to torchmetrics-like object or function ``(outputs, targets) -> number``.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
         microbatch_size: Samples that go through the model at once; None: the whole batch.
@@ -119,7 +121,13 @@ class Trainer(Recipe):
         Raises:
             ArgumentError: A wrong argument.
             RunDirError: ``run_dir`` holds a run, or another process writes there.
+            CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
+                min_lr, seed, accumulate or layers differ.
             DataError, LossError, LedgerError, NonFiniteError: As their docstrings say.
+
+        Warns:
+            ThawlineWarning: On resume, for each other setting that differs: the Trainer's is used as given, the
+                optimizer's options are kept as saved.
         """
         if self.distributed == "auto":
             refuse_ranks()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from thawline.engine import Attachment, Site, surgery_op
+from thawline.engine import Attachment, ParameterLedger, Site, surgery_op
 
 
 @surgery_op("gain")
@@ -164,3 +164,8 @@ def pseudo_gradients(parameters: Iterable[Tensor], seed: int) -> None:
     loss = sum((each * torch.randn(each.shape, generator=generator)).sum() for each in parameters)
     assert isinstance(loss, Tensor)
     loss.backward()
+
+
+def group_rates(ledger: ParameterLedger) -> dict[str, float | None]:
+    """Return the learning rate of each group by its name."""
+    return {group.name: group.lr for group in ledger.groups}

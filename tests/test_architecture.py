@@ -31,9 +31,10 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"algorithm"}),
     frozenset({"engine"}),
     frozenset(
-        {"data", "forward", "meters", "settings", "precision", "distributed", "plan", "progress"}
-        | {"batches", "flops", "randomness", "keyed", "order", "layering"}
-        | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
+        {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
+        | {"batches", "flops", "randomness", "keyed", "order", "layering", "shift"}
+        | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
+        | {"comet", "tracking"}
     ),
     frozenset({"evaluation", "foresight", "recipe", "run", "trainer"}),
     frozenset({"testing"}),

@@ -355,7 +355,7 @@ def test_one_instance_twice_is_refused() -> None:
 def test_changed_algorithms_refuse_to_resume_with_a_diff() -> None:
     """The message says which differ, and how."""
     saved = Engine([Described("2ep")], state_of()).state_dict()  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match=r"Described\(every=\): saved '2ep', now '3ep'"):
+    with pytest.raises(CheckpointError, match=r"Described\(every=\): saved '2ep', given '3ep'"):
         Engine([Described("3ep")], state_of()).load_state_dict(saved)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="Described is missing"):
         Engine([], state_of()).load_state_dict(saved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from helpers import MODELS, OPTIMIZERS, Bare, Shared, Tied, cnn, mlp, optimizer_for, pseudo_gradients
+from helpers import MODELS, OPTIMIZERS, Bare, Shared, Tied, cnn, decay_groups, mlp, optimizer_for, pseudo_gradients
 from thawline.engine import (
     ArgumentError,
     Clock,
@@ -681,3 +682,27 @@ def test_what_is_attached_is_known_to_the_next_ledger_over_the_model() -> None:
         assert ledger.digest() == second.digest()
     ParameterLedger(net, factory).detach("0", "gain", owner="first")
     assert "0.gain" not in dict(net.named_parameters())
+
+
+def test_the_rate_of_a_layer_is_the_highest_of_its_groups() -> None:
+    """Under the same names whatever freezes, thaws, is scaled or attached; 0.0 where nothing of a layer trains."""
+    model = mlp()
+    ledger = ParameterLedger(model, decay_groups(model))
+    changes: list[Callable[[], None]] = [
+        lambda: None,
+        lambda: ledger.freeze("blocks", owner="me"),
+        lambda: ledger.thaw("blocks[1]", owner="me"),
+        lambda: ledger.scale("2.bias", 3.0, owner="me"),
+        lambda: ledger.attach("2", "gain", owner="me"),
+        lambda: ledger.freeze("*", owner="you"),
+        lambda: ledger.thaw("*", owner="you"),
+        lambda: ledger.set_lr("head", 0.5, owner="me"),
+    ]
+    for change in changes:
+        change()
+        expected = dict.fromkeys(["blocks[0]", "blocks[1]", "head"], 0.0)
+        for group in ledger.groups:
+            for layer in {ledger.layers.of(name).name for name in group.parameters}:
+                expected[layer] = max(expected[layer], group.lr or 0.0)
+        assert ledger.rates == expected
+    assert ledger.rates == {"blocks[0]": 0.0, "blocks[1]": 0.06, "head": 0.5}

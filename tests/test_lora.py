@@ -40,6 +40,8 @@ from thawline.engine import (
     Trainer,
 )
 
+DUPLICATES: list[Callable[[nn.Module], nn.Module]] = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+
 
 def ledger_of(model: nn.Module, lr: float = 0.1) -> ParameterLedger:
     """Return a ledger with SGD over the model."""
@@ -270,7 +272,7 @@ class TestLinear:
         assert result.missing_keys == ["0.lora_A", "0.lora_B"]
         assert result.unexpected_keys == []
 
-    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    @pytest.mark.parametrize("duplicate", DUPLICATES, ids=["deepcopy", "pickle"])
     def test_copies(self, duplicate: Callable[[nn.Module], nn.Module]) -> None:
         """An adapted model can be copied and pickled, and the copy computes the same."""
         model = nn.ModuleDict({"linear": nn.Linear(4, 4), "attention": nn.MultiheadAttention(4, 2)})
@@ -1057,3 +1059,49 @@ class TestAlgorithm:
         trainer.fit(model, loader(), duration="1ep")
         assert model[0].lora_A is adapter
         assert not torch.equal(adapter, before)
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES, ids=["deepcopy", "pickle"])
+class TestCopies:
+    """The journal of what is attached lies on the model, and so on its copies."""
+
+    def test_what_is_attached_to_a_copy_can_be_undone(self, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+        """Classes, keys and attributes return on the copy, and the original keeps its adapters."""
+        model = Encoder(1, 0.0)
+        attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+        keys = list(model.state_dict())
+        attention = "encoder.layers.0.self_attn"
+        journal = attach(model, attention, "encoder.layers.0.linear1").journal
+        twin = duplicate(model)
+        ledger = ledger_of(twin)
+        assert ledger.journal == journal
+        for entry in reversed(journal):
+            ledger.detach(entry.module, entry.op, owner=entry.owner)
+        assert list(twin.state_dict()) == keys
+        assert {name: set(vars(module)) for name, module in twin.named_modules()} == attributes
+        assert type(twin.get_submodule(attention)) is nn.MultiheadAttention
+        assert ledger_of(model).journal == journal
+        assert isinstance(model.get_submodule(attention), LoRAMultiheadAttention)
+
+    def test_a_copy_is_fitted_again_and_resumed(
+        self, duplicate: Callable[[nn.Module], nn.Module], tmp_path: Path
+    ) -> None:
+        """The copy's adapters train on as the original's would; resumed on a plain model, to the same bits."""
+
+        def trainer(run_dir: Path | None = None) -> Trainer:
+            algorithms = [LoRAInject(rank=2, dropout=0.1)]
+            return Trainer(algorithms=algorithms, loss_fn=F.cross_entropy, progress=False, run_dir=run_dir)
+
+        torch.manual_seed(0)
+        model: nn.Module = mlp()
+        trainer().fit(model, loader(), duration="1ep")
+        copied = duplicate(model)
+        trainer().fit(model, loader(), duration="2ep")
+        trainer(tmp_path).fit(copied, loader(), duration="1ep")
+        trainer(tmp_path).fit(resumed := mlp(), loader(), duration="2ep", resume=True)
+        trainer().fit(again := duplicate(copied), loader(), duration="2ep", resume=tmp_path / "ba00000004")
+        want = model.state_dict()
+        for other in (resumed, again):
+            assert list(other.state_dict()) == list(want)
+            for name, value in other.state_dict().items():
+                assert torch.equal(value, want[name]), name

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from helpers import pseudo_gradients
+from helpers import group_rates, pseudo_gradients
 from thawline.engine import Algorithm, Clock, Engine, Event, LayerMap, ParameterLedger, State, Time
 
 SGD = partial(torch.optim.SGD, lr=1.0, momentum=0.9)
@@ -72,7 +72,7 @@ class Loop:
         for _ in range(self.batches):
             emit(Event.BATCH_START)
             rows.append(rates(self.ledger))
-            found = (len(self.ledger.trainable), self.ledger.rates)
+            found = (len(self.ledger.trainable), group_rates(self.ledger))
             if not self.boundaries or self.boundaries[-1][1:] != found:
                 self.boundaries.append((state.clock.batch, *found))
             pseudo_gradients(self.ledger.trainable_parameters, seed=state.clock.batch)
