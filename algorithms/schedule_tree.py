@@ -49,6 +49,11 @@ class Item:
     written: str = ""
     plain: bool = False
 
+    @property
+    def where(self) -> str:
+        """The place in words."""
+        return f"line {self.place}" if isinstance(self.place, int) else self.place
+
 
 @attrs.frozen
 class Faults:
@@ -157,7 +162,8 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             self.get_event()  # type: ignore[no-untyped-call]
             self._refuse(line, f"*{event.anchor} is an alias in YAML", quote(self._written(line)))
-            return yaml.ScalarNode("refused", "")
+            mark: Any = event.start_mark
+            return yaml.ScalarNode("refused", "", mark)
         if event.anchor is not None:
             self._refuse(line, f"&{event.anchor} is an anchor in YAML", _MARKER.sub("", self._written(line)))
             event.anchor = None
