@@ -294,11 +294,13 @@ _TOGETHER = {
 
 def _check_phase(key: str, value: Any) -> object:
     """Check a value of a phase by itself: beside it stands what every key can stand beside."""
-    return Phase(**{"thaw": ("\0thaw",), "freeze": ("\0freeze",), "restore": "best", key: value})
+    arguments: dict[str, Any] = {"thaw": ("\0thaw",), "freeze": ("\0freeze",), "restore": "best", key: value}
+    return Phase(**arguments)
 
 
 def _check_plateau(key: str, value: Any) -> object:
-    return Plateau(**{"monitor": "eval/loss", key: value})
+    arguments: dict[str, Any] = {"monitor": "eval/loss", key: value}
+    return Plateau(**arguments)
 
 
 def _phase_field(key: str, read: Read, example: str) -> Field:

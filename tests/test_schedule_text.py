@@ -400,7 +400,7 @@ def test_the_default_schedule_thaws_each_layer_once_from_the_head_down(model: nn
     assert [phase.thaw for phase in phases] == [(layer.name,) for layer in reversed(list(layers))]
     assert check_phases(phases, ledger_of(model)) == ()
     assert read_phases(write_phases({}, phases))[1] == phases
-    assert sum(phase.until.value for phase in phases[:-1]) < 1
+    assert sum(Time(str(phase.until)).value for phase in phases[:-1]) < 1
 
 
 def test_a_weight_and_its_bias_thaw_together() -> None:
@@ -593,7 +593,7 @@ def test_warnings_of_a_conversion_name_the_line() -> None:
         phases = phases_from_fts(text.replace("|1.", "|1[01]").partition("4:")[0], Deep())
     said = [str(each.message).partition(": ")[2].partition(":")[0] for each in caught]
     assert said == ["line 3", "line 7", "line 12"]
-    assert [str(phase.until.at_most) for phase in phases] == ["3ep", "1ep", "None", "None"]
+    assert [str(getattr(phase.until, "at_most", None)) for phase in phases] == ["3ep", "1ep", "None", "None"]
 
 
 @given(st.sets(st.sampled_from([name for name, _ in Deep().named_parameters()]), min_size=1))
@@ -615,9 +615,9 @@ TOKENS = [
 
 
 def mutated(text: str, rng: random.Random) -> bytes:
-    """Return the text with one to six faults of bytes, lines or tokens."""
+    """Return the text with one to three faults of bytes, lines or tokens."""
     data = text.encode()
-    for _ in range(rng.randint(1, 6)):
+    for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(data) + 1)
         kind = rng.randrange(7)
         if kind == 0:
