@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _QUOTED = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'(?:[^']|'')*'")
-_LONGEST = 300
+LONGEST_LINE = 300
 """Longer lines stay as they are."""
 # A glob that begins with a star is an alias, and a bracket inside a flow list ends it.
 _GLOB = re.compile(r"(?<![^\s,\[:])\*[^\s,\]]*(?:\[[^\]\s]*\][^\s,\]]*)*")
@@ -24,7 +24,7 @@ def quote(line: str) -> str:
         ('until:  2ep', 'lr: 1.0e-3')
     """
     line = line.strip()
-    if len(line) > _LONGEST:
+    if len(line) > LONGEST_LINE:
         return line
     line = line.replace("\t", "  ")
     line = _NO_SPACE.sub(r"\1: ", line)

@@ -17,7 +17,7 @@ import yaml
 from typing_extensions import override
 
 from ..engine import ScheduleError
-from .quoting import quote
+from .quoting import LONGEST_LINE, quote
 
 MAX_BYTES = 1 << 20
 """The longest text that is read."""
@@ -180,10 +180,11 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _written(self, line: int) -> str:
-        return self._lines[line - 1].strip() if line <= len(self._lines) else ""
+        text = self._lines[line - 1] if line <= len(self._lines) else ""
+        return text.strip() if len(text) <= LONGEST_LINE else ""
 
     def _refuse(self, line: int, problem: str, write: str) -> None:
-        self._faults.add(line, f"{_cut(problem)}, which is not read here", write or "the value itself")
+        self._faults.add(line, f"{_cut(problem)}, which is not read here", write or "the value itself, in quotes")
 
 
 def _composed(name: str, text: str, faults: Faults) -> Item:

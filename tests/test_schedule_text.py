@@ -221,6 +221,13 @@ def test_a_long_list_of_errors_is_cut() -> None:
     assert len(str(caught.value).splitlines()) == 42
 
 
+def test_a_long_line_of_errors_is_not_repeated() -> None:
+    """Aliases by the thousand in one line do not make a message of as many copies of it."""
+    with pytest.raises(ScheduleError) as caught:
+        read_phases("- thaw: [" + "*a, " * 10_000 + "]   \n")
+    assert len(str(caught.value)) < 10_000
+
+
 def test_data_in_place_of_text_is_checked_as_well() -> None:
     """In dicts and lists a fault stands at a path; what no YAML could hold, cycles included, is refused."""
     loop: list[Any] = []
