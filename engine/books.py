@@ -13,7 +13,7 @@ from .clock import Clock
 from .events import Event
 from .grafts import Graft, Overrides
 from .groups import Origin, Slot, derive_groups, name_groups
-from .holds import USER, Hold, Holds, Rate
+from .holds import USER, Hold, Holds
 from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
 from .layers import LayerMap, LayerSpec
 from .log import get_logger
@@ -75,6 +75,7 @@ class Books:
         self._journal, self._overrides = _ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
         self._factor = 1.0
+        self._together = self._stale = False
         self._rated = self.clock  # for which the rates were last written: the clock ticks before the next batch's are
         self._begin()
 
@@ -82,7 +83,7 @@ class Books:
         """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedule(progress), min_lr)``."""
         self.clock = clock
         factor = self.schedule(clock.progress)
-        if factor != self._factor or self._warming:
+        if factor != self._factor or self._moving:
             self._factor = factor
             self._write_lr()
 
@@ -113,6 +114,7 @@ class Books:
             home.template["params"] = [self._parameters[name] for name in names]
             if "param_names" in home.template:
                 home.template["param_names"] = names
+            home.template.update(home.given)
             if home.lr is not None:
                 set_lr(home.template, home.lr)
 
@@ -199,29 +201,37 @@ class Books:
                 self.optimizers[home.optimizer].state[parameter] = state
 
     def _replace(self, names: Sequence[str]) -> None:
-        if names:
-            self._place(names)
+        self._place(names)
+        if not self._trainable.isdisjoint(names):
             self._regroup()
 
     def _place(self, names: Iterable[str]) -> None:
-        """Find the slot of each name from its home, rate, factors and origin."""
+        """Find the slot of each name from its home, settings, factors and origin."""
         interned, holds = self._interned, self._holds
         for name in names:
             home = self._homes.get(name)
             if home is None:
                 continue
-            rate: Rate | None = holds.rates.get(name) if holds.rates else None
-            base = home.lr if rate is None else rate.lr
+            base, course = home.lr, None
+            options: tuple[tuple[str, float], ...] = ()
+            if holds.settings:
+                values = holds.set_for(name)
+                base, course = values.pop("lr", base), values.pop("schedule", None)
+                options = tuple(sorted(values.items()))
             scale = holds.factor(name) if holds.factors else 1.0
             origin = self._origins.get(name) if self._origins else None
-            key = (home.index, base, scale, origin)
+            key = (home.index, base, scale, origin, course, options)
             slot = interned.get(key)
             if slot is None:
-                slot = interned[key] = Slot(home, base, scale, origin)
+                slot = interned[key] = Slot(home, base, scale, origin, course, options)
             self._slots[name] = slot
 
     def _regroup(self) -> None:
-        """Derive the groups anew and make the optimizers hold them."""
+        """Derive the groups anew and make the optimizers hold them; at the end of a block under ``together``."""
+        self._trainable_names = None
+        if self._together:
+            self._stale = True
+            return
         if len(self._interned) > 2 * len(self._live) + 100:  # a schedule that never ends must not collect slots
             used = set(self._slots.values())
             self._interned = {key: slot for key, slot in self._interned.items() if slot in used}
@@ -232,11 +242,13 @@ class Books:
             group["params"] = list(map(self._parameters.__getitem__, self._members[slot]))
             if "param_names" in group:
                 group["param_names"] = list(self._members[slot])
+            if slot.home.given:
+                group.update(slot.set_options)
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
         self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
-        self._trainable_names = self._names = None
-        self._warming = any(slot.origin is not None for slot in self._live)
+        self._names = None
+        self._moving = any(slot.moves for slot in self._live)
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)
         self.version += 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from .clock import Clock, Time
 from .homes import MANAGED, Home
 from .layers import LayerMap
+from .schedules import Schedule
 
 
 @frozen(slots=True)
@@ -31,9 +32,28 @@ class Origin:
         )
 
 
+@frozen(slots=True, eq=False)
+class Course:
+    """A schedule of a group's own, in place of the fit's.
+
+    Args:
+        schedule: Progress through the course (0 to 1) to the factor.
+        span: How long the course is; after it the last factor stays.
+        start: When it began, in the unit of ``span``.
+    """
+
+    schedule: Schedule
+    span: Time
+    start: float
+
+    def factor(self, clock: Clock) -> float:
+        """Return the factor at ``clock``."""
+        return self.schedule(min(1.0, max(0.0, (self.span.elapsed(clock) - self.start) / self.span.value)))
+
+
 @define(eq=False, slots=True)
 class Slot:
-    """The parameters that share a home, a base rate, a factor and an origin: one group.
+    """The parameters that share a home, a base rate, a factor, an origin, a course and set options: one group.
 
     Slots are interned: equal ones are the same object, so that grouping compares identities.
     """
@@ -42,12 +62,25 @@ class Slot:
     base_lr: float | None
     scale: float
     origin: Origin | None
+    course: Course | None = None
+    options: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def moves(self) -> bool:
+        """Whether the rate moves with the clock by itself."""
+        return self.origin is not None or self.course is not None
+
+    @property
+    def set_options(self) -> dict[str, float]:
+        """The options that somebody set for parameters of this home: as set for these, else as given."""
+        return {**self.home.given, **dict(self.options)}
 
     def lr(self, factor: float, clock: Clock, floor: float) -> float:
-        """Return ``max(base_lr * scale * factor * warmup, floor)``."""
+        """Return ``max(base_lr * scale * factor * warmup, floor)``; the factor is the course's where there is one."""
         assert self.base_lr is not None
         warm = 1.0 if self.origin is None else self.origin.factor(clock)
-        return max(self.base_lr * self.scale * factor * warm, floor)
+        shape = factor if self.course is None else self.course.factor(clock)
+        return max(self.base_lr * self.scale * shape * warm, floor)
 
 
 @frozen

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,17 +32,19 @@ class Home:
         index: Place among all homes.
         template: The group's dictionary; while parameters of this home train, the live one of the first of them.
         lr: The base learning rate; None where the optimizer's groups have none.
+        given: As the user gave them, the options that an owner has set for some of its parameters.
     """
 
     optimizer: int
     index: int
     template: dict[str, Any]
     lr: float | None
+    given: dict[str, float] = field(factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the group says besides its parameters."""
-        return {key: value for key, value in self.template.items() if key not in MANAGED}
+        """What the group says besides its parameters, as the user gave it."""
+        return {key: value for key, value in self.template.items() if key not in MANAGED} | self.given
 
 
 def settle(

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .books import Books
 from .clock import Time
-from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
-from .events import Event
+from .errors import ArgumentError, LedgerError, SurgeryError, nearest
 from .grafts import Graft, apply_graft, check_grafts, undo_graft
 from .groups import Group, Origin, Slot, options_of, view_groups
-from .holds import USER, Hold, Holds, Moments
+from .holds import USER, Hold, Holds, Mode, Moments
 from .homes import home_of_new
-from .invariants import check_groups, check_parameter, check_rates
-from .selectors import Selection, Selector, covers, resolve
+from .invariants import check_groups, check_options, check_parameter, check_rates
+from .rates import Rates
+from .selectors import Selector, covers
 from .surgery import JournalEntry, Site, op_named
 from .typing import Json
 
 
-class ParameterLedger(Books):
+class ParameterLedger(Rates):
     """What trains, in which group, at which learning rate; who decided it; what was attached.
 
     Args:
@@ -106,9 +106,7 @@ class ParameterLedger(Books):
 
     # -- changing ----------------------------------------------------------------------------------------------
 
-    def freeze(
-        self, select: Selector, *, owner: str, moments: Moments = "drop", mode: Literal["eval"] | None = None
-    ) -> None:
+    def freeze(self, select: Selector, *, owner: str, moments: Moments = "drop", mode: Mode = None) -> None:
         """Add ``owner``'s hold: what anybody holds does not train.
 
         Frozen parameters leave their group, and lose ``.grad`` and the optimizer's state.
@@ -117,7 +115,8 @@ class ParameterLedger(Books):
             select: What to freeze.
             owner: Who holds it; only the same owner's :meth:`thaw` releases this hold.
             moments: ``"keep"`` puts the optimizer's state aside until the parameter trains again.
-            mode: ``"eval"`` also puts modules that are wholly held in eval mode (dropout off).
+            mode: ``"eval"`` also puts modules that are wholly held in eval mode (dropout off); ``"train"`` lets the
+                statistics of frozen normalization layers go on, where all who hold them say so.
 
         Raises:
             SelectorError: ``select`` matches nothing.
@@ -126,20 +125,20 @@ class ParameterLedger(Books):
         self._check_open("freeze", owner)
         if moments not in ("drop", "keep"):
             raise ArgumentError("freeze(moments=)", got=moments, takes="'drop' or 'keep'", example="moments='drop'")
-        if mode not in (None, "eval"):
-            raise ArgumentError("freeze(mode=)", got=mode, takes="None or 'eval'", example="mode='eval'")
+        if mode not in (None, "eval", "train"):
+            raise ArgumentError("freeze(mode=)", got=mode, takes="None, 'eval' or 'train'", example="mode='eval'")
         selection = self._resolve(select)
-        self._holds.freeze(selection, owner, Hold(moments, mode == "eval"))
+        self._holds.freeze(selection, owner, Hold(moments, mode))
         if moments == "drop" and self._kept:
             for name in selection.names:
                 self._kept.pop(name, None)
         leaving = [name for name in selection.names if name in self._trainable]
-        if mode == "eval":
-            self._modes.evaluating = True
+        if mode is not None:
+            self._modes.asked = True
         if leaving:
             self._leave(leaving, keep=moments == "keep")
             self._regroup()
-        elif mode == "eval":
+        elif self._modes.asked:
             self._modes.refresh(self._trainable, self._holds)
 
     def thaw(self, select: Selector, *, owner: str, warmup: Time | str | int | None = None) -> None:
@@ -167,36 +166,8 @@ class ParameterLedger(Books):
         if joining:
             self._join(joining)
             self._regroup()
-        elif released and self._modes.evaluating:
+        elif released and self._modes.asked:
             self._modes.refresh(self._trainable, self._holds)
-
-    def scale(self, select: Selector, factor: float, *, owner: str) -> None:
-        """Set ``owner``'s factor on the learning rate; factors of several owners multiply.
-
-        Args:
-            select: What to scale.
-            factor: Relative to the home rate; setting it again replaces it.
-            owner: Whose factor it is.
-
-        Raises:
-            ArgumentError: The factor is negative or no finite number.
-            SelectorError: ``select`` matches nothing.
-        """
-        self._check_open("scale", owner)
-        value = _rate("scale(factor=)", factor, "factor=0.5")
-        self._replace(self._holds.scale(self._resolve(select), owner, value))
-
-    def set_lr(self, select: Selector, lr: float, *, owner: str) -> None:
-        """Set an absolute base learning rate, which factors and schedule still multiply.
-
-        Raises:
-            LedgerError: Another owner has set one; the message names both.
-            ArgumentError: The rate is negative or no finite number.
-            SelectorError: ``select`` matches nothing.
-        """
-        self._check_open("set_lr", owner)
-        value = _rate("set_lr(lr=)", lr, "lr=1e-3")
-        self._replace(self._holds.rate(self._resolve(select), owner, value))
 
     def attach(self, module_name: str, op: str, *, owner: str, **arguments: Json) -> None:
         """Attach what a surgery op builds, and record it.
@@ -256,7 +227,45 @@ class ParameterLedger(Books):
         self._modes.scan()
         self._regroup()
 
-    # -- every batch -------------------------------------------------------------------------------------------
+    def drop_moments(self, select: Selector, *, owner: str) -> None:
+        """Forget the optimizer's state of parameters whose values were replaced; they go on as if fresh.
+
+        Raises:
+            SelectorError: ``select`` matches nothing.
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("drop_moments", owner)
+        names = [name for name in self._resolve(select).names if name in self._homes]
+        for name in names:
+            self._kept.pop(name, None)
+            self.optimizers[self._homes[name].optimizer].state.pop(self._parameters[name], None)
+        self._restore([name for name in names if name in self._trainable])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Derive the groups once for all changes made inside the block, also where one of them fails.
+
+        Inside, what trains is as the changes say, and groups and rates are those of before.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            >>> ledger = ParameterLedger(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+            >>> with ledger.together():
+            ...     ledger.freeze("blocks[0]", owner="me")
+            ...     ledger.scale("head", 0.5, owner="me")
+            >>> ledger.version, ledger.groups[0].lr
+            (1, 0.05)
+        """
+        if self._together:
+            yield
+            return
+        self._together, self._stale = True, False
+        try:
+            yield
+        finally:
+            self._together = False
+            if self._stale:
+                self._regroup()
 
     # -- checking ----------------------------------------------------------------------------------------------
 
@@ -272,6 +281,7 @@ class ParameterLedger(Books):
             has_state = home is not None and parameter in self.optimizers[home.optimizer].state
             holders = self._holds.owners(name)
             check_parameter(name, parameter, trains=name in self._trainable, holders=holders, has_state=has_state)
+        check_options(self._live, self._members)
         check_rates(self._live, self._members, self._factor, self._rated, self.min_lr)
         if [id(each) for _, each in self.model.named_parameters()] != [id(each) for each in self._parameters.values()]:
             raise LedgerError(
@@ -285,7 +295,10 @@ class ParameterLedger(Books):
             for name, each in self._parameters.items()
         ]
         groups = [
-            [slot.home.index, self._members[slot], None if slot.base_lr is None else float(group["lr"]), slot.scale]
+            [
+                *(slot.home.index, self._members[slot], None if slot.base_lr is None else float(group["lr"])),
+                *(slot.scale, slot.set_options),
+            ]
             for slot, group in self._live.items()
         ]
         journal = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
@@ -316,7 +329,7 @@ class ParameterLedger(Books):
             "trainable": [name for name in self._parameters if name in self._trainable],
             "holds": self._holds.state_dict(),
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
-            "homes": [{"lr": home.lr, "options": home.options} for home in self._home_list],
+            "homes": [{"lr": home.lr, "options": home.options, "given": dict(home.given)} for home in self._home_list],
             "home_of": {name: home.index for name, home in self._homes.items()},
             "groups": [
                 {"home": slot.home.index, "parameters": self._members[slot], "options": options_of(group)}
@@ -343,10 +356,10 @@ class ParameterLedger(Books):
             self.attach(module, op, owner=owner, **arguments)
         self._check_same(saved)
         self._holds = Holds.from_state(saved["holds"])
-        self._modes.evaluating = any(hold.evaluate for mine in self._holds.held.values() for hold in mine.values())
+        self._modes.asked = any(hold.mode is not None for mine in self._holds.held.values() for hold in mine.values())
         by_index = {home.index: home for home in self._home_list}
         for home, entry in zip(self._home_list, saved["homes"], strict=True):
-            home.lr = entry["lr"]
+            home.lr, home.given = entry["lr"], dict(entry["given"])
             home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
         trainable = set(saved["trainable"])
@@ -372,25 +385,12 @@ class ParameterLedger(Books):
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _resolve(self, select: Selector) -> Selection:
-        return resolve(select, self._parameters, self._aliases, self.layers)
-
     def _module(self, name: str) -> nn.Module:
         try:
             return self.model.get_submodule(name)
         except (AttributeError, TypeError):
             known = nearest(str(name), [each for each, _ in self.model.named_modules() if each])
             raise SurgeryError(f"the model has no module {name!r}. Nearest: {known}.") from None
-
-    def _check_open(self, call: str, owner: object) -> None:
-        if self.phase is not None and not self.phase.opens_ledger:
-            later = Event.BATCH_START if self.phase.name.startswith("EVAL") else Event.BATCH_END
-            raise LedgerClosedError(
-                f"ledger.{call} was called at {self.phase.name}, where the ledger is closed: a change there would tear the "
-                f"step. Keep the decision in the algorithm's state and call it at Event.{later.name}."
-            )
-        if not isinstance(owner, str) or not owner:
-            raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
 
     def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
         self._read_names()
@@ -425,9 +425,3 @@ class ParameterLedger(Books):
                 f"the optimizer was saved with {len(saved['homes'])} groups of its own and has {len(self._home_list)} now. "
                 "Build it as in the run that was saved."
             )
-
-
-def _rate(argument: str, value: object, example: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ArgumentError(f"ledger.{argument}", got=value, takes="a finite number, 0 or above", example=example)
-    return float(value)
