@@ -217,7 +217,7 @@ class Books:
             if holds.settings:
                 values = holds.set_for(name)
                 base, course = values.pop("lr", base), values.pop("schedule", None)
-                options = tuple(sorted(values.items()))
+                options = home.take(values)
             scale = holds.factor(name) if holds.factors else 1.0
             origin = self._origins.get(name) if self._origins else None
             key = (home.index, base, scale, origin, course, options)

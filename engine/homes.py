@@ -41,6 +41,13 @@ class Home:
     lr: float | None
     given: dict[str, float] = field(factory=dict)
 
+    def take(self, options: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+        """Return what of ``options`` the groups of this home have, and note what was given in its place."""
+        mine = tuple(sorted((key, value) for key, value in options.items() if key in self.template))
+        for key, _ in mine:
+            self.given.setdefault(key, self.template[key])
+        return mine
+
     @property
     def options(self) -> dict[str, Any]:
         """What the group says besides its parameters, as the user gave it."""

@@ -91,8 +91,6 @@ class Rates(Books):
                 self._holds.check_undisputed(option, selection, owner, number)
         changed: list[str] = []
         for option, number in values.items():
-            for home in homes.values() if number is not None else ():
-                home.given.setdefault(option, home.options[option])
             changed += self._holds.put(option, selection, owner, number)
         self._replace(changed)
 
