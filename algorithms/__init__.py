@@ -8,7 +8,9 @@ from .layer_thaw import LayerThaw, thaw_order
 from .layerwise_lr import LayerwiseLR, layer_factors
 from .lora import LoRAInject, inject_lora
 from .lora_modules import lora_forward
+from .phases import Phase, Plateau
 from .presets import full, head_only, lora, partial, progressive
+from .thaw_schedule import ThawSchedule
 from .train_only import TrainOnly
 
 __all__ = [
@@ -19,6 +21,9 @@ __all__ = [
     "LayerThaw",
     "LayerwiseLR",
     "LoRAInject",
+    "Phase",
+    "Plateau",
+    "ThawSchedule",
     "TrainOnly",
     "clip_gradients",
     "ema_update",

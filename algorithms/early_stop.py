@@ -50,6 +50,19 @@ def _patience(value: object) -> int | Time:
     return check_whole("EarlyStop(patience=)", value, at_least=1, example=_EXAMPLE)
 
 
+def direction_of(monitor: str, mode: Literal["auto", "min", "max"] = "auto") -> Literal["min", "max"]:
+    """Return whether smaller or larger is better: the mode, ``"auto"`` by a word of the metric's name.
+
+    Example:
+        >>> direction_of("eval/loss"), direction_of("eval/top1_accuracy")
+        ('min', 'max')
+    """
+    if mode != "auto":
+        return mode
+    words = monitor.lower().replace("/", " ").replace("_", " ").replace("-", " ").split()
+    return "min" if _LARGER_IS_BETTER.isdisjoint(words) else "max"
+
+
 @register
 @attrs.define(slots=False, eq=False)
 class EarlyStop(Algorithm):
@@ -102,10 +115,7 @@ class EarlyStop(Algorithm):
     @property
     def direction(self) -> Literal["min", "max"]:
         """``"min"`` or ``"max"``: the mode, ``"auto"`` resolved."""
-        if self.mode != "auto":
-            return self.mode
-        words = self.monitor.lower().replace("/", " ").replace("_", " ").replace("-", " ").split()
-        return "min" if _LARGER_IS_BETTER.isdisjoint(words) else "max"
+        return direction_of(self.monitor, self.mode)
 
     @override
     def apply(self, event: Event, state: State) -> None:

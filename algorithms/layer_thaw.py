@@ -76,17 +76,17 @@ def thawed_count(clock: Clock, every: Time, layers: int) -> int:
     return min(every.count(clock), layers)
 
 
-def cannot_fire(every: Time, state: State) -> bool:
-    """Return whether the fit is known to end before ``every`` has passed once."""
+def share_of_fit(time: Time, state: State) -> float | None:
+    """Return which share of the fit a time is, None where that cannot be known before."""
     duration, length = state.duration, state.clock.batches_per_epoch
-    if every.unit == "dur":
-        return every.value >= 1
-    if every.unit == duration.unit:
-        return every.value >= duration.value
+    if time.unit == "dur":
+        return float(time.value)
+    if time.unit == duration.unit:
+        return time.value / duration.value
     batches = {"ba": 1, "ep": length}
-    if length and every.unit in batches and duration.unit in batches:
-        return every.value * batches[every.unit] >= duration.value * batches[duration.unit]
-    return False
+    if length and time.unit in batches and duration.unit in batches:
+        return (time.value * batches[time.unit]) / (duration.value * batches[duration.unit])
+    return None
 
 
 def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
@@ -220,7 +220,7 @@ class LayerThaw(Algorithm):
         """Return why nothing can ever be released, and what to write instead; None where something can."""
         if not self.steps:
             return "there is no other layer. Write a smaller start=, or stem=True."
-        if cannot_fire(self.every, state):
+        if (share_of_fit(self.every, state) or 0.0) >= 1:
             return f"the fit ends after {state.duration}. Write a shorter interval, such as LayerThaw(every='0.2dur')."
         owners = state.ledger.owners
         if all("user" in owners(name) for step in self.steps for name in state.layers.parameters(step)):
