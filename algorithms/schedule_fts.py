@@ -276,7 +276,7 @@ class _Reading:
             return "cosine"
         else:
             write = _INSTEAD.get(kind, "schedule: cosine, linear or constant, or none for the fit's own")
-            self._faults.add(item.place, f"{ascii(kind)[1:61] or 'new_lr_scheduler'} has no place here", write)
+            self._faults.add(item.place, f"{ascii(kind)[1:-1][:60] or 'new_lr_scheduler'} has no place here", write)
         return None
 
 

@@ -99,8 +99,20 @@ def write_phases(options: Mapping[str, Json], phases: Sequence[Phase]) -> str:
             names = nearest(key, [each for each in _OPTIONS if each != "phases"])
             raise ArgumentError("write_phases(options=)", got=key, takes=f"options such as {names}", example="{}")
     data = {**options, "phases": [as_data(phase) for phase in phases]}
-    text: str = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)
     return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Escapes what is not printable: plain YAML folds some of it."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def as_data(phase: Phase) -> dict[str, Json]:

@@ -107,7 +107,7 @@ def is_text(source: str) -> bool:
         (False, True, False)
     """
     text = source.strip()
-    return not text or text.startswith(("[", "{", "- ")) or re.search(r"[\r\n]|: |:$", text) is not None
+    return not text or text.startswith(("[", "{", "- ")) or re.search(r"[\r\n]|: |:$", source) is not None
 
 
 def _too_long(name: str) -> ScheduleError:

@@ -59,7 +59,7 @@ def standing_after(
             rate = base_max_lr
         for selector in phase.thaw:
             fresh = Standing(rate, phase.weight_decay)
-            standing.update({name: fresh for name in select(selector)})
+            standing.update(dict.fromkeys(select(selector), fresh))
         for selector, lr in phase.lr.items() if isinstance(phase.lr, Mapping) else ():
             standing.update({name: attrs.evolve(standing[name], lr=lr) for name in select(selector)})
     return standing

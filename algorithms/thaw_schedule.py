@@ -27,15 +27,12 @@ from ..engine import (
     cosine,
     get_logger,
     linear,
-    nearest,
     register,
 )
 from .arguments import flag, one_of, positive, whole
-from .best_weights import BestWeights
-from .early_stop import direction_of, improved
-from .layer_thaw import share_of_fit
+from .phase_watch import PhaseWatch, monitors
 from .phases import SCHEDULES, Phase, Plateau, number_phases
-from .schedule_check import check_phases, generate_phases
+from .schedule_check import check_phases, generate_phases, never_begin
 from .schedule_fts import Callback, phases_from_fts
 from .schedule_text import as_data, read_phases, write_phases
 from .standing import standing_after
@@ -104,10 +101,7 @@ class ThawSchedule(Algorithm):
     events: frozenset[Event] = attrs.field(init=False, repr=False)
     _place: int = attrs.field(init=False, default=-1, repr=False)
     _begun: Clock = attrs.field(init=False, factory=Clock, repr=False)
-    _over: bool = attrs.field(init=False, default=False, repr=False)
-    _best: float | None = attrs.field(init=False, default=None, repr=False)
-    _bad: int = attrs.field(init=False, default=0, repr=False)
-    _weights: BestWeights = attrs.field(init=False, factory=BestWeights, repr=False)
+    _watch: PhaseWatch = attrs.field(init=False, factory=PhaseWatch, repr=False)
 
     def __attrs_post_init__(self) -> None:
         options, phases = _read(self.source)
@@ -188,7 +182,7 @@ class ThawSchedule(Algorithm):
     @property
     def monitor(self) -> str | None:
         """The first metric of an evaluation that a phase waits for or goes back by."""
-        found = (name for phase in self.phases for name in _monitors(phase) if not name.startswith("train/"))
+        found = (name for phase in self.phases for name in monitors(phase) if not name.startswith("train/"))
         return next(found, None)
 
     @override
@@ -236,27 +230,20 @@ class ThawSchedule(Algorithm):
             self._leave(state)
             self._enter(state)
         elif event is Event.FIT_END:
-            self._weights.put_back(state)  # what the fit's end has cut short; the last checkpoint could go on
+            self._watch.weights.put_back(state)  # what the fit's end has cut short; the last checkpoint could go on
         else:
-            self._watch(event, state)
+            if self.phase is not None:
+                self._watch.look(event, state, self.phase, self._until)
             self._end(event, state)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "place": self._place,
-            "begun": attrs.asdict(self._begun),
-            "over": self._over,
-            "best": self._best,
-            "bad": self._bad,
-            "weights": self._weights.state_dict(),
-        }
+        return {"place": self._place, "begun": attrs.asdict(self._begun), "watch": self._watch.state_dict()}
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self._place, self._begun = saved["place"], Clock(**saved["begun"])
-        self._over, self._best, self._bad = saved["over"], saved["best"], saved["bad"]
-        self._weights.load_state_dict(saved["weights"])
+        self._watch.load_state_dict(saved["watch"])
 
     # -- from phase to phase ---------------------------------------------------------------------------------------
 
@@ -283,7 +270,7 @@ class ThawSchedule(Algorithm):
         """Return whether to leave the running phase now; the end of the last one is the fit's, or nothing follows."""
         if self.phase is None or (self._is_last and self.end_with_last_phase):
             return False
-        return self._over or self._has_passed(event, clock)
+        return self._watch.over or self._has_passed(event, clock)
 
     def _has_passed(self, event: Event, clock: Clock) -> bool:
         """Return whether the running phase's time is up; one in epochs only between two of them."""
@@ -295,15 +282,13 @@ class ThawSchedule(Algorithm):
 
     def _leave(self, state: State) -> None:
         """End the running phase: put its best weights back, and drop the optimizer's moments, which belong to others."""
-        if names := self._weights.put_back(state):
+        if names := self._watch.weights.put_back(state):
             state.ledger.drop_moments(names, owner=self.owner)
             log.info("restored the best weights", phase=self.phase and self.phase.name)
 
     def _enter(self, state: State) -> None:
         """Begin the next phase: make the ledger say what the phases of this round have brought about."""
-        self._place, self._begun, self._over = self._place + 1, state.clock, False
-        self._best, self._bad = None, 0
-        self._weights.clear()
+        self._place, self._begun, self._watch = self._place + 1, state.clock, PhaseWatch()
         phase = self.phase
         if phase is None:
             return
@@ -341,59 +326,18 @@ class ThawSchedule(Algorithm):
     def _mode(self) -> Literal["train"] | None:
         return "train" if self.batchnorm == "train" else None
 
-    # -- within a phase ----------------------------------------------------------------------------------------------
-
-    def _watch(self, event: Event, state: State) -> None:
-        """Look at what may end the running phase, and at which weights are best."""
-        phase, until = self.phase, self._until
-        if phase is None or self._over:
-            return
-        if event is not Event.BATCH_END:
-            if phase.restore and _is_seen(name := _restores_by(phase), event):
-                value = self._value(name, event, state)
-                if value is not None:
-                    self._weights.watch(value, state, mode=_direction(phase, name))
-            if isinstance(until, Plateau) and _is_seen(until.monitor, event):
-                value = self._value(until.monitor, event, state)
-                if value is not None:
-                    self._judge(value, until)
-        if callable(until) and event is not Event.EVAL_END:
-            self._over = bool(until(state))
-
-    def _judge(self, value: float, plateau: Plateau) -> None:
-        if improved(value, self._best, mode=direction_of(plateau.monitor, plateau.mode), min_delta=plateau.min_delta):
-            self._best, self._bad = value, 0
-            return
-        self._bad += 1
-        self._over = self._bad >= plateau.patience
+    # -- the end of the last ----------------------------------------------------------------------------------------------
 
     def _end(self, event: Event, state: State) -> None:
         """End the fit with its last phase; at the EPOCH_END that follows, the best weights come back."""
         if not (self._is_last and self.end_with_last_phase and self._until is not None):
             return
         if event is not Event.EVAL_END and self._has_passed(event, state.clock):
-            self._over = True
-        if self._over:
+            self._watch.over = True
+        if self._watch.over:
             state.stop(COMPLETED)
             if event is Event.EPOCH_END:
                 self._leave(state)
-
-    def _value(self, name: str, event: Event, state: State) -> float | None:
-        """Return a metric; None where nothing at all was measured, as in a plan or a loop of one's own."""
-        if name in state.metrics:
-            return state.metrics[name]
-        logged = sorted(state.metrics)
-        if event is Event.EPOCH_END:
-            logged = [each for each in logged if each.startswith("train/")]
-        if not logged:
-            return None
-        near = nearest(name, logged, count=1)
-        raise ArgumentError(
-            "ThawSchedule(source=)",
-            got=name,
-            takes=f"metrics that are logged by then: {', '.join(map(repr, sorted(state.metrics)))}",
-            example=f"Phase(until=Plateau({near}))",
-        )
 
     # -- before the first --------------------------------------------------------------------------------------------
 
@@ -404,21 +348,11 @@ class ThawSchedule(Algorithm):
         if left:
             shown = ", ".join(left[:3]) + f" and {len(left) - 3} more" * (len(left) > 3)
             _warn(f"no phase names {len(left)} parameters, which stay frozen: {shown}. Name them in thaw= or freeze=.")
-        if late := list(self._never_begin(state)):
+        if late := never_begin(self.phases, self._total, state):
             shown = ", ".join(map(repr, late[:3])) + f" and {len(late) - 3} more" * (len(late) > 3)
             _warn(
                 f"{len(late)} phases never begin: {shown}. The fit ends after {state.duration}, before them. Write shorter phases."
             )
-
-    def _never_begin(self, state: State) -> Iterable[str]:
-        """Yield the phases whose begin is known to lie at the end of the fit or after it."""
-        begin = 0.0
-        for place in range(self._total):
-            phase = self.phases[place % len(self.phases)]
-            if begin >= 1 - _TOLERANCE:
-                yield f"{phase.name}" + f" of round {place // len(self.phases) + 1}" * (self.repeat > 1)
-            if isinstance(phase.until, Time):
-                begin += share_of_fit(phase.until, state) or 0.0
 
 
 def _warn(text: str) -> None:
@@ -458,25 +392,6 @@ def _check_length(phase: Phase) -> None:
         takes = f"a phase whose length is known: {phase.name!r} ends by what only the fit knows"
         example = f"Phase(schedule={phase.schedule!r}, until=Plateau('eval/loss', at_most='5ep'))"
         raise ArgumentError("Phase(schedule=)", got=phase.schedule, takes=takes, example=example)
-
-
-def _is_seen(monitor: str, event: Event) -> bool:
-    return event is (Event.EPOCH_END if monitor.startswith("train/") else Event.EVAL_END)
-
-
-def _restores_by(phase: Phase) -> str:
-    return phase.restore_monitor or (phase.until.monitor if isinstance(phase.until, Plateau) else "eval/loss")
-
-
-def _direction(phase: Phase, monitor: str) -> Literal["min", "max"]:
-    plateau = phase.until
-    mode = plateau.mode if isinstance(plateau, Plateau) and plateau.monitor == monitor else "auto"
-    return direction_of(monitor, mode)
-
-
-def _monitors(phase: Phase) -> list[str]:
-    watched = [phase.until.monitor] if isinstance(phase.until, Plateau) else []
-    return [*watched, _restores_by(phase)] if phase.restore else watched
 
 
 def _by(standing: Mapping[str, Any], field: str) -> Iterable[tuple[Any, list[str]]]:
