@@ -35,7 +35,7 @@ from .phases import SCHEDULES, Phase, Plateau, number_phases
 from .schedule_check import check_phases, generate_phases, never_begin
 from .schedule_fts import Callback, phases_from_fts
 from .schedule_text import as_data, read_phases, write_phases
-from .standing import standing_after
+from .standing import Standing, standing_after
 from .train_only import all_but
 
 Source: TypeAlias = "str | Path | Mapping[str, Any] | Sequence[Phase] | Sequence[Mapping[str, Any]]"
@@ -301,12 +301,14 @@ class ThawSchedule(Algorithm):
                 ledger.freeze(all_but(state.layers, standing), owner=owner, mode=self._mode)
             if phase.warmup is not None and not self._place:  # what was never held is not released
                 ledger.freeze(free, owner=owner, moments="keep", mode=self._mode)
-            self._settle(ledger, phase, standing)
+            self._settle(ledger, phase, {**dict.fromkeys(held, Standing()), **standing}, free)
             ledger.thaw(free, owner=owner, warmup=phase.warmup)
         log.info("phase", name=phase.name, epoch=state.clock.epoch, batch=state.clock.batch)
 
-    def _settle(self, ledger: ParameterLedger, phase: Phase, standing: Mapping[str, Any]) -> None:
-        """Set rates, options and schedule of what trains; what no phase speaks of is left to others."""
+    def _settle(
+        self, ledger: ParameterLedger, phase: Phase, standing: Mapping[str, Standing], free: Sequence[str]
+    ) -> None:
+        """Set rates, options and schedule, and take them back from what is frozen; leave to others what no phase sets."""
         owner = self.owner
         if self.base_max_lr is not None or any(each.lr is not None for each in self.phases):
             for lr, names in _by(standing, "lr"):
@@ -320,7 +322,8 @@ class ThawSchedule(Algorithm):
         if any(each.schedule is not None for each in self.phases):
             schedule = None if phase.schedule is None else _SCHEDULES[phase.schedule]()
             span = _length(phase) or Time(f"{max(1e-9, 1 - ledger.clock.progress)!r}dur")
-            ledger.set_schedule(list(standing), schedule, span=span, owner=owner)
+            ledger.set_schedule("*", None, owner=owner)
+            ledger.set_schedule(free, schedule, span=span, owner=owner)
 
     @property
     def _mode(self) -> Literal["train"] | None:
@@ -394,7 +397,7 @@ def _check_length(phase: Phase) -> None:
         raise ArgumentError("Phase(schedule=)", got=phase.schedule, takes=takes, example=example)
 
 
-def _by(standing: Mapping[str, Any], field: str) -> Iterable[tuple[Any, list[str]]]:
+def _by(standing: Mapping[str, Standing], field: str) -> Iterable[tuple[Any, list[str]]]:
     """Yield each value of a field with the parameters that have it."""
     found: dict[Any, list[str]] = {}
     for name, each in standing.items():
