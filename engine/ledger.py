@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -242,7 +242,7 @@ class ParameterLedger(Rates):
         self._restore([name for name in names if name in self._trainable])
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Generator[None]:
         """Derive the groups once for all changes made inside the block, also where one of them fails.
 
         Inside, what trains is as the changes say, and groups and rates are those of before.

@@ -37,7 +37,6 @@ from thawline.engine import (
 from timelines import Loop, Rates, rates, stack, timeline
 
 LAYERS = ("stem", "blocks[0]", "blocks[1]", "blocks[2]", "head")
-REST = {"freeze": ("stem", "blocks")}
 HEAD: Rates = {"head": 1.0}
 
 
@@ -240,7 +239,7 @@ def simulated(phases: Sequence[Phase], repeat: int, batches: int, epochs: int) -
             found = {} if place % len(phases) == 0 else found
             found = {layer: (lr, factor * (phase.lr_scale or 1)) for layer, (lr, factor) in found.items()}
             found = {layer: each for layer, each in found.items() if layer not in phase.freeze}
-            found |= {layer: (phase.lr or 1.0, 1.0) for layer in phase.thaw}  # type: ignore[misc]
+            found |= dict.fromkeys(phase.thaw, (phase.lr or 1.0, 1.0))  # type: ignore[misc]
         rows.append({layer: lr * factor for layer, (lr, factor) in found.items()})
     return rows
 
@@ -272,35 +271,39 @@ def test_what_stands_after_phases_is_a_pure_function() -> None:
 
 
 class Script(Algorithm):
-    """Logs a metric as a function of the clock, and copies the weights at each evaluation and batch."""
+    """Logs a metric as a function of the clock, and copies weights and loss at each evaluation."""
 
     stage: ClassVar[Stage] = Stage.SURGERY
-    events = frozenset({Event.BATCH_END, Event.EVAL_END, Event.BATCH_START})
+    events = frozenset({Event.BATCH_END, Event.EVAL_END})
 
     def __init__(self, values: Sequence[float], *, name: str = "eval/score") -> None:
         self.values, self.name = values, name
         self.evaluated: dict[int, dict[str, Tensor]] = {}
-        self.before: dict[int, dict[str, Tensor]] = {}
-        self.moments: dict[int, int] = {}
+        self.losses: dict[int, float] = {}
 
     def apply(self, event: Event, state: State) -> None:
         """Log at BATCH_END, so that it is there at EVAL_END whatever the order."""
         if event is Event.EVAL_END:
             self.evaluated[state.clock.batch] = weights(state.model)
-        elif event is Event.BATCH_END:
+            self.losses[state.clock.batch] = state.metrics["eval/loss"]
+        else:
             state.log({self.name: self.values[min(state.clock.batch, len(self.values)) - 1]})
 
 
-class Look(Script):
+class Look(Algorithm):
     """Copies the weights and counts the optimizer's states before each batch, after all others."""
 
     stage: ClassVar[Stage] = Stage.OBSERVE
+    events = frozenset({Event.BATCH_START})
+
+    def __init__(self) -> None:
+        self.before: dict[int, dict[str, Tensor]] = {}
+        self.moments: dict[int, int] = {}
 
     def apply(self, event: Event, state: State) -> None:
-        """Look at BATCH_START."""
-        if event is Event.BATCH_START:
-            self.before[state.clock.batch] = weights(state.model)
-            self.moments[state.clock.batch] = len(state.ledger.state_dict()["state"])
+        """Look."""
+        self.before[state.clock.batch] = weights(state.model)
+        self.moments[state.clock.batch] = len(state.ledger.state_dict()["state"])
 
 
 def fit(
@@ -347,8 +350,8 @@ def test_a_plateau_ends_a_phase_between_two_steps() -> None:
         (Plateau("eval/score", patience=1, at_most="3ba"), 3),
         (Plateau("eval/score", patience=9, at_most="1ep"), 4),
         (Plateau("eval/score", patience=9, at_most="5ba"), 5),
-        (Plateau("eval/score", patience=1, min_delta=4.0), 6),
-        (Plateau("eval/score", patience=1, min_delta=5.0), 4),
+        (Plateau("eval/score", patience=1, min_delta=3.9), 6),
+        (Plateau("eval/score", patience=1, min_delta=4.0), 4),
         (Plateau("eval/score", patience=1, mode="min"), 4),
         (Plateau("eval/points", patience=2), 8),
         (Plateau("train/loss", patience=1, mode="max"), 8),
@@ -388,7 +391,7 @@ def test_the_fit_ends_with_the_time_of_the_last_phase(until: str, batches: int) 
 
 def test_restored_weights_are_those_of_the_best_evaluation() -> None:
     """Before the first batch of the next phase: bit-equal to those at the evaluation with the best value, no moments."""
-    script, look = Script(VALUES), Look([])
+    script, look = Script(VALUES), Look()
     best = Phase(thaw=("head", "blocks[-1]"), until=Plateau("eval/score", patience=2), restore="best")
     model, result = fit(
         script, look, schedule(best, Phase(thaw="blocks[:-1]", until=Plateau("eval/score", patience=2), restore="best"))
@@ -403,7 +406,7 @@ def test_restored_weights_are_those_of_the_best_evaluation() -> None:
 def test_a_timed_phase_restores_by_another_metric() -> None:
     """restore_monitor says which; without one eval/loss, smaller being better."""
     for monitor in ("eval/score", None):
-        script, look = Script(VALUES), Look([])
+        script, look = Script(VALUES), Look()
         fit(
             script,
             look,
@@ -411,7 +414,7 @@ def test_a_timed_phase_restores_by_another_metric() -> None:
             duration="3ep",
         )
         equal = [batch for batch in (2, 4, 6, 8) if same_weights(look.before[8], script.evaluated[batch])]
-        assert equal == ([4] if monitor else [8])
+        assert equal == [4 if monitor else min(list(script.losses)[:4], key=script.losses.__getitem__)]
 
 
 def test_what_the_fits_end_cuts_short_is_restored_after_the_last_checkpoint(tmp_path: Path) -> None:
@@ -426,7 +429,7 @@ def test_what_the_fits_end_cuts_short_is_restored_after_the_last_checkpoint(tmp_
 def test_restoring_puts_buffers_back_as_well() -> None:
     """Running statistics of a BatchNorm are those of the best evaluation, counters included."""
     torch.manual_seed(0)
-    script, look = Script(VALUES), Look([])
+    script, look = Script(VALUES), Look()
     model = nn.Sequential(
         nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2)
     )
@@ -446,7 +449,7 @@ def test_restoring_puts_buffers_back_as_well() -> None:
 
 def test_beside_ema_live_weights_are_restored() -> None:
     """The copy is of live weights: the averages stand in the model at evaluations only."""
-    script, look = Script(VALUES), Look([])
+    script, look = Script(VALUES), Look()
     until = Plateau("eval/score", patience=2)
     for algorithms in itertools.permutations(
         [EMA(decay=0.5), schedule(Phase(thaw="head", until=until, restore="best"), Phase(thaw="blocks"))]
@@ -483,9 +486,8 @@ def test_a_fit_resumed_at_any_batch_goes_on_as_if_never_stopped(tmp_path: Path) 
     """From every checkpoint: in each phase, in a plateau's patience, between decision and change, and the last one."""
     model, whole = fit(*full(), folder=tmp_path / "whole", duration="7ep")
     assert whole.stop_reason == "ThawSchedule: last phase completed"
-    assert [each[:2] for each in spans(whole)] == [(0, 8), (8, 11), (11, 15), (15, 22), (22, 25)] or len(
-        spans(whole)
-    ) >= 5
+    ends = [0, 8, 11, 15, 20, 23, 25]
+    assert [each[:2] for each in spans(whole)] == list(itertools.pairwise(ends))
     checkpoints = sorted((tmp_path / "whole").rglob("ba*"))
     assert len(checkpoints) >= whole.clock.batch
     for checkpoint in checkpoints:
@@ -630,22 +632,18 @@ def test_parameters_that_no_phase_names_are_reported() -> None:
 @pytest.mark.parametrize(
     ("untils", "batches", "names"),
     [
-        (("3ep", "1ep"), 1, []),
+        (("3ep", "1ep"), 1, ["phase 3"]),
         (("4ep", "1ep"), 1, ["phase 2", "phase 3"]),
-        (("2ep", "2ep"), 1, ["phase 3"]),
-        (("10ba", "20ba"), 5, []),
+        (("2ep", "1ep"), 1, []),
         (("10ba", "10ba"), 5, ["phase 3"]),
+        (("10ba", "9ba"), 5, []),
         (("0.5dur", "0.4dur"), 5, []),
         (("0.5dur", "2ep"), 5, ["phase 3"]),
         (("999sp", "2ep"), 5, []),
     ],
-)  # fmt: skip
+)
 def test_phases_that_never_begin_are_reported(untils: tuple[str, str], batches: int, names: list[str]) -> None:
     """Exactly those whose begin is known to lie at the end of four epochs or later."""
-    if untils == ("3ep", "1ep"):
-        names = ["phase 3"]
-    if untils == ("10ba", "20ba"):
-        names = ["phase 3"]
     first, second = untils
     thaw = silently(Phase(thaw="head", until=first), Phase(thaw="stem", until=second), Phase(thaw="blocks[0]"))
     with warnings.catch_warnings(record=True) as caught:
