@@ -98,7 +98,7 @@ class FreezeOut(Algorithm):
         if event is Event.FIT_START:
             with ledger.at_once():
                 for name, time in zip(names, self._times, strict=True):
-                    ledger.schedule_lr(name, freeze_out_schedule(time), owner=self.owner)
+                    ledger.set_schedule(name, freeze_out_schedule(time), owner=self.owner, span="1dur")
                     if self.scale_lr:
                         ledger.scale(name, 1 / time, owner=self.owner)
             return

@@ -99,17 +99,22 @@ def merged(steps: Iterable[Sequence[str]], idle: Collection[str]) -> tuple[tuple
     return tuple(map(tuple, whole))
 
 
+def share_of_fit(time: Time, state: State) -> float | None:
+    """Return which share of the fit a time is, None where that cannot be known before."""
+    duration, length = state.duration, state.clock.batches_per_epoch
+    if time.unit == "dur":
+        return float(time.value)
+    if time.unit == duration.unit:
+        return time.value / duration.value
+    batches = {"ba": 1, "ep": length}
+    if length and time.unit in batches and duration.unit in batches:
+        return (time.value * batches[time.unit]) / (duration.value * batches[duration.unit])
+    return None
+
+
 def cannot_fire(every: Time, state: State) -> bool:
     """Return whether the fit is known to end before ``every`` has passed once."""
-    duration, length = state.duration, state.clock.batches_per_epoch
-    if every.unit == "dur":
-        return every.value >= 1
-    if every.unit == duration.unit:
-        return every.value >= duration.value
-    batches = {"ba": 1, "ep": length}
-    if length and every.unit in batches and duration.unit in batches:
-        return every.value * batches[every.unit] >= duration.value * batches[duration.unit]
-    return False
+    return (share_of_fit(every, state) or 0.0) >= 1
 
 
 def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:

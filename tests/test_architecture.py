@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TIERS: tuple[frozenset[str], ...] = (
     frozenset({"typing", "errors", "log", "clock", "events", "schedule", "curves", "schedules"}),
     frozenset({"forward_order", "splits", "layers", "selectors", "surgery"}),
-    frozenset({"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "ledger"}),
+    frozenset(
+        {"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "rates", "ledger"}
+    ),
     frozenset({"state"}),
     frozenset({"algorithm"}),
     frozenset({"engine"}),
@@ -40,9 +42,9 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"testing"}),
     frozenset({"__init__"}),
 )
-# The ledger is several files. `books` carries out what it decides, `grafts` is its hand on the model; the others read parameter groups and optimizer state.
+# The ledger is several files, `rates` half of its calls. `books` carries out what it decides, `grafts` is its hand on the model; the others read parameter groups and optimizer state.
 LEDGER = {"ledger", "books"}
-LEDGER_HANDS = {"ledger", "books", "grafts"}
+LEDGER_HANDS = {"ledger", "rates", "books", "grafts"}
 LEDGER_READERS = {"ledger", "books", "footprint", "homes", "groups", "invariants"}
 TRACKER_PACKAGES = {"comet_ml", "wandb", "mlflow", "tensorboard"}
 HEAVY_PACKAGES = {"hypothesis", "matplotlib", "rich", "sklearn", "structlog", "torchmetrics", "transformers"}
