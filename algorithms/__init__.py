@@ -13,7 +13,7 @@ from .lisa import LISA, sampled_layers
 from .lora import LoRAInject, inject_lora
 from .lora_modules import lora_forward
 from .phases import Phase, Plateau
-from .presets import fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
+from .presets import chain_thaw, fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
 from .thaw_schedule import ThawSchedule
 from .train_only import TrainOnly
 
@@ -33,6 +33,7 @@ __all__ = [
     "Plateau",
     "ThawSchedule",
     "TrainOnly",
+    "chain_thaw",
     "clip_gradients",
     "cycle_order",
     "ema_update",

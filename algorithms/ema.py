@@ -80,7 +80,7 @@ def ema_decay(elapsed: float, half_life: float) -> float:
     return float(0.5 ** (elapsed / half_life))
 
 
-def _half_life(value: str | int | Time | None) -> Time | None:
+def _half_life(value: object) -> Time | None:
     if value is None:
         return None
     example = f"EMA(decay={value!r})" if isinstance(value, float) and 0 < value < 1 else _EXAMPLE
