@@ -26,6 +26,7 @@ from ..engine import (
     register,
 )
 from .arguments import check_in_range, check_one_of, in_range, one_of
+from .train_only import warn_of_frozen_trunk
 
 Granularity: TypeAlias = Literal["block", "leaf"]
 log = get_logger(__name__)
@@ -201,6 +202,7 @@ class LayerFreeze(Algorithm):
         """Freeze what the law adds."""
         if event is Event.FIT_START:
             self._warn_of_no_effect(state)
+            warn_of_frozen_trunk(state, "LayerFreeze")
             return
         units = self._counted(state)
         share = freeze_share(state.clock.progress, start=self.start, level=self.level)

@@ -21,7 +21,7 @@ from ..engine import (
     derive_seed,
     get_logger,
 )
-from .train_only import all_but, rest_of
+from .train_only import all_but, rest_of, warn_of_frozen_trunk
 
 log = get_logger(__name__)
 
@@ -117,6 +117,7 @@ class Turns(Algorithm):
                 "trainer.fit(…, layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'})"
             )
         self.active = ()
+        warn_of_frozen_trunk(state, name)
         state.ledger.freeze(all_but(state.layers, kept), owner=self.owner)
         if why := self.idle(candidates, state):
             warnings.warn(
