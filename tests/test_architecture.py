@@ -29,20 +29,22 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"homes", "holds", "groups", "grafts", "modes", "invariants", "books", "ledger"}),
     frozenset({"state"}),
     frozenset({"algorithm"}),
-    frozenset({"engine"}),
+    frozenset({"engine", "functions"}),
     frozenset(
         {"data", "forward", "meters", "settings", "precision", "distributed", "plan", "progress"}
         | {"batches", "randomness", "keyed", "order"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
     ),
     frozenset({"evaluation", "recipe", "run", "trainer"}),
-    frozenset({"testing"}),
+    frozenset({"doubles", "trace", "specimens", "rehearsal", "checks", "conformance", "strategies", "machine", "testing"}),
     frozenset({"__init__"}),
 )
 # The ledger is several files. `books` carries out what it decides, `grafts` is its hand on the model; the others read parameter groups and optimizer state.
 LEDGER = {"ledger", "books"}
 LEDGER_HANDS = {"ledger", "books", "grafts"}
 LEDGER_READERS = {"ledger", "books", "homes", "groups", "invariants"}
+# What tests of algorithms and schedules are written with; never imported by the rest.
+TEST_KIT = {"testing", "strategies", "machine"}
 TRACKER_PACKAGES = {"comet_ml", "wandb", "mlflow", "tensorboard"}
 HEAVY_PACKAGES = {"hypothesis", "matplotlib", "rich", "sklearn", "structlog", "torchmetrics", "transformers"}
 PICKLING = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "copyreg"}
@@ -271,7 +273,7 @@ def heavy_packages_are_lazy(module: Module) -> Iterator[Breach]:
     """Forbid what would slow every import down."""
     for each in module.imports:
         heavy = not each.dots and each.source.partition(".")[0] in HEAVY_PACKAGES
-        if heavy and each.place == "module" and not module.is_one_of({"testing"}):
+        if heavy and each.place == "module" and not module.is_one_of(TEST_KIT):
             yield Breach(each.line, f"imports {each.source} when it is imported; move it into the function")
 
 
