@@ -117,6 +117,10 @@ def _bound_as_json(bound: Mapping[str, Any], again: Algorithm) -> dict[str, Any]
 class _Nothing:
     """What no argument takes."""
 
+    @override
+    def __repr__(self) -> str:
+        return "object()"
+
 
 @check
 def refuses_bad_arguments(rehearsal: Rehearsal) -> None:

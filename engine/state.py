@@ -74,7 +74,8 @@ class State:
     def log(self, values: Mapping[str, float | Tensor]) -> None:
         """Record values under their names: for trackers, history and whoever monitors them."""
         for name, value in values.items():
-            self.metrics[name] = self.logged[name] = float(value)
+            number = value.detach() if isinstance(value, Tensor) else value  # a loss has a graph
+            self.metrics[name] = self.logged[name] = float(number)
 
     def take_logged(self) -> dict[str, float]:
         """Return what was logged since the last call, and forget it."""
