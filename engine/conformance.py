@@ -9,11 +9,52 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .algorithm import Algorithm
-from .checks import CHECKS, ConformanceError
+from .checks import (
+    comes_back_from_its_description,
+    does_not_depend_on_order,
+    keeps_instances_apart,
+    keeps_the_ledger_whole,
+    leaves_the_global_generators_alone,
+    leaves_the_loop_alone,
+    match_is_pure,
+    refuses_bad_arguments,
+    resumes,
+    starts_afresh,
+)
 from .doubles import tiny_loader, tiny_models
+from .endings import (
+    does_not_count_microbatches,
+    leaves_nothing_behind,
+    survives_an_exception,
+    takes_short_fits,
+    trains_in_bf16,
+)
 from .errors import ArgumentError, nearest
+from .promises import Check, ConformanceError
 from .rehearsal import Rehearsal
 from .specimens import installed, specimen
+
+CHECKS: dict[str, Check] = {
+    each.__name__: each
+    for each in (
+        comes_back_from_its_description,
+        refuses_bad_arguments,
+        match_is_pure,
+        keeps_the_ledger_whole,
+        leaves_the_loop_alone,
+        leaves_the_global_generators_alone,
+        resumes,
+        starts_afresh,
+        keeps_instances_apart,
+        does_not_depend_on_order,
+        leaves_nothing_behind,
+        survives_an_exception,
+        takes_short_fits,
+        trains_in_bf16,
+        does_not_count_microbatches,
+    )
+}
+"""Every check by name, in the order in which they run; a check's docstring is the promise."""
 
 
 def check_algorithm(
@@ -73,13 +114,28 @@ def check_algorithm(
     for name in CHECKS if checks is None else checks:
         if name not in CHECKS:
             known = nearest(name, CHECKS)
-            raise ArgumentError("check_algorithm(checks=)", got=name, takes=f"names of checks: {known}", example="checks=['resumes']")
+            raise ArgumentError(
+                "check_algorithm(checks=)", got=name, takes=f"names of checks: {known}", example="checks=['resumes']"
+            )
         try:
             CHECKS[name](rehearsal)
         except ConformanceError as error:
             failures |= error.failures
     if failures:
         raise ConformanceError(failures)
+
+
+def _as_test(name: str) -> Callable[[Any], None]:
+    def test(self: Any) -> None:
+        kind = type(self)
+        check_algorithm(
+            kind.factory, model=kind.model, loader=kind.loader, loss_fn=kind.loss_fn, duration=kind.duration,
+            thorough=kind.thorough, seed=kind.seed, partners=kind.partners, accumulates=kind.accumulates, checks=[name],
+        )  # fmt: skip
+
+    test.__name__ = test.__qualname__ = f"test_{name}"
+    test.__doc__ = CHECKS[name].__doc__
+    return test
 
 
 class AlgorithmContract:
@@ -107,19 +163,6 @@ class AlgorithmContract:
     partners: ClassVar[Sequence[Callable[[], Any]] | None] = None
     accumulates: ClassVar[bool] = True
 
-
-def _as_test(name: str) -> Callable[[AlgorithmContract], None]:
-    def test(self: AlgorithmContract) -> None:
-        kind = type(self)
-        check_algorithm(
-            kind.factory, model=kind.model, loader=kind.loader, loss_fn=kind.loss_fn, duration=kind.duration,
-            thorough=kind.thorough, seed=kind.seed, partners=kind.partners, accumulates=kind.accumulates, checks=[name],
-        )  # fmt: skip
-
-    test.__name__ = test.__qualname__ = f"test_{name}"
-    test.__doc__ = CHECKS[name].__doc__
-    return test
-
-
-for _name in CHECKS:
-    setattr(AlgorithmContract, f"test_{_name}", _as_test(_name))
+    for _name in CHECKS:
+        vars()[f"test_{_name}"] = _as_test(_name)
+    del _name

@@ -24,7 +24,8 @@ class Block(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(torch.tanh(self.linear(self.norm(x))))
+        out: Tensor = x + self.dropout(torch.tanh(self.linear(self.norm(x))))
+        return out
 
 
 class Residual(nn.Module):
@@ -41,7 +42,8 @@ class Residual(nn.Module):
         x = self.embed(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        out: Tensor = self.head(x)
+        return out
 
 
 class Bare(nn.Module):
@@ -55,7 +57,8 @@ class Bare(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x * self.scale))
+        out: Tensor = self.head(self.body(x * self.scale))
+        return out
 
 
 class Shared(nn.Module):
@@ -69,7 +72,8 @@ class Shared(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.middle(self.first(x))))
+        out: Tensor = self.head(self.second(self.middle(self.first(x))))
+        return out
 
 
 class Tied(nn.Module):
@@ -88,7 +92,8 @@ class Tied(nn.Module):
         x = self.embed((x > 0).long())
         for block in self.blocks:
             x = block(x)
-        return self.lm_head(self.norm(x)).mean(1)
+        out: Tensor = self.lm_head(self.norm(x)).mean(1)
+        return out
 
 
 class Transformer(nn.Module):
@@ -103,7 +108,8 @@ class Transformer(nn.Module):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.encoder(self.embed(x.unsqueeze(-1)))[:, 0])
+        out: Tensor = self.classifier(self.encoder(self.embed(x.unsqueeze(-1)))[:, 0])
+        return out
 
 
 def mlp(width: int = FEATURES, depth: int = 3) -> nn.Sequential:

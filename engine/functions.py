@@ -78,7 +78,9 @@ def on(
     if not events or not all(isinstance(each, Event) for each in events):
         raise ArgumentError("on()", got=events, takes="one or more members of Event", example=_EXAMPLE)
     if not isinstance(stage, Stage):
-        raise ArgumentError("on(stage=)", got=stage, takes="a Stage", example="@on(Event.BATCH_END, stage=Stage.OBSERVE)")
+        raise ArgumentError(
+            "on(stage=)", got=stage, takes="a Stage", example="@on(Event.BATCH_END, stage=Stage.OBSERVE)"
+        )
     span = None if every is None else _span(every)
 
     def make(function: Function) -> type[FunctionAlgorithm]:

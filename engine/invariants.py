@@ -29,7 +29,9 @@ def check_groups(
         if mine != [id(group) for group in optimizer.param_groups]:
             known = set(mine)
             added = [p for group in optimizer.param_groups if id(group) not in known for p in group["params"]]
-            moved = added or [p for slot, group in live.items() if slot.home.optimizer == index for p in group["params"]]
+            moved = added or [
+                p for slot, group in live.items() if slot.home.optimizer == index for p in group["params"]
+            ]
             first = names.get(id(moved[0]), "a foreign parameter") if moved else "none"
             raise LedgerError(
                 f"the groups of optimizer {index} ({type(optimizer).__name__}) were changed behind the ledger, that of "

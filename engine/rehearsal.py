@@ -111,7 +111,9 @@ class Rehearsal:
         found = [made] if isinstance(made, Algorithm) else made
         if not isinstance(found, list) or not found or not all(isinstance(each, Algorithm) for each in found):
             takes = "a class of algorithms, or a function that returns one or a list of them"
-            raise ArgumentError("check_algorithm(factory)", got=made, takes=takes, example="check_algorithm(MyAlgorithm)")
+            raise ArgumentError(
+                "check_algorithm(factory)", got=made, takes=takes, example="check_algorithm(MyAlgorithm)"
+            )
         return found
 
     def model(self) -> nn.Module:
@@ -278,7 +280,7 @@ def difference(first: Any, second: Any, place: str = "", *, tolerance: float = 0
 def _tensors(first: Tensor, second: Tensor, place: str, tolerance: float) -> str | None:
     if first.shape != second.shape or first.dtype != second.dtype:
         return f"{place}: {tuple(first.shape)} of {first.dtype} and {tuple(second.shape)} of {second.dtype}"
-    if bool(((first == second) | ((first != first) & (second != second))).all()):  # noqa: PLR0124 - NaN equals NaN here
+    if bool(((first == second) | ((first != first) & (second != second))).all()):  # NaN equals NaN here
         return None
     if tolerance and first.is_floating_point() and torch.allclose(first, second, rtol=tolerance, atol=tolerance):
         return None

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeAlias
 
 from attrs import frozen
+from typing_extensions import override
 
 from .algorithm import ENTRY_POINTS, Algorithm, registered, registered_names
 from .clock import Time
@@ -41,6 +42,7 @@ class Specimen:
         """Build a new one."""
         return self.build(**self.arguments)
 
+    @override
     def __repr__(self) -> str:
         return f"{self.build.__name__}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
 

@@ -121,6 +121,7 @@ def algorithms(draw: st.DrawFn, kinds: Iterable[type[Algorithm]] | None = None) 
     """Draw an algorithm with arguments by the types of its fields; shrinks to the first, with its usual arguments.
 
     Args:
+        draw: Given by Hypothesis.
         kinds: Classes to draw from; None is every registered one.
 
     Example:

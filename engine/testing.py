@@ -15,10 +15,11 @@ from .errors import MissingExtraError
 if find_spec("hypothesis") is None:
     raise MissingExtraError("thawline.engine.testing needs hypothesis. Write: pip install 'thawline[test]'")
 
-from .checks import CHECKS, ConformanceError
-from .conformance import AlgorithmContract, check_algorithm
+from .conformance import CHECKS, AlgorithmContract, check_algorithm
 from .doubles import tiny_loader, tiny_models
-from .machine import EngineMachine, LedgerOracle
+from .machine import EngineMachine
+from .oracle import LedgerOracle
+from .promises import ConformanceError
 from .specimens import Specimen, installed, specimen
 from .strategies import Fit, algorithms, durations, fits, models, schedules, times
 from .trace import Trace

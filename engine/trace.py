@@ -135,12 +135,11 @@ class Trace(Algorithm, Sequence[str]):
 
 def _as_events(given: object) -> frozenset[Event]:
     """Return a collection of events, or of their values as a description has them."""
-    try:
-        assert isinstance(given, Collection) and not isinstance(given, str)
-        return frozenset(Event(each) for each in given)
-    except (AssertionError, TypeError, ValueError):
+    known = {str(each) for each in Event}
+    if isinstance(given, str) or not isinstance(given, Collection) or not known.issuperset(map(str, given)):
         example = "Trace([Event.EPOCH_END])"
-        raise ArgumentError("Trace(events=)", got=given, takes="a list of Events", example=example) from None
+        raise ArgumentError("Trace(events=)", got=given, takes="a list of Events", example=example)
+    return frozenset(Event(str(each)) for each in given)
 
 
 def _layers(layers: LayerMap, names: Collection[str]) -> str:

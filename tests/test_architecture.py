@@ -36,7 +36,10 @@ TIERS: tuple[frozenset[str], ...] = (
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
     ),
     frozenset({"evaluation", "recipe", "run", "trainer"}),
-    frozenset({"doubles", "trace", "specimens", "rehearsal", "checks", "conformance", "strategies", "machine", "testing"}),
+    frozenset(
+        {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "conformance"}
+        | {"oracle", "machine", "strategies", "testing"}
+    ),
     frozenset({"__init__"}),
 )
 # The ledger is several files. `books` carries out what it decides, `grafts` is its hand on the model; the others read parameter groups and optimizer state.

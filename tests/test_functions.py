@@ -48,7 +48,10 @@ def test_a_function_with_two_events_is_called_at_the_first_that_is_due() -> None
     """Once an interval, whichever event comes first after it, under its own name in the ledger."""
     trace = Trace()
     fit(hold_more(), trace, duration="7ba")
-    assert [line for line in trace if "freeze" in line] == ["BATCH_END 3: freeze blocks[0]", "BATCH_END 6: freeze blocks[1]"]
+    assert [line for line in trace if "freeze" in line] == [
+        "BATCH_END 3: freeze blocks[0]",
+        "BATCH_END 6: freeze blocks[1]",
+    ]
 
 
 @pytest.mark.parametrize("kind", [count_tensors, hold_more])
@@ -80,7 +83,7 @@ def test_a_function_obeys_the_ledger() -> None:
 @pytest.mark.parametrize(
     ("make", "argument"),
     [
-        (lambda: on(), "on()"),
+        (on, "on()"),
         (lambda: on("epoch_end"), "on()"),
         (lambda: on(Event.EPOCH_END, every="soon"), "on(every=)"),
         (lambda: on(Event.EPOCH_END, every=0), "on(every=)"),

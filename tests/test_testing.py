@@ -81,7 +81,10 @@ def test_the_fault_by_hand_is_named_with_parameter_and_call() -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda group, _: group.update(weight_decay=0.5), r"weight_decay of the group of '0\.weight'.*Trainer\(optimizer="),
+        (
+            lambda group, _: group.update(weight_decay=0.5),
+            r"weight_decay of the group of '0\.weight'.*Trainer\(optimizer=",
+        ),
         (lambda group, _: group.update(lr=0.5), r"learning rate of the group of '0\.weight'.*ledger\.set_lr"),
         (lambda group, _: group["params"].pop(), r"'4\.bias' trains but is in no.*ledger\.freeze\('4\.bias'"),
         (
@@ -100,7 +103,9 @@ def test_an_edit_of_the_optimizers_groups_is_named(edit: Callable[[Any, Any], ob
         def apply(self, event: Event, state: Any) -> None:
             edit(state.optimizers[0].param_groups[0], state.optimizers[0])
 
-    trainer = Trainer(algorithms=[Editor()], optimizer=SGD, loss_fn=nn.functional.cross_entropy, progress=False, debug=True)
+    trainer = Trainer(
+        algorithms=[Editor()], optimizer=SGD, loss_fn=nn.functional.cross_entropy, progress=False, debug=True
+    )
     with pytest.raises(Exception, match=message) as caught:
         trainer.fit(tiny_models()["mlp"](), tiny_loader(), duration=1)
     assert "in Editor.apply at BATCH_END" in caught.value.__notes__[0]
@@ -325,7 +330,9 @@ def test_a_trace_says_who_stops() -> None:
 
     trace = Trace()
     tracker = MemoryTracker()
-    trainer = Trainer(algorithms=[stop_at_once(), trace], loss_fn=nn.functional.cross_entropy, progress=False, trackers=[tracker])
+    trainer = Trainer(
+        algorithms=[stop_at_once(), trace], loss_fn=nn.functional.cross_entropy, progress=False, trackers=[tracker]
+    )
     trainer.fit(tiny_models()["mlp"](), tiny_loader(), duration=2)
     assert trace[-1] == "BATCH_END 1: stop (enough)"
 
