@@ -81,7 +81,7 @@ def check_algorithm(
         duration: Of the fits: long enough for the algorithm to act.
         thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``.
         seed: Of models, fits, and what is drawn.
-        partners: Builders of what it is run beside; None is every registered algorithm.
+        partners: Builders of what it is run beside; None is every installed algorithm.
         accumulates: False for an algorithm that claims no equal updates where batches are cut into microbatches.
         checks: Names of the checks to run; None runs all: see :data:`CHECKS`.
 
@@ -163,6 +163,4 @@ class AlgorithmContract:
     partners: ClassVar[Sequence[Callable[[], Any]] | None] = None
     accumulates: ClassVar[bool] = True
 
-    for _name in CHECKS:
-        vars()[f"test_{_name}"] = _as_test(_name)
-    del _name
+    vars().update({f"test_{name}": _as_test(name) for name in CHECKS})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -192,7 +192,7 @@ class Rehearsal:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> Generator[None, None, None]:
     """Leave out the warnings of what is allowed and probably not meant: so small a fit is not."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ThawlineWarning)

@@ -73,14 +73,13 @@ def specimen(build: Callable[..., Any]) -> Specimen:
 
 
 def installed() -> tuple[type[Algorithm], ...]:
-    """Return all registered algorithms, those of installed packages included, by name.
+    """Return the algorithms that installed packages offer by entry point, by name; without any, what is registered.
 
     Example:
-        >>> from thawline.engine.trace import Trace
-        >>> Trace in installed()
+        >>> all(issubclass(each, Algorithm) for each in installed())
         True
     """
-    names = {*registered_names(), *(each.name for each in entry_points(group=ENTRY_POINTS))}
+    names = {each.name for each in entry_points(group=ENTRY_POINTS)} or registered_names()
     return tuple(registered(name) for name in sorted(names))
 
 

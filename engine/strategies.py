@@ -122,7 +122,7 @@ def algorithms(draw: st.DrawFn, kinds: Iterable[type[Algorithm]] | None = None) 
 
     Args:
         draw: Given by Hypothesis.
-        kinds: Classes to draw from; None is every registered one.
+        kinds: Classes to draw from; None is every installed one.
 
     Example:
         >>> from hypothesis import given, settings
@@ -133,7 +133,7 @@ def algorithms(draw: st.DrawFn, kinds: Iterable[type[Algorithm]] | None = None) 
         >>> test()
     """
     usual = specimen(draw(st.sampled_from(list(installed() if kinds is None else kinds)), label="algorithm"))
-    kind: type[Algorithm] = usual.build  # type: ignore[assignment]
+    kind: Any = usual.build
     hints = get_type_hints(kind) if attrs.has(kind) else {}
     arguments = dict(usual.arguments)
     for name in inspect.signature(kind).parameters:
@@ -141,9 +141,10 @@ def algorithms(draw: st.DrawFn, kinds: Iterable[type[Algorithm]] | None = None) 
         if drawn is not None and draw(st.booleans(), label=f"other {name}"):
             arguments[name] = draw(drawn, label=name)
     try:
-        return kind(**arguments)
+        made: Algorithm = kind(**arguments)
     except ArgumentError:  # two that exclude each other, or a number out of its range
-        return kind(**usual.arguments)
+        made = usual()
+    return made
 
 
 def _of_type(hint: Any) -> st.SearchStrategy[Any] | None:
@@ -224,7 +225,7 @@ def fits(
     """Draw a small fit to run: a model, algorithms, a duration, a schedule, and how batches are cut.
 
     Args:
-        algorithms: Draws an algorithm or a list of them; None draws one that is registered.
+        algorithms: Draws an algorithm or a list of them; None draws an installed one.
         models: Draws the model; None draws from :func:`models`.
 
     Example:

@@ -13,20 +13,19 @@ from torch import nn
 
 import thawline.algorithms
 from thawline.algorithms import presets
-from thawline.engine import Algorithm, LedgerError, ThawlineError
+from thawline.engine import Algorithm, LedgerError, ThawlineError, registered, registered_names
 from thawline.engine.testing import (
     CHECKS,
     Fit,
     algorithms,
     check_algorithm,
     fits,
-    installed,
     models,
     specimen,
     tiny_models,
 )
 
-KINDS = [kind for kind in installed() if kind.__module__.startswith("thawline.algorithms")]
+KINDS = [kind for kind in map(registered, registered_names()) if kind.__module__.startswith("thawline.algorithms")]
 PRESETS = [
     preset
     for name, preset in inspect.getmembers(presets, inspect.isfunction)
