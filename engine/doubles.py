@@ -115,8 +115,8 @@ class Transformer(nn.Module):
 def mlp(width: int = FEATURES, depth: int = 3) -> nn.Sequential:
     """Return ``depth`` linear layers with ReLU between: ``depth - 1`` blocks and a head."""
     layers: list[nn.Module] = []
-    for number in range(depth - 1):
-        layers += [nn.Linear(width if number else FEATURES, width), nn.ReLU()]
+    for _ in range(depth - 1):
+        layers += [nn.Linear(width, width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(width, CLASSES))
 
 

@@ -134,7 +134,7 @@ def algorithms(draw: st.DrawFn, kinds: Iterable[type[Algorithm]] | None = None) 
     """
     usual = specimen(draw(st.sampled_from(list(installed() if kinds is None else kinds)), label="algorithm"))
     kind: Any = usual.build
-    hints = get_type_hints(kind) if attrs.has(kind) else {}
+    hints = get_type_hints(kind) if hasattr(kind, "__attrs_attrs__") else {}
     arguments = dict(usual.arguments)
     for name in inspect.signature(kind).parameters:
         drawn = _of_type(hints.get(name))

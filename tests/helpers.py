@@ -12,7 +12,6 @@ from thawline.engine import Attachment, Site, surgery_op
 from thawline.engine.doubles import Bare, Shared, mlp
 from thawline.engine.doubles import tiny_loader as loader
 
-
 __all__ = [
     "MODELS", "OPTIMIZERS", "Bare", "Encoder", "Shared", "Tied", "cnn", "decay_groups", "encoder", "gain", "is_matrix", "loader",
     "mlp", "optimizer_for", "pseudo_gradients", "same_weights", "weights",
