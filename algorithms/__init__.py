@@ -3,6 +3,8 @@
 from .block_cycle import BlockCycle, cycle_order
 from .early_stop import EarlyStop
 from .ema import EMA, ema_update
+from .freeze_at import FreezeAt
+from .freeze_out import FreezeOut, freeze_out_times
 from .grad_clip import GradClip, clip_gradients
 from .layer_freeze import LayerFreeze, freeze_layers, freeze_share
 from .layer_thaw import LayerThaw, thaw_order
@@ -10,7 +12,9 @@ from .layerwise_lr import LayerwiseLR, layer_factors
 from .lisa import LISA, sampled_layers
 from .lora import LoRAInject, inject_lora
 from .lora_modules import lora_forward
-from .presets import full, head_only, lora, partial, progressive
+from .phases import Phase, Plateau
+from .presets import chain_thaw, fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
+from .thaw_schedule import ThawSchedule
 from .train_only import TrainOnly
 
 __all__ = [
@@ -18,16 +22,24 @@ __all__ = [
     "LISA",
     "BlockCycle",
     "EarlyStop",
+    "FreezeAt",
+    "FreezeOut",
     "GradClip",
     "LayerFreeze",
     "LayerThaw",
     "LayerwiseLR",
     "LoRAInject",
+    "Phase",
+    "Plateau",
+    "ThawSchedule",
     "TrainOnly",
+    "chain_thaw",
     "clip_gradients",
     "cycle_order",
     "ema_update",
+    "fine_tune",
     "freeze_layers",
+    "freeze_out_times",
     "freeze_share",
     "full",
     "head_only",
@@ -35,8 +47,10 @@ __all__ = [
     "layer_factors",
     "lora",
     "lora_forward",
+    "lp_ft",
     "partial",
     "progressive",
     "sampled_layers",
     "thaw_order",
+    "ulmfit",
 ]

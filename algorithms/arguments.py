@@ -11,7 +11,7 @@ and for converters; they are told the argument's name.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -146,7 +146,7 @@ def check_in_range(
         Traceback (most recent call last):
         thawline.engine.errors.ArgumentError: freeze_layers(start=) takes a number, 0 or above and below 1, got 1.5. Write: freeze_layers(…, start=0.5)
     """
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if fits and _within(value, above, at_least, below, at_most):  # type: ignore[arg-type]  # a number, as just checked
         return value  # type: ignore[return-value]
     takes = "a number" + _bounds(above, at_least, below, at_most) + ", or None" * or_none

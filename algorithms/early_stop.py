@@ -10,16 +10,22 @@ from typing import Any, ClassVar, Literal
 import attrs
 from typing_extensions import override
 
-from ..engine import Algorithm, ArgumentError, Event, Stage, State, Time, get_logger, nearest, register
+from ..engine import (
+    Algorithm,
+    ArgumentError,
+    Event,
+    Stage,
+    State,
+    Time,
+    direction_of,
+    get_logger,
+    nearest,
+    register,
+)
 from .arguments import check_time, check_whole, flag, in_range, one_of, text
 
 log = get_logger(__name__)
 _EXAMPLE = "EarlyStop('eval/loss', patience=3)"
-# What is better when larger: a word of the metric's name, such as "accuracy" in "eval/top1_accuracy".
-_LARGER_IS_BETTER = frozenset(
-    {"acc", "accuracy", "auc", "auroc", "ap", "map", "bleu", "dice", "f1", "iou", "mcc", "pearson", "precision", "r2"}
-    | {"recall", "reward", "rouge", "score", "spearman", "top1", "top5"}
-)
 # Elapsed times are floats: 0.3 - 0.2 is a little less than 0.1.
 _TOLERANCE = 1e-9
 
@@ -102,10 +108,7 @@ class EarlyStop(Algorithm):
     @property
     def direction(self) -> Literal["min", "max"]:
         """``"min"`` or ``"max"``: the mode, ``"auto"`` resolved."""
-        if self.mode != "auto":
-            return self.mode
-        words = self.monitor.lower().replace("/", " ").replace("_", " ").replace("-", " ").split()
-        return "min" if _LARGER_IS_BETTER.isdisjoint(words) else "max"
+        return direction_of(self.monitor, self.mode)
 
     @override
     def apply(self, event: Event, state: State) -> None:
@@ -123,6 +126,13 @@ class EarlyStop(Algorithm):
             spent = f"{self.bad} evaluations" if isinstance(self.patience, int) else str(self.patience)
             state.stop(f"early stop: {self.monitor} {best} for {spent}")
             log.info("early stop", owner=self.owner, monitor=self.monitor, best=self.best, bad=self.bad)
+
+    @override
+    def unplanned(self) -> str:
+        """Return when it may stop the fit."""
+        occasions = "epochs" if self.monitor.startswith("train/") else "evaluations"
+        spent = f"{self.patience} {occasions}" if isinstance(self.patience, int) else str(self.patience)
+        return f"may stop the fit when {self.monitor} has not improved for {spent}"
 
     @override
     def state_dict(self) -> dict[str, Any]:

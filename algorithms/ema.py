@@ -80,8 +80,11 @@ def ema_decay(elapsed: float, half_life: float) -> float:
     return float(0.5 ** (elapsed / half_life))
 
 
-def _half_life(value: str | int | Time | None) -> Time | None:
-    return None if value is None else check_time("EMA(half_life=)", value, example=_EXAMPLE, or_none=True)
+def _half_life(value: object) -> Time | None:
+    if value is None:
+        return None
+    example = f"EMA(decay={value!r})" if isinstance(value, float) and 0 < value < 1 else _EXAMPLE
+    return check_time("EMA(half_life=)", value, example=example, or_none=True)
 
 
 def _update_every(value: str | int | Time) -> Time:

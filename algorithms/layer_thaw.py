@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import attrs
@@ -16,6 +16,7 @@ from ..engine import (
     Event,
     LayerError,
     LayerMap,
+    ParameterLedger,
     Stage,
     State,
     ThawlineWarning,
@@ -25,10 +26,10 @@ from ..engine import (
     register,
 )
 from .arguments import check_time, flag, one_of, positive, whole
-from .train_only import all_but
+from .train_only import LEFT_OUT, all_but, warn_of_left_out
 
 Start: TypeAlias = str | int | Sequence[str]
-Order: TypeAlias = Literal["top", "bottom"] | Sequence[str]
+Order: TypeAlias = Literal["top", "bottom", "together"] | Sequence[str]
 log = get_logger(__name__)
 
 
@@ -37,8 +38,8 @@ def thaw_order(layers: LayerMap, *, order: Order = "top", stem: bool = True) -> 
 
     Args:
         layers: The model's layers.
-        order: ``"top"`` begins beside the head, ``"bottom"`` beside the input; a list names the layers, slices of
-            blocks included.
+        order: ``"top"`` and ``"together"`` begin beside the head, ``"bottom"`` beside the input; a list names the layers,
+            slices of blocks included.
         stem: Whether the stem (embeddings) thaws as well, always after the blocks; a list decides itself.
 
     Raises:
@@ -54,7 +55,7 @@ def thaw_order(layers: LayerMap, *, order: Order = "top", stem: bool = True) -> 
     body = [layer.name for layer in layers if layer.name not in ("stem", "head")]
     if isinstance(order, str):
         below = ["stem"] if stem and layers.stem.parameters else []
-        return (*(body[::-1] if order == "top" else body), *below)
+        return (*(body if order == "bottom" else body[::-1]), *below)
     example = f"LayerThaw(order={body[::-1][:2]})"
     for name in order:
         if not layers.names_layer(name):
@@ -76,17 +77,44 @@ def thawed_count(clock: Clock, every: Time, layers: int) -> int:
     return min(every.count(clock), layers)
 
 
+def merged(steps: Iterable[Sequence[str]], idle: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the steps of a thaw, those in which nothing can train joined to the next, at the end to the last.
+
+    Args:
+        steps: The layers that thaw together, in order.
+        idle: The layers in which nothing can train; a step of nothing else is none.
+
+    Example:
+        >>> merged([["head"], ["blocks[1]"], ["blocks[0]"], ["stem"]], idle=["head", "stem"])
+        (('head', 'blocks[1]'), ('blocks[0]', 'stem'))
+    """
+    found: list[list[str]] = [[]]
+    for step in steps:
+        found[-1] += step
+        if not all(layer in idle for layer in step):
+            found.append([])
+    *whole, rest = found
+    if whole:
+        whole[-1] += rest
+    return tuple(map(tuple, whole))
+
+
+def share_of_fit(time: Time, state: State) -> float | None:
+    """Return which share of the fit a time is, None where that cannot be known before."""
+    duration, length = state.duration, state.clock.batches_per_epoch
+    if time.unit == "dur":
+        return float(time.value)
+    if time.unit == duration.unit:
+        return time.value / duration.value
+    batches = {"ba": 1, "ep": length}
+    if length and time.unit in batches and duration.unit in batches:
+        return (time.value * batches[time.unit]) / (duration.value * batches[duration.unit])
+    return None
+
+
 def cannot_fire(every: Time, state: State) -> bool:
     """Return whether the fit is known to end before ``every`` has passed once."""
-    duration, length = state.duration, state.clock.batches_per_epoch
-    if every.unit == "dur":
-        return every.value >= 1
-    if every.unit == duration.unit:
-        return every.value >= duration.value
-    batches = {"ba": 1, "ep": length}
-    if length and every.unit in batches and duration.unit in batches:
-        return every.value * batches[every.unit] >= duration.value * batches[duration.unit]
-    return False
+    return (share_of_fit(every, state) or 0.0) >= 1
 
 
 def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
@@ -100,8 +128,8 @@ def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: obj
 
 def _check_order(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
     listed = not isinstance(value, str) and isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
-    if value not in ("top", "bottom") and not (listed and value):
-        takes = "'top', 'bottom' or a list of layers"
+    if value not in ("top", "bottom", "together") and not (listed and value):
+        takes = "'top', 'bottom', 'together' or a list of layers"
         raise ArgumentError("LayerThaw(order=)", got=value, takes=takes, example="LayerThaw(order='top')")
 
 
@@ -122,12 +150,17 @@ class LayerThaw(Algorithm):
     The k-th layer released trains at its learning rate times ``lr_scale ** k``. What other owners hold stays
     frozen: beside LoRAInject, which holds the base weights, a released block trains its adapters.
 
+    A layer in which nothing can train, since others hold all of it when the fit begins, costs no interval: it is
+    released together with the next one. So where the start cannot train, as a language model's head that LoRAInject
+    holds, training begins with the first layer after it that can, at its full rate.
+
     Args:
         every: The interval: an int is epochs; in epochs it acts at EPOCH_START, else at BATCH_START.
         start: What trains from the beginning: ``"head"``, a number of blocks beside the head, or selectors.
         limit: How many layers are released at most; None for all.
         lr_scale: Factor from each released layer to the next.
-        order: ``"top"`` (the block beside the head first), ``"bottom"``, or a list of layers.
+        order: ``"top"`` (the block beside the head first), ``"bottom"``, ``"together"`` (all at once, after one
+            interval), or a list of layers.
         warmup: The rate of a released layer rises from zero over this time.
         moments: Whether the optimizer's state of what is frozen is dropped or kept.
         stem: Whether embeddings are released, after the last block.
@@ -155,8 +188,9 @@ class LayerThaw(Algorithm):
     warmup: Time | None = attrs.field(default=None, converter=_warmup)
     moments: Literal["drop", "keep"] = attrs.field(default="drop", validator=one_of(("drop", "keep")))
     stem: bool = attrs.field(default=True, validator=flag())
-    steps: tuple[str, ...] = attrs.field(default=(), init=False)
-    thawed: int = attrs.field(default=0, init=False)
+    steps: tuple[tuple[str, ...], ...] = attrs.field(default=(), init=False, repr=False)
+    thawed: int = attrs.field(default=0, init=False, repr=False)
+    _begun: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.events = frozenset({Event.FIT_START, Event.EPOCH_START if self.every.unit == "ep" else Event.BATCH_START})
@@ -164,68 +198,112 @@ class LayerThaw(Algorithm):
     @override
     def match(self, event: Event, state: State) -> bool:
         """Return whether the fit begins, or a layer is due."""
-        if event is Event.FIT_START:
+        if event is Event.FIT_START or not self._begun:
             return True
         return self.thawed < len(self.steps) and self.every.count(state.clock) > self.thawed
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        """Hold everything but the start, or release what is due."""
+        """Hold everything but the start; once everybody has taken their holds, find what can train; release what is due."""
         if event is Event.FIT_START:
-            self._begin(state)
-        else:
-            self._release(state)
+            self._hold(state)
+            return
+        with state.ledger.at_once():
+            if not self._begun:
+                self._begin(state)
+            if self.thawed < thawed_count(state.clock, self.every, len(self.steps)):
+                self._release(state)
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Return the layers to release, in order, and how many of them were."""
-        return {"steps": list(self.steps), "thawed": self.thawed}
+        return {"steps": [list(step) for step in self.steps], "thawed": self.thawed, "begun": self._begun}
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take back what :meth:`state_dict` returned."""
-        self.steps, self.thawed = tuple(saved["steps"]), int(saved["thawed"])
+        self.steps = tuple(tuple(step) for step in saved["steps"])
+        self.thawed, self._begun = int(saved["thawed"]), bool(saved["begun"])
 
-    def _begin(self, state: State) -> None:
-        ledger, layers = state.ledger, state.layers
+    def _hold(self, state: State) -> None:
+        layers = state.layers
         if len(layers) < 2:
             raise LayerError(
                 f"LayerThaw needs layers below the head, and all parameters lie in one:\n{layers}\nPass them: "
                 "trainer.fit(…, layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'})"
             )
-        started = frozenset(ledger.select(self._selector(layers)))
-        self.steps = self._order(layers, started)[: self.limit]
-        self.thawed = 0
+        started = frozenset(state.ledger.select(self._selector(layers)))
+        order = self._order(layers, started)
+        self.steps = (order,) if self.order == "together" and order else tuple((layer,) for layer in order)
+        self.thawed, self._begun = 0, False
         if held := all_but(layers, started):
-            ledger.freeze(held, owner=self.owner, moments=self.moments)
+            state.ledger.freeze(held, owner=self.owner, moments=self.moments)
+        if self.lr_scale > 1.0 and self.order == "top":
+            warnings.warn(
+                f"LayerThaw(lr_scale={self.lr_scale:g}) trains each released layer faster than the one above it. ULMFiT "
+                f"divides by 2.6. Write LayerThaw(lr_scale={1 / self.lr_scale:.3g}).",
+                ThawlineWarning,
+                stacklevel=2,
+            )
+
+    def _begin(self, state: State) -> None:
+        """Merge the layers in which nothing can train into the next that can, and begin with it where the start cannot."""
+        ledger, layers = state.ledger, state.layers
+        started = frozenset(ledger.select(self._selector(layers)))
+        parts = {
+            layer: [name for name in layers.parameters(layer) if name not in started]
+            for step in self.steps
+            for layer in step
+        }
+        idle = [layer for layer, names in parts.items() if not any(self._can_train(ledger, name) for name in names)]
+        steps = merged(self.steps, idle)
+        begins = () if any(self._can_train(ledger, name) for name in started) else steps[:1]
+        for step in begins:
+            ledger.thaw(step, owner=self.owner)
+        if idle or begins:
+            first = [layer for step in begins for layer in step if layer not in idle]
+            log.info("begins", start=self.start, then=first, nothing_to_train_in=idle)
+        self.steps, self._begun = steps[len(begins) :][: self.limit], True
         # Set now, while they are in no group, and not at the release: that then derives the groups once.
         for number, step in enumerate(self.steps if self.lr_scale != 1.0 else (), start=1):
-            names = [name for name in layers.parameters(step) if name not in started]
+            names = [name for layer in step for name in parts[layer]]
             ledger.scale(names, self.lr_scale**number, owner=self.owner)
-        if why := self._idle(state):
+        waiting = [name for names in parts.values() for name in names]
+        warn_of_left_out(ledger, waiting, "LayerThaw")
+        if why := self._why_idle(state, waiting):
             warnings.warn(
                 f"LayerThaw(every='{self.every}', start={self.start!r}) releases nothing: {why}",
                 ThawlineWarning,
                 stacklevel=2,
             )
 
+    def _can_train(self, ledger: ParameterLedger, name: str) -> bool:
+        """Return whether nobody else holds a parameter; another LayerThaw does not count, since it releases as well."""
+        return all(owner.partition("#")[0] == type(self).__name__ for owner in ledger.owners(name))
+
     def _release(self, state: State) -> None:
         count = thawed_count(state.clock, self.every, len(self.steps))
-        due = self.steps[self.thawed : count]
+        due = [layer for step in self.steps[self.thawed : count] for layer in step]
         state.ledger.thaw(due, owner=self.owner, warmup=self.warmup)
         self.thawed = count
-        log.info("thawed", layers=list(due), epoch=state.clock.epoch, batch=state.clock.batch)
+        log.info("thawed", layers=due, epoch=state.clock.epoch, batch=state.clock.batch)
 
-    def _idle(self, state: State) -> str | None:
+    def _why_idle(self, state: State, waiting: Sequence[str]) -> str | None:
         """Return why nothing can ever be released, and what to write instead; None where something can."""
-        if not self.steps:
+        if not waiting:
             return "there is no other layer. Write a smaller start=, or stem=True."
-        if cannot_fire(self.every, state):
-            return f"the fit ends after {state.duration}. Write a shorter interval, such as LayerThaw(every='0.2dur')."
-        owners = state.ledger.owners
-        if all("user" in owners(name) for step in self.steps for name in state.layers.parameters(step)):
+        if self.steps:
+            fires = not cannot_fire(self.every, state)
+            shorter = (
+                f"the fit ends after {state.duration}. Write a shorter interval, such as LayerThaw(every='0.2dur')."
+            )
+            return None if fires else shorter
+        owners = {owner for name in waiting for owner in state.ledger.owners(name)} - {self.owner}
+        if owners == {"user"}:
+            if state.ledger.left_out.issuperset(waiting):
+                return f"{LEFT_OUT}."
             return "all of it was frozen before the fit, and stays so. Write model.requires_grad_(True) before the fit."
-        return None
+        return f"all else is held by {', '.join(sorted(owners))}, who release nothing. Write a larger start=, or leave one out."
 
     def _selector(self, layers: LayerMap) -> list[str]:
         """Return selectors of what trains from the beginning."""
@@ -243,5 +321,5 @@ class LayerThaw(Algorithm):
         """Return the layers that are released one by one: what does not train from the beginning, the head included."""
         order = thaw_order(layers, order=self.order, stem=self.stem)
         if isinstance(self.order, str):
-            order = ("head", *order) if self.order == "top" else (*order, "head")
+            order = (*order, "head") if self.order == "bottom" else ("head", *order)
         return tuple(name for name in order if not started.issuperset(layers.parameters(name)))

@@ -56,6 +56,7 @@ class LayerwiseLR(Algorithm):
 
     Args:
         decay: Factor from a layer to the one below it, above 0 and at most 1.
+        lowest: Instead, the factor of the layer beside the input, those between on a geometric line.
         lr_head: Absolute base rate of the head; None leaves the optimizer's.
         convention: Whose way of counting layers: ``"timm"``, ``"beit"`` or ``"electra"``; see :func:`layer_factors`.
 
@@ -66,7 +67,7 @@ class LayerwiseLR(Algorithm):
 
     Example:
         >>> LayerwiseLR(decay=0.8).describe()
-        {'name': 'LayerwiseLR', 'arguments': {'decay': 0.8, 'lr_head': None, 'convention': 'timm'}}
+        {'name': 'LayerwiseLR', 'arguments': {'decay': 0.8, 'lr_head': None, 'convention': 'timm', 'lowest': None}}
     """
 
     events = frozenset({Event.FIT_START})
@@ -75,12 +76,16 @@ class LayerwiseLR(Algorithm):
     decay: float = attrs.field(default=0.9, validator=in_range(above=0, at_most=1))
     lr_head: float | None = attrs.field(default=None, validator=positive(or_none=True, example=1e-3))
     convention: Convention = attrs.field(default="timm", validator=one_of(CONVENTIONS))
+    lowest: float | None = attrs.field(
+        default=None, kw_only=True, validator=in_range(above=0, at_most=1, or_none=True, example=0.01)
+    )
 
     @override
     def apply(self, event: Event, state: State) -> None:
         """Set the factors, and the head's rate."""
+        decay = self.decay if self.lowest is None else self.lowest ** (1 / max(1, len(state.layers) - 1))
         with state.ledger.at_once():
-            for layer, factor in layer_factors(state.layers, self.decay, self.convention).items():
+            for layer, factor in layer_factors(state.layers, decay, self.convention).items():
                 if factor != 1.0:
                     state.ledger.scale(layer, factor, owner=self.owner)
             if self.lr_head is not None:

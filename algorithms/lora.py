@@ -25,7 +25,7 @@ from ..engine import (
     register,
 )
 from .arguments import check_in_range, check_one_of, check_whole, in_range, one_of, positive, whole
-from .lora_modules import check_site, is_adapted
+from .lora_modules import MAX_RANK, check_site, is_adapted
 
 Target: TypeAlias = str | Sequence[str]
 TrainHead: TypeAlias = bool | Literal["auto"]
@@ -60,6 +60,7 @@ ATTENTION_NAMES = frozenset(
     | {"query_proj", "key_proj", "value_proj", "to_q", "to_k", "to_v", "in_proj", "out_proj", "o_proj"}
     | {"qkv", "qkv_proj", "query_key_value", "Wqkv", "to_qkv", "c_attn"}
 )
+_WORDS = ("attention", "all-linear", "auto")
 _PRETRAINED_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 
 
@@ -105,7 +106,7 @@ def inject_lora(
         >>> sorted(ledger.trainable)
         ['0.lora_A', '0.lora_B', '2.bias', '2.weight']
     """
-    check_whole("inject_lora(rank=)", rank, at_least=1, example="inject_lora(ledger, rank=8)")
+    check_whole("inject_lora(rank=)", rank, at_least=1, at_most=MAX_RANK, example="inject_lora(ledger, rank=8)")
     check_in_range("inject_lora(alpha=)", alpha, above=0, example="inject_lora(ledger, alpha=16)")
     check_in_range("inject_lora(dropout=)", dropout, at_least=0, below=1, example="inject_lora(ledger, dropout=0.05)")
     check_one_of(
@@ -117,8 +118,8 @@ def inject_lora(
     fresh = [name for name in names if not _goes_on(model, name, rank, alpha, dropout)]
     adapted = _adapters(model)
     base = [name for name in ledger.parameters if name not in adapted]
-    for name in fresh:
-        ledger.attach(name, "lora", owner=owner, rank=rank, alpha=alpha, dropout=dropout)
+    if fresh:
+        ledger.attach(fresh, "lora", owner=owner, rank=rank, alpha=alpha, dropout=dropout)
     if (not _has_pretrained_head(model)) if train_head == "auto" else train_head:
         head = frozenset(ledger.layers.head.parameters)
         base = [name for name in base if name not in head]
@@ -224,13 +225,13 @@ class LoRAInject(Algorithm):
         4
         >>> LoRAInject(rank=0)
         Traceback (most recent call last):
-        thawline.engine.errors.ArgumentError: LoRAInject(rank=) takes a whole number, 1 or above, got 0. Write: LoRAInject(rank=8)
+        thawline.engine.errors.ArgumentError: LoRAInject(rank=) takes a whole number, 1 or above and 65536 or below, got 0. Write: LoRAInject(rank=8)
     """
 
     events = frozenset({Event.FIT_START})
     stage: ClassVar[Stage] = Stage.SURGERY
 
-    rank: int = attrs.field(default=8, validator=whole(at_least=1))
+    rank: int = attrs.field(default=8, validator=whole(at_least=1, at_most=MAX_RANK))
     alpha: float = attrs.field(default=16, validator=positive())
     target: Target = attrs.field(default="auto", validator=_check_field)
     dropout: float = attrs.field(default=0.0, validator=in_range(at_least=0, below=1))
@@ -307,7 +308,11 @@ def _matching(pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def _nearest(model: nn.Module, name: str) -> str:
-    return nearest(name, _able(model) or [each for each, _ in model.named_modules() if each])
+    names = _able(model) or [each for each, _ in model.named_modules() if each]
+    ends = dict.fromkeys(each.rpartition(".")[2] for each in names)
+    return nearest(
+        name, dict.fromkeys([*(_WORDS if name else ()), *(each for each in ends if not each.isdigit()), *names])
+    )
 
 
 def _goes_on(model: nn.Module, name: str, rank: int, alpha: float, dropout: float) -> bool:

@@ -19,6 +19,7 @@ from typing_extensions import override
 from ..engine import ArgumentError, Attachment, Site, SurgeryError, surgery_op
 from .arguments import check_in_range, check_whole
 
+MAX_RANK = 2**16  # above the width of any layer that there is
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -304,8 +305,9 @@ def lora(site: Site, *, rank: int, alpha: float, dropout: float = 0.0) -> list[A
         >>> {name: tuple(each.shape) for name, each in built[0].parameters.items()}
         {'lora_A': (2, 4), 'lora_B': (2, 2)}
     """
-    check_whole("lora(rank=)", rank, at_least=1, example="ledger.attach(name, 'lora', owner='me', rank=8, alpha=16)")
-    check_in_range("lora(alpha=)", alpha, above=0, example="ledger.attach(name, 'lora', owner='me', rank=8, alpha=16)")
+    example = "ledger.attach(name, 'lora', owner='me', rank=8, alpha=16)"
+    check_whole("lora(rank=)", rank, at_least=1, at_most=MAX_RANK, example=example)
+    check_in_range("lora(alpha=)", alpha, above=0, example=example)
     check_in_range("lora(dropout=)", dropout, at_least=0, below=1, example="dropout=0.05")
     if is_adapted(site.module):
         raise SurgeryError(
@@ -351,7 +353,10 @@ def check_site(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module
         >>> check_site(model, "0", model[0]).__name__
         'LoRALinear'
     """
-    for parent_name, parent in model.named_modules():
+    above = name.rpartition(".")[0]
+    # torch's own output projection is of a class of its own, and may be known under another name as well.
+    everywhere = isinstance(module, NonDynamicallyQuantizableLinear)
+    for parent_name, parent in model.named_modules() if everywhere else [(above, model.get_submodule(above))]:
         if isinstance(parent, nn.MultiheadAttention) and parent.out_proj is module:
             raise SurgeryError(
                 f"{name!r} belongs to the nn.MultiheadAttention {parent_name!r}, which reads its weight and never calls it. "
@@ -368,12 +373,14 @@ def check_site(model: nn.Module, name: str, module: nn.Module) -> type[nn.Module
                 "no adapter can stand. Choose other targets, or remove the parametrization first."
             )
         return check_class(name, module, LoRALinear, nn.Linear)
-    hint = " GPT-2's Conv1D stores its weight transposed and is not supported yet." * (
-        type(module).__name__ == "Conv1D"
-    )
+    advice = "Choose others: LoRAInject(target=['*.query', '*.value']), or LoRAInject(target='all-linear')."
+    if type(module).__name__ == "Conv1D":
+        advice = (
+            "GPT-2's Conv1D stores its weight transposed and is not supported yet. Train its last blocks instead: "
+            "Trainer(algorithms=partial(last=2)), with partial from thawline.algorithms."
+        )
     raise SurgeryError(
-        f"'lora' takes nn.Linear and nn.MultiheadAttention; {name!r} is a {type(module).__name__}.{hint} "
-        "Choose others: LoRAInject(target=['*.query', '*.value']), or LoRAInject(target='all-linear')."
+        f"'lora' takes nn.Linear and nn.MultiheadAttention; {name!r} is a {type(module).__name__}. {advice}"
     )
 
 
@@ -472,6 +479,7 @@ def _additive(name: str, mask: Tensor | None, dtype: torch.dtype) -> Tensor | No
 
 
 __all__ = [
+    "MAX_RANK",
     "LoRALinear",
     "LoRAMultiheadAttention",
     "LoRANonDynamicallyQuantizableLinear",

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ..engine import Algorithm, ArgumentError, Time
+from torch import nn
+
+from ..engine import Algorithm, ArgumentError, LayerMap, Time
 from .arguments import check_in_range, check_whole
 from .layer_thaw import LayerThaw
 from .layerwise_lr import LayerwiseLR
 from .lora import LoRAInject
+from .phases import Phase, Plateau
+from .thaw_schedule import ThawSchedule
 from .train_only import TrainOnly
 
 
@@ -145,9 +149,113 @@ def progressive(
 
     Example:
         >>> progressive(every=2)[0].describe()["arguments"]["every"]
-        2
+        '2ep'
     """
     return [LayerThaw(every, limit=limit, lr_scale=lr_scale, order=order, warmup=warmup)]
+
+
+def ulmfit(
+    *, every: Time | str | int = 1, lr_scale: float = 1 / 2.6, warmup: Time | str | int | None = None
+) -> list[Algorithm]:
+    """Unfreeze gradually from the head, each layer at 1 / 2.6 of the rate of the one above it.
+
+    The slanted triangular rate that goes with it is the Trainer's:
+    ``schedule=warmup(0.1, then=linear(end=1 / 32), start=1 / 32)``.
+
+    Args:
+        every: The interval between two layers.
+        lr_scale: Factor from a layer to the one below it.
+        warmup: Of what is released.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+
+    Source: Howard and Ruder, ULMFiT, arXiv:1801.06146, sections 3.2 and 3.3.
+
+    Example:
+        >>> ulmfit()[0].describe()["arguments"]["lr_scale"] * 2.6
+        1.0
+    """
+    return [LayerThaw(every, lr_scale=lr_scale, warmup=warmup)]
+
+
+def fine_tune(
+    freeze_epochs: Time | str | int = 1, *, base_lr: float | None = None, lr_mult: float = 100
+) -> list[Algorithm]:
+    """Train the head, then everything, at rates from ``lr / lr_mult`` beside the input to ``lr`` at the head.
+
+    The two one-cycle rates that go with it, the second half as high, are the Trainer's:
+    ``schedule=join([warmup(0.99, start=1 / 25), warmup(0.3, then=cosine(start=0.5), start=0.1)], ["1ep"])``.
+
+    Args:
+        freeze_epochs: How long the head trains alone.
+        base_lr: Base rate of all; None is the optimizer's. fastai's is 2e-3.
+        lr_mult: Ratio of the head's rate to that of the layer beside the input, 1 or above.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+
+    Source: Howard and Gugger, fastai, ``Learner.fine_tune``.
+
+    Example:
+        >>> [type(each).__name__ for each in fine_tune(freeze_epochs=2, base_lr=2e-3)]
+        ['LayerThaw', 'LayerwiseLR', 'TrainOnly']
+    """
+    check_in_range("fine_tune(lr_mult=)", lr_mult, at_least=1, example="fine_tune(lr_mult=100)")
+    rates = _rates("fine_tune", base_lr=("*", base_lr))
+    thaw = LayerThaw(freeze_epochs, order="together", lr_scale=1.0)
+    return [thaw, LayerwiseLR(lowest=1 / lr_mult), *([TrainOnly("*", lr=rates)] if rates else [])]
+
+
+def lp_ft(probe: Time | str | int = "0.5dur", *, lr_scale: float = 0.1) -> list[Algorithm]:
+    """Train a linear probe, then fine-tune everything: what is pre-trained meets a head that fits already.
+
+    Args:
+        probe: How long the head trains alone.
+        lr_scale: Of the rest, when it joins; the head keeps its rate.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+
+    Source: Kumar et al., Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution,
+    arXiv:2202.10054.
+
+    Example:
+        >>> lp_ft("2ep", lr_scale=0.01)[0].describe()["arguments"]["order"]
+        'together'
+    """
+    return [LayerThaw(probe, order="together", lr_scale=lr_scale)]
+
+
+def chain_thaw(model: nn.Module | LayerMap, until: Time | Plateau | str | int = 1) -> list[Algorithm]:
+    """Train the head, then each layer by itself from the input to the head, then everything to the end of the fit.
+
+    Args:
+        model: The model, or its layers: there is a phase for each of them.
+        until: How long each phase is, or a :class:`Plateau` that ends it, such as ``Plateau("eval/loss", patience=2)``.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+        LayerError: The model cannot be split into layers.
+
+    Source: Felbo et al., Using Millions of Emoji Occurrences to Learn Any-Domain Representations, arXiv:1708.00524.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [phase.thaw for phase in chain_thaw(model, "2ep")[0].phases]
+        [('head',), ('blocks[0]',), ('blocks[1]',), ('head', 'blocks[0]')]
+    """
+    if not isinstance(model, (nn.Module, LayerMap)):
+        takes = "a torch.nn.Module or its LayerMap"
+        raise ArgumentError("chain_thaw(model=)", got=model, takes=takes, example="chain_thaw(model, until=1)")
+    layers = model if isinstance(model, LayerMap) else LayerMap(model)
+    below = [layer.name for layer in layers if layer.name != "head"]
+    phases, last = [Phase(thaw="head", until=until)], "head"
+    for name in below:
+        phases.append(Phase(thaw=name, freeze=last, until=until))
+        last = name
+    rest = ["head", *below[:-1]] if below else ["head"]
+    return [ThawSchedule([*phases, Phase(thaw=rest)] if below else [Phase(thaw=rest)])]
 
 
 def _rates(preset: str, before: str = "", /, **rates: tuple[str, float | None]) -> dict[str, float]:

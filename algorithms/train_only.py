@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from typing import ClassVar
 
 import attrs
 from typing_extensions import override
 
-from ..engine import Algorithm, ArgumentError, Event, Layer, LayerMap, Stage, State, register
+from ..engine import (
+    Algorithm,
+    ArgumentError,
+    Event,
+    Layer,
+    LayerMap,
+    ParameterLedger,
+    Stage,
+    State,
+    ThawlineWarning,
+    register,
+)
 from .arguments import check_selectors
+
+_LAST_BLOCKS = re.compile(r"blocks\[-(\d+):\]")
 
 
 def all_but(layers: LayerMap, names: Collection[str]) -> list[str]:
@@ -37,6 +53,23 @@ def rest_of(layer: Layer, names: Collection[str]) -> list[str]:
     return [layer.name] if len(rest) == len(layer.parameters) else rest
 
 
+LEFT_OUT = (
+    "no group of the optimizer instance holds them. Pass a factory, which sees every parameter: "
+    "optimizer=partial(torch.optim.AdamW, lr=1e-4)"
+)
+
+
+def warn_of_left_out(ledger: ParameterLedger, names: Collection[str], who: str) -> None:
+    """Warn where ``who`` is to train some of what the optimizer instance of the fit does not hold, but not all of it."""
+    missing = [name for name in names if name in ledger.left_out]
+    if missing and len(missing) < len(names):
+        warnings.warn(
+            f"{who} is to train {len(names)} parameters, and {len(missing)} (first {missing[0]!r}) cannot: {LEFT_OUT}.",
+            ThawlineWarning,
+            stacklevel=3,
+        )
+
+
 def _selectors(value: object) -> tuple[str, ...]:
     return check_selectors("TrainOnly(select=)", value, example="TrainOnly('head')")
 
@@ -45,7 +78,10 @@ def _rates(value: object) -> dict[str, float]:
     if value is None:
         return {}
     if isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(lr, (int, float)) and not isinstance(lr, bool) and 0 < lr < float("inf")
+        isinstance(name, str)
+        and isinstance(lr, (int, float))
+        and not isinstance(lr, bool)
+        and 0 < lr <= sys.float_info.max
         for name, lr in value.items()
     ):
         return {str(name): float(lr) for name, lr in value.items()}
@@ -69,6 +105,10 @@ class TrainOnly(Algorithm):
     Raises:
         ArgumentError: An argument of the wrong type.
 
+    Warns:
+        ThawlineWarning: A rate for what does not train, more blocks than there are, or parameters that the optimizer
+            instance does not hold.
+
     Example:
         >>> TrainOnly(["blocks[-2:]", "head"], lr={"head": 1e-3}).describe()["arguments"]["lr"]
         {'head': 0.001}
@@ -83,8 +123,26 @@ class TrainOnly(Algorithm):
     @override
     def apply(self, event: Event, state: State) -> None:
         """Hold the rest, and set the rates."""
-        ledger = state.ledger
-        if rest := all_but(state.layers, ledger.select(self.select)):
-            ledger.freeze(rest, owner=self.owner)
+        ledger, layers = state.ledger, state.layers
+        chosen = ledger.select(self.select)
+        with ledger.at_once():
+            if rest := all_but(layers, chosen):
+                ledger.freeze(rest, owner=self.owner)
+            for select, lr in self.lr.items():
+                ledger.set_lr(select, lr, owner=self.owner)
+        warn_of_left_out(ledger, chosen, "TrainOnly")
+        for doubt in self._doubts(ledger, frozenset(chosen)):
+            warnings.warn(doubt, ThawlineWarning, stacklevel=2)
+
+    def _doubts(self, ledger: ParameterLedger, chosen: frozenset[str]) -> Iterator[str]:
+        """Yield what was asked for and cannot have been meant."""
+        trains = {name for name in chosen if "user" not in ledger.owners(name)}
         for select, lr in self.lr.items():
-            ledger.set_lr(select, lr, owner=self.owner)
+            if trains.isdisjoint(ledger.select(select)):
+                both = [*self.select, select]
+                yield f"nothing of {select!r} trains, so TrainOnly(lr=) for it has no effect ({lr:g}). Write TrainOnly({both}, …)."
+        blocks = len(ledger.layers.blocks)
+        for select in self.select:
+            found = _LAST_BLOCKS.fullmatch(select)
+            if found and int(found[1]) > blocks:
+                yield f"TrainOnly({select!r}) asks for {found[1]} blocks of {blocks}: all train. Write partial(last={blocks})."

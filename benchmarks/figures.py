@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from thawline.algorithms import ema_update
 from thawline.algorithms.grad_clip import clip_gradients
@@ -65,6 +66,10 @@ class Listen(Algorithm):
     """Listens and does nothing."""
 
     events = frozenset({Event.BATCH_END})
+
+    @override
+    def apply(self, event: Event, state: State) -> None:
+        """Do nothing."""
 
 
 def event(rounds: int, _: torch.device) -> list[Row]:

@@ -16,6 +16,7 @@ from .errors import (
     NonFiniteError,
     OptimizerError,
     RunDirError,
+    ScheduleError,
     SelectorError,
     SurgeryError,
     ThawlineError,
@@ -28,6 +29,7 @@ from .groups import Group
 from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
 from .log import configure_logging, get_logger
+from .monitor import direction_of
 from .plan import Plan
 from .randomness import derive_seed
 from .schedules import (
@@ -82,6 +84,7 @@ __all__ = [
     "Plan",
     "RunDirError",
     "Schedule",
+    "ScheduleError",
     "Selector",
     "SelectorError",
     "Site",
@@ -98,6 +101,7 @@ __all__ = [
     "constant",
     "cosine",
     "derive_seed",
+    "direction_of",
     "get_logger",
     "inverse_sqrt",
     "join",

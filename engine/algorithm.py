@@ -103,6 +103,19 @@ class Algorithm(_Remembering):
         args, kwargs = self._arguments
         cast("Any", self).__init__(*args, **kwargs)
 
+    def fresh(self) -> Self:
+        """Return another instance of the same arguments, as constructed."""
+        args, kwargs = self._arguments
+        return type(self)(*args, **kwargs)
+
+    def unplanned(self) -> str | None:
+        """Return in words what it may do that :meth:`Trainer.plan` cannot know; None where the clock decides everything.
+
+        What depends on losses, gradients or weights is decided in the fit only. The words follow the algorithm's name,
+        as in "may stop the fit when eval/loss has not improved for 3 evaluations".
+        """
+        return None
+
     def describe(self) -> dict[str, Json]:
         """Return name and arguments as JSON; :meth:`from_description` inverts it.
 
@@ -133,7 +146,14 @@ class Algorithm(_Remembering):
         args, kwargs = self._arguments
         bound = inspect.signature(type(self)).bind(*args, **kwargs)
         bound.apply_defaults()
-        return dict(bound.arguments)
+        return {key: self._converted(key, value) for key, value in bound.arguments.items()}
+
+    def _converted(self, argument: str, value: Any) -> Any:
+        """Return an argument as the class keeps it, so that ``LayerThaw(2)`` and ``LayerThaw("2ep")`` are alike."""
+        kind: Any = type(self)
+        fields = attrs.fields(kind) if attrs.has(kind) else ()
+        kept = [each.name for each in fields if each.init and each.alias == argument]
+        return getattr(self, kept[0], value) if kept else value
 
 
 Kind = TypeVar("Kind", bound=type[Algorithm])
@@ -217,5 +237,12 @@ def _qualified(value: Any) -> str:
     name = getattr(inner, "__qualname__", type(inner).__qualname__)
     text = f"{getattr(inner, '__module__', '?')}.{name}"
     if inner is not value:
-        text += f"({', '.join([*map(repr, value.args), *(f'{key}={each!r}' for key, each in value.keywords.items())])})"
+        keywords = [f"{key}={_shown(each)}" for key, each in value.keywords.items()]
+        text += f"({', '.join([*map(_shown, value.args), *keywords])})"
     return text
+
+
+def _shown(value: object) -> str:
+    """Show what is bound to a function, the same in every process: without addresses in memory."""
+    described = as_json(value)
+    return str(described["callable"]) if isinstance(described, dict) and "callable" in described else repr(described)

@@ -25,7 +25,7 @@ def batch_size_of(batch: Any) -> int:
             of anything else, one a sample.
 
     Raises:
-        DataError: There is nothing in it that has a first dimension.
+        DataError: There is nothing in it that has a first dimension, or it is nested without end.
 
     Example:
         >>> batch_size_of({"x": torch.zeros(4, 3), "y": torch.zeros(4)})
@@ -34,10 +34,13 @@ def batch_size_of(batch: Any) -> int:
     first = batch[0] if type(batch) in (tuple, list) and batch else batch
     if isinstance(first, Tensor) and first.ndim:  # the commonest batches, in a fraction of the time
         return first.shape[0]
-    for array in _arrays(batch):
-        return int(array.shape[0])
-    if listed := _first_list(batch):
-        return len(listed)
+    try:
+        for array in _arrays(batch):
+            return int(array.shape[0])
+        if listed := _first_list(batch):
+            return len(listed)
+    except RecursionError:
+        raise _too_deep(batch) from None
     raise DataError(
         f"cannot tell how many samples are in a batch of type {type(batch).__name__}: no tensor in it has a first "
         f"dimension, got {shorten(batch)}. Write: a collate_fn that returns a tensor, or a tuple, list or mapping of "
@@ -67,16 +70,23 @@ def split_batch(batch: Any, size: int) -> list[Any]:
     if whole <= size:
         return [batch]
     slices = [slice(start, min(start + size, whole)) for start in range(0, whole, size)]
-    listed = isinstance(batch, (list, tuple)) and len(batch) == whole and not any(_holds(each) for each in batch)
-    return [batch[part] if listed else _part(batch, whole, part, outermost=True) for part in slices]
+    try:
+        listed = isinstance(batch, (list, tuple)) and len(batch) == whole and not any(_holds(each) for each in batch)
+        return [batch[part] if listed else _part(batch, whole, part, outermost=True) for part in slices]
+    except RecursionError:
+        raise _too_deep(batch) from None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on ``device``: the very object where all of them lie there already.
 
     Args:
-        batch: Tensors in mappings, tuples and lists, nested; or an object with a ``to`` method of its own.
+        batch: Tensors in mappings, tuples and lists, nested; or an object with a ``to`` method of its own. NumPy arrays
+            of numbers become tensors, as in torch's default collate function.
         device: Where to.
+
+    Raises:
+        DataError: It is nested deeper than Python can follow, or holds itself.
 
     Example:
         >>> batch = [torch.zeros(2), "a name"]
@@ -89,16 +99,38 @@ def to_device(batch: Any, device: torch.device) -> Any:
                 break
         else:  # the commonest batches, in a fraction of the time
             return batch
+    try:
+        return _moved(batch, device)
+    except RecursionError:
+        raise _too_deep(batch) from None
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=device.type == "cuda")
+    if isinstance(batch, np.ndarray):
+        return _moved(_tensor(batch), device) if batch.dtype.kind in "biufc" else batch
     if isinstance(batch, (list, tuple, Mapping)):
         if callable(getattr(batch, "to", None)) and not isinstance(batch, Mapping):
             return batch.to(device)  # type: ignore[union-attr]  # PackedSequence is a tuple and moves as one
-        return _mapped(batch, lambda each: to_device(each, device))
-    if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, np.ndarray)):
+        return _mapped(batch, lambda each: _moved(each, device))
+    if callable(getattr(batch, "to", None)) and not isinstance(batch, type):
         # Some move in place, and the caller's loader may hold this very batch.
         return batch if getattr(batch, "device", None) == device else copy.copy(batch).to(device)
     return batch
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """Return a tensor over the array's memory where torch can take it, else over a copy."""
+    fits = array.flags.writeable and array.dtype.isnative and all(stride >= 0 for stride in array.strides)
+    return torch.as_tensor(array if fits else array.astype(array.dtype.newbyteorder("=")))
+
+
+def _too_deep(batch: Any) -> DataError:
+    return DataError(
+        f"a batch, a {type(batch).__name__}, is nested deeper than Python can follow, or holds itself. "
+        "Write: a collate_fn that returns a tensor, or a tuple, list or mapping of tensors."
+    )
 
 
 def forward_arguments(batch: Any, keep_labels: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -1,35 +1,31 @@
-"""The books of the ledger: parameters, groups and optimizer state, made to agree."""
+"""The books of the ledger: parameters, groups and optimizer state, made to agree, and what can be read of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from .clock import Clock
 from .events import Event
-from .grafts import Graft, Overrides
-from .groups import Origin, Slot, derive_groups, name_groups
-from .holds import USER, Hold, Holds, Rate
+from .footprint import Template, state_template, template_bytes
+from .grafts import record_of
+from .groups import Group, Origin, Slot, derive_groups, groups_of_layers, name_groups, view_groups
+from .holds import USER, Hold, Holds
 from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
 from .layers import LayerMap, LayerSpec
 from .log import get_logger
 from .modes import ModeKeeper
 from .schedules import Schedule, constant
-from .selectors import Selection
+from .selectors import Selection, Selector, resolve
 from .surgery import JournalEntry
 
 log = get_logger(__name__)
-
-# What is attached to a model outlives the fit that attached it: the next ledger over the same model knows it, can undo
-# it, and writes it into its own journal.
-_ATTACHED: WeakKeyDictionary[nn.Module, tuple[list[tuple[JournalEntry, tuple[Graft, ...]]], Overrides]] = (
-    WeakKeyDictionary()
-)
 
 
 class Books:
@@ -57,7 +53,11 @@ class Books:
         self.clock = Clock()
         self.phase: Event | None = None
         self.version = 0
+        self.changed_by: tuple[str, ...] = ()
+        self._acting = USER
+        self._templates: dict[tuple[int, object, int], Template | None] = {}
         self._read_names()
+        self.layers.check(self._parameters)
         self.optimizers, self._homes = settle(optimizer, self._parameters, self._aliases, self.layers)
         self._selectors = selectors_of(optimizer)
         self._home_list = sorted(
@@ -72,14 +72,105 @@ class Books:
         self._slots: dict[str, Slot] = {}
         self._live: dict[Slot, dict[str, Any]] = {}
         self._names: tuple[str, ...] | None = None
+        self._groups_of_layers: dict[str, tuple[int, ...]] | None = None
         self._trainable_names: frozenset[str] | None = None
-        self._journal, self._overrides = _ATTACHED.setdefault(model, ([], {}))
         self._modes = ModeKeeper(model)
         self._gathering = 0
         self._behind = False
         self._factor = 1.0
         self._rated = self.clock  # for which the rates were last written: the clock ticks before the next batch's are
         self._begin()
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """All parameters by canonical name, in registration order; tied ones once."""
+        return MappingProxyType(self._parameters)
+
+    @property
+    def trainable(self) -> frozenset[str]:
+        """Names of the parameters that train."""
+        if self._trainable_names is None:
+            self._trainable_names = frozenset(self._trainable)
+        return self._trainable_names
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that do not train."""
+        return frozenset(self._parameters) - self._trainable
+
+    @property
+    def trainable_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that train, in the order of the groups; the same object until :attr:`version` moves."""
+        return self._flat
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The parameter groups of all optimizers, named by the layers they span."""
+        return view_groups(self._live, self._members, self._group_names())
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The highest learning rate in each layer now, 0.0 where nothing of it trains; cheap between two changes.
+
+        The layers are always the same, while groups, and with them their names, come and go. Empty where the optimizers'
+        groups have no learning rate.
+        """
+        if all(home.lr is None for home in self._home_list):
+            return {}
+        lrs = [float(group.get("lr", 0.0)) for group in self._live.values()]
+        if self._groups_of_layers is None:
+            members = [self._members[slot] for slot in self._live]
+            self._groups_of_layers = groups_of_layers(members, self.layers)
+        return {
+            layer: max([lrs[place] for place in places], default=0.0)
+            for layer, places in self._groups_of_layers.items()
+        }
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """What each group's learning rate is a function of, in the order of :attr:`groups`."""
+        return tuple(self._live)
+
+    @property
+    def state_bytes(self) -> int | None:
+        """What the optimizers keep for what trains, once they have stepped; None where that is not known beforehand."""
+        total = 0
+        for name in self._trainable:
+            home, parameter = self._homes[name], self._parameters[name]
+            key = (home.index, parameter.dtype, parameter.ndim)
+            if key not in self._templates:
+                optimizer = self.optimizers[home.optimizer]
+                self._templates[key] = state_template(optimizer, home.options, parameter.dtype, parameter.ndim)
+            template = self._templates[key]
+            if template is None:
+                return None
+            total += template_bytes(template, parameter.shape)
+        return total
+
+    @property
+    def journal(self) -> tuple[JournalEntry, ...]:
+        """What was attached, in order."""
+        return tuple(entry for entry, _ in record_of(self.model).entries)
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Names of the parameters, not frozen by the user, that the optimizer instance does not hold: held by "user"."""
+        return frozenset(self._left_out - self._given_frozen)
+
+    def owners(self, name: str) -> tuple[str, ...]:
+        """Return who holds the parameter called ``name``."""
+        return self._holds.owners(self._aliases.get(name, name))
+
+    def select(self, select: Selector) -> tuple[str, ...]:
+        """Return the canonical names that a selector means; a SelectorError where it matches nothing."""
+        return tuple(self._resolve(select).names)
+
+    def _resolve(self, select: Selector) -> Selection:
+        return resolve(select, self._parameters, self._aliases, self.layers)
+
+    # -- following ---------------------------------------------------------------------------------------------
 
     def apply_lr(self, clock: Clock) -> None:
         """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedules(progress), min_lr)``."""
@@ -90,7 +181,7 @@ class Books:
             self._write_lr()
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self) -> Generator[None]:
         """Derive the groups once for all the changes inside, not once for each.
 
         What trains is up to date inside, also where an error ends it; :attr:`groups` and :attr:`trainable_parameters`
@@ -141,6 +232,7 @@ class Books:
             home.template["params"] = [self._parameters[name] for name in names]
             if "param_names" in home.template:
                 home.template["param_names"] = names
+            home.template.update(home.replaced)
             if home.lr is not None:
                 set_lr(home.template, home.lr)
 
@@ -155,8 +247,7 @@ class Books:
             for name, each in self._parameters.items()
             if name in self._homes and id(each) not in self._in_optimizer
         }
-        forgotten = self._left_out - self._given_frozen
-        if forgotten:
+        if forgotten := self._left_out - self._given_frozen:
             log.warning(
                 "in no optimizer group, so held by the user", parameters=len(forgotten), first=min(forgotten),
                 advice="pass a factory such as partial(torch.optim.AdamW, lr=1e-4)",
@@ -175,7 +266,7 @@ class Books:
             optimizer.param_groups[:] = []
         self._join([name for name in self._parameters if not self._holds.is_held(name)], restore=False)
         self._regroup()
-        self.version = 0
+        self.version, self.changed_by = 0, ()
 
     def _read_names(self) -> None:
         self._parameters = dict(self.model.named_parameters())
@@ -227,26 +318,29 @@ class Books:
                 self.optimizers[home.optimizer].state[parameter] = state
 
     def _replace(self, names: Sequence[str]) -> None:
-        if names:
-            self._place(names)
+        self._place(names)
+        if not self._trainable.isdisjoint(names):
             self._regroup()
 
     def _place(self, names: Iterable[str]) -> None:
-        """Find the slot of each name from its home, rate, factors and origin."""
+        """Find the slot of each name from its home, settings, factors and origin."""
         interned, holds = self._interned, self._holds
         for name in names:
             home = self._homes.get(name)
             if home is None:
                 continue
-            rate: Rate | None = holds.rates.get(name) if holds.rates else None
-            base = home.lr if rate is None else rate.lr
+            base, course = home.lr, None
+            options: tuple[tuple[str, float], ...] = ()
+            if holds.settings:
+                values = holds.set_for(name)
+                base, course = values.pop("lr", base), values.pop("schedule", None)
+                options = home.take(values)
             scale = holds.factor(name) if holds.factors else 1.0
             origin = self._origins.get(name) if self._origins else None
-            schedules = holds.schedules_of(name) if holds.schedules else ()
-            key = (home.index, base, scale, origin, schedules)
+            key = (home.index, base, scale, origin, course, options)
             slot = interned.get(key)
             if slot is None:
-                slot = interned[key] = Slot(home, base, scale, origin, schedules)
+                slot = interned[key] = Slot(home, base, scale, origin, course, options)
             self._slots[name] = slot
 
     def _regroup(self) -> None:
@@ -266,13 +360,18 @@ class Books:
             group["params"] = list(map(self._parameters.__getitem__, self._members[slot]))
             if "param_names" in group:
                 group["param_names"] = list(self._members[slot])
+            if slot.home.replaced:
+                group.update(slot.set_options)
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
         self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
         self._moving = any(slot.moves for slot in self._live)
+        self._trainable_names = self._names = self._groups_of_layers = None
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)
         self.version += 1
+        if self._acting not in self.changed_by:
+            self.changed_by += (self._acting,)
 
     def _group_names(self) -> tuple[str, ...]:
         if self._names is None:
@@ -292,11 +391,20 @@ class Books:
         on_device = bool(options.get("capturable") or options.get("fused"))
         device = self._parameters[name].device
         return {
-            key: value.to(device if key != "step" or on_device else "cpu", copy=True)
-            if isinstance(value, Tensor)
-            else value
+            key: _copied(value, device if key != "step" or on_device else torch.device("cpu"))
             for key, value in values.items()
         }
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """Copy a value of an optimizer's state, with all tensors in it on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, copy=True)
+    if type(value) in (list, tuple):
+        return type(value)(_copied(each, device) for each in value)
+    if type(value) is dict:
+        return {key: _copied(each, device) for key, each in value.items()}
+    return value
 
 
 def set_lr(group: dict[str, Any], lr: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from .clock import Clock
 from .engine import Engine
-from .errors import CheckpointError
+from .errors import CheckpointError, ThawlineWarning
 from .log import get_logger
 from .precision import Precision
+from .resume import check_same_run, differences
 
 SCHEMA = 1
 log = get_logger(__name__)
@@ -24,9 +26,6 @@ log = get_logger(__name__)
 _MEANING = {
     "torch": "another version's kernels may round differently",
     "threads": "sums are split differently over another number of threads",
-    "device": "another device's kernels round differently",
-    "microbatch_size": "the gradient is summed in other portions",
-    "precision": "the arithmetic is another one",
 }
 
 
@@ -47,7 +46,7 @@ def capture(
         "clock": attrs.asdict(state.clock),
         "duration": str(state.duration),
         "settings": dict(settings),
-        "environment": environment(state.model),
+        "environment": environment(),
         "ledger": state.ledger.state_dict(),
         "model": weights_of(state.model),
         "buffers": _passing_buffers(state.model),
@@ -67,19 +66,27 @@ def restore(
     """Make a fresh fit what :func:`capture` saw, random number generators last; return its ``extra``.
 
     Raises:
-        CheckpointError: The checkpoint belongs to another kind of run; the message says what differs.
+        CheckpointError: The checkpoint belongs to another kind of run; the message says what differs. Nothing has
+            been changed then.
+
+    Warns:
+        ThawlineWarning: For each setting that differs and may.
     """
     state = engine.state
     if tree.get("schema") != SCHEMA:
         raise CheckpointError(f"the checkpoint has schema {tree.get('schema')!r}, this version reads {SCHEMA}.")
-    _compare_settings(tree["settings"], settings)
-    _compare_environment(tree["environment"], environment(state.model))
+    compared = tree["settings"], settings, tree["ledger"], state.ledger.state_dict()
+    engine.check_same(tree["algorithms"])
+    check_same_run(*compared)
+    _compare_environment(tree["environment"], environment())
     length, saved_length = state.clock.batches_per_epoch, tree["clock"]["batches_per_epoch"]
     if length != saved_length:
         raise CheckpointError(
             f"the run was saved with {saved_length} batches an epoch, and the loader gives {length} now: where to go on is "
             "not defined. Give the same data and batch size, or start anew in another run_dir."
         )
+    for difference in differences(*compared):
+        warnings.warn(difference, ThawlineWarning, stacklevel=6)
     state.ledger.load_state_dict(tree["ledger"])
     load_weights(state.model, tree["model"])
     for name, buffer in _passing_buffers(state.model).items():
@@ -129,10 +136,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the checkpoint's weights are not this model's: {error}") from error
 
 
-def environment(model: nn.Module) -> dict[str, Any]:
-    """Return what bit-exactness depends on besides the checkpoint."""
-    device = next(model.parameters()).device
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device.type}
+def environment() -> dict[str, Any]:
+    """Return what bit-exactness depends on besides checkpoint and settings."""
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
 
 
 def rng_state(model: nn.Module) -> dict[str, Any]:
@@ -161,25 +167,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - as above
     torch.manual_seed(seed)
-
-
-def _compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key in ("duration", "optimizer", "microbatch_size", "precision"):
-        if saved.get(key) != now.get(key):
-            meaning = _MEANING.get(key, "the run goes on, otherwise than it would have")
-            log.warning(
-                "resumed with another setting", setting=key, saved=saved.get(key), now=now.get(key), meaning=meaning
-            )
-    changed = [
-        f"{key}: saved {saved.get(key)!r}, now {now.get(key)!r}"
-        for key in ("schedule", "min_lr", "seed", "accumulate")
-        if saved.get(key) != now.get(key)
-    ]
-    if changed:
-        raise CheckpointError(
-            "the run cannot be continued with other settings: " + "; ".join(changed) + ". "
-            "Set them as they were, or start anew: Trainer(run_dir=<another directory>)"
-        )
 
 
 def _compare_environment(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TypeVar
 
 from attrs import field, frozen
 from typing_extensions import override
 
 from .errors import ArgumentError
 
+N = TypeVar("N", int, float)
 TIME_UNITS = {"ep": "epochs", "ba": "batches", "sp": "samples", "dur": "a share of the duration"}
 _TIME = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:[eE]([+-]?\d+))?\s*(ep|ba|sp|dur)\s*")
 _FORMS = "a time: an int (epochs), '3ep', '200ba' (batches), '5000sp' (samples) or '0.5dur' (share of the duration)"
+LONGEST = 10**15
+"""The largest amount of a :class:`Time`: every whole number up to it is exact as a float, and nobody trains longer."""
 # Fractions of a duration are floats: 3/10 divided by 0.1 is 2.9999999999999996 and means 3.
 _TOLERANCE = 1e-9
 
@@ -25,7 +29,7 @@ class Time:
         time: ``"3ep"``, ``"200ba"``, ``"5000sp"``, ``"0.5dur"``, an int (epochs), or another Time.
 
     Raises:
-        ArgumentError: The text is none of these, the amount is negative or infinite, or
+        ArgumentError: The text is none of these, the amount is negative or above 1e15, or
             it is not whole where it counts epochs, batches or samples.
 
     Example:
@@ -98,23 +102,24 @@ def _parse(time: object) -> tuple[int | float, str]:
     if isinstance(time, int) and not isinstance(time, bool):
         if time < 0:
             raise ArgumentError("Time", got=time, takes=_FORMS, example="Time('3ep')")
-        return time, "ep"
+        return _bounded(time, time), "ep"
     found = _TIME.fullmatch(time) if isinstance(time, str) and len(time) <= 64 else None
     if found is None:
         raise ArgumentError("Time", got=time, takes=_FORMS, example="Time('3ep')")
     number, exponent, unit = found.groups()
-    try:
-        value = float(f"{number}e{exponent or 0}")
-    except OverflowError:  # pragma: no cover - float() of text saturates to inf instead
-        value = math.inf
-    if not math.isfinite(value):
-        raise ArgumentError("Time", got=time, takes="a finite time", example="Time('200ba')")
+    value = _bounded(float(f"{number}e{exponent or 0}"), time)  # float() of text saturates to inf
     if unit == "dur":
         return value, unit
     if value != int(value):
         takes = f"whole {TIME_UNITS[unit]}; a fraction of the fit is '0.5dur'"
         raise ArgumentError("Time", got=time, takes=takes, example=f"Time('{max(1, round(value))}{unit}')")
     return int(value), unit
+
+
+def _bounded(value: N, time: object) -> N:
+    if value > LONGEST:
+        raise ArgumentError("Time", got=time, takes=f"a time of at most {LONGEST:.0e}", example="Time('200ba')")
+    return value
 
 
 @frozen(slots=True)

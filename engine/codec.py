@@ -1,6 +1,6 @@
 """A nested tree of tensors and plain values, as named tensors plus JSON and back; nothing is pickled.
 
-JSON has no tuple, bytes, NaN, infinity, tensor or array. Each is written as an object with one key that begins
+JSON has no tuple, bytes, NaN, infinity, tensor or array, nor keys that are not text. Each is written as an object with one key that begins
 with ``$``, such as ``{"$tuple": [0.9, 0.999]}``; a user's own key that begins so is escaped. What is read is taken
 for hostile: only these objects are known, every tensor must be used, and depth and memory are bounded.
 """
@@ -32,7 +32,7 @@ MAX_DEPTH = 64
 """How deep a tree may nest."""
 
 _KINDS = (
-    "dict (with str keys), list, tuple, None, bool, int, float, str, bytes, dense tensors, "
+    "dict (its keys None, bool, int, float, str or tuples of them), list, tuple, None, bool, int, float, str, bytes, dense tensors, "
     "NumPy arrays and numbers, torch.dtype and torch.device"
 )
 _HEX = re.compile(r"(?:[0-9a-f]{2})*")
@@ -63,8 +63,9 @@ def flatten(tree: object) -> tuple[dict[str, Tensor], Json]:
     other views of one storage come back apart.
 
     Args:
-        tree: Any nesting of dict (with str keys), list, tuple, None, bool, int (of any size), float, str, bytes,
-            dense tensors of any dtype and device, NumPy arrays and numbers, torch.dtype and torch.device.
+        tree: Any nesting of dict, list, tuple, None, bool, int (of any size), float, str, bytes, dense tensors of any
+            dtype and device, NumPy arrays and numbers, torch.dtype and torch.device. The keys of a dict are None,
+            bool, int, float, str, or tuples of them.
 
     Returns:
         The tensors by name, contiguous and on the CPU, and the JSON that refers to them. They share memory with the
@@ -113,6 +114,12 @@ def _is_scalar(value: object) -> TypeGuard[np.generic]:
     return isinstance(value, np.generic) and value.dtype.str in _ARRAY_DTYPES
 
 
+def _is_key(value: object) -> bool:
+    """Whether ``value`` comes back from JSON as the same key of a dict."""
+    parts = value if type(value) is tuple else (value,)
+    return all(each is None or type(each) in (bool, int, float, str) for each in parts)
+
+
 def _is_text(value: str) -> bool:
     """Whether ``value`` survives JSON: a lone surrogate does, but a pair of them is read as one character."""
     return value.isascii() or not any("\ud800" <= each <= "\udfff" for each in value)
@@ -149,14 +156,16 @@ class _Encoder:
 
     def _mapping(self, value: dict[Any, object], place: Place) -> Json:
         for key in value:
-            if type(key) is not str:
+            if not _is_key(key):
                 raise CheckpointError(
-                    f"{_where(place)} cannot be saved: the key {shorten(key)} is a {_name(key)}, keys are str. "
-                    "Write: {str(key): value for key, value in …}"
+                    f"{_where(place)} cannot be saved: the key {shorten(key)} is a {_name(key)}, keys are None, bool, int, "
+                    "float, str or tuples of them. Write: {str(key): value for key, value in …}"
                 )
-        if all(not key.startswith("$") and _is_text(key) for key in value):
+        if all(type(key) is str and not key.startswith("$") and _is_text(key) for key in value):
             return {key: self.encode(each, (*place, key)) for key, each in value.items()}
-        return {"$dict": [[self._plain(key), self.encode(each, (*place, key))] for key, each in value.items()]}
+        return {
+            "$dict": [[self.encode(key, place), self.encode(each, (*place, str(key)))] for key, each in value.items()]
+        }
 
     def _leaf(self, value: object, place: Place) -> Json:
         if isinstance(value, torch.Tensor):
@@ -247,15 +256,15 @@ class _Decoder:
             raise self._malformed(node, place)
         return tuple(self.decode(each, (*place, str(index))) for index, each in enumerate(items))
 
-    def _dict(self, node: dict[str, Json], place: Place) -> dict[str, object]:
-        found: dict[str, object] = {}
+    def _dict(self, node: dict[str, Json], place: Place) -> dict[Any, object]:
+        found: dict[Any, object] = {}
         for pair in _items(node["$dict"]):
             if not isinstance(pair, list) or len(pair) != 2:
                 raise self._malformed(node, place)
             key = self.decode(pair[0], place)
-            if not isinstance(key, str) or key in found:
+            if not _is_key(key) or key in found:
                 raise self._malformed(node, place)
-            found[key] = self.decode(pair[1], (*place, key))
+            found[key] = self.decode(pair[1], (*place, str(key)))
         if not found:  # flatten escapes only what needs it
             raise self._malformed(node, place)
         return found

@@ -10,18 +10,19 @@ import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import batch_size_of, count_weight, forward_arguments, split_batch, to_device
 from .errors import ArgumentError, DataError
-from .keyed import Key, KeyedDataset, Keys, keyed_loader
-from .order import epoch_order, order_limits, tell_epoch
+from .keyed import Key, KeyedDataset, Keys, copied_dataset, keyed_loader
+from .log import get_logger
+from .order import copied_sampler, epoch_order, order_limits, tell_epoch
 from .randomness import Randomness, Stream, derive_seed
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "to_device",
 ]
 
+log = get_logger(__name__)
 _TRAIN = "Trainer.fit(train_loader=)"
 _EXAMPLE = "trainer.fit(model, DataLoader(dataset, batch_size=32, shuffle=True), duration='3ep')"
 
@@ -125,6 +127,19 @@ class ResumableLoader:
         if not start:
             raise self._empty()
 
+    def sizes(self, epoch: int) -> Iterator[int] | None:
+        """Yield the samples in each batch of an epoch without loading one; None where the loader does not say."""
+        return self._source.sizes(epoch)
+
+    def peek(self, samples: int | None = None) -> Any:
+        """Return the first batch, or its first ``samples``, loaded on the side; None where that would disturb the loader.
+
+        Neither the sampler nor a worker has a part in it, and random number generators are as before.
+        """
+        return self._source.peek(samples)
+
+        return self._source.peek()
+
     def close(self) -> None:
         """Stop workers that persist between epochs."""
         self._source.close()
@@ -140,6 +155,10 @@ class _Source(Protocol):
     limits: tuple[str, ...]
 
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]: ...
+
+    def sizes(self, epoch: int) -> Iterator[int] | None: ...
+
+    def peek(self, samples: int | None) -> Any: ...
 
     def close(self) -> None: ...
 
@@ -166,6 +185,16 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             yield Fetched(batch, None, _samples_in(batch))
+
+    def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
+        return map(_samples_in, self._batches) if self._lie_ready else None
+
+    def peek(self, samples: int | None) -> Any:  # noqa: ARG002 - a batch lies ready as it is
+        return self._batches[0] if self._lie_ready else None
+
+    @property
+    def _lie_ready(self) -> bool:
+        return isinstance(self._batches, (list, tuple))
 
     def close(self) -> None: ...
 
@@ -214,6 +243,13 @@ class _IterableSource:
             else:
                 yield Fetched(batch, None, _samples_in(batch))
 
+    def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
+        size = self._loader.batch_size if isinstance(self._loader, DataLoader) else None
+        return None if size is None else repeat(size)
+
+    def peek(self, samples: int | None) -> Any:  # noqa: ARG002 - there is nothing to read without using it up
+        return None
+
     def close(self) -> None: ...
 
 
@@ -221,12 +257,14 @@ class _MapSource:
     """A DataLoader over a map-style dataset, read through a second one that is given keys instead of indices."""
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self._loader = loader
         self._seed = seed
         self._batched = loader.batch_sampler is not None
         self._indices: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self._keys = Keys()
         self._generator = torch.Generator()
-        self._make = partial(keyed_loader, loader, KeyedDataset(loader, seed), self._keys, self._generator)
+        self._dataset = KeyedDataset(loader, seed)
+        self._make = partial(keyed_loader, loader, self._dataset, self._keys, self._generator)
         self._twin: DataLoader[Any] | None = None
         self.limits = order_limits(self._indices, seed)
 
@@ -245,6 +283,29 @@ class _MapSource:
             else:
                 samples = _samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
+
+    def sizes(self, epoch: int) -> Iterator[int] | None:
+        if not self._batched:
+            return None
+        if type(self._indices) is BatchSampler:
+            size, samples = self._indices.batch_size, len(self._indices.sampler)  # type: ignore[arg-type]
+            tail = [] if self._indices.drop_last or not samples % size else [samples % size]
+            return chain(repeat(size, samples // size), tail)
+        aside = copied_sampler(self._indices)
+        return None if aside is None else map(len, epoch_order(aside, self._seed, epoch))
+
+    def peek(self, samples: int | None) -> Any:
+        aside = copied_sampler(self._indices)
+        if aside is None:
+            return None
+        try:
+            dataset = KeyedDataset(self._loader, self._seed)
+            dataset.dataset = copied_dataset(dataset.dataset)
+            first = next(epoch_order(aside, self._seed, 0))
+            return dataset[Key(0, first[:samples] if self._batched else first)]
+        except Exception as error:  # noqa: BLE001 - the user's code; the fit raises it, with workers and all
+            log.warning("the first batch cannot be loaded on the side", error=repr(error))
+            return None
 
     def close(self) -> None:
         self._twin = None

@@ -32,7 +32,8 @@ def _marks(model: nn.Module, leave_out: frozenset[str] = frozenset()) -> dict[st
             key: len(value) for key, value in inside.items() if "hooks" in key and isinstance(value, dict)
         }
         marks[f"mode of {name or 'the model'}"] = module.training
-        if not any(name == each or name.startswith(f"{each}.") for each in leave_out):
+        # What is attached is recorded on the model itself, too.
+        if not (leave_out and not name) and not any(name == each or name.startswith(f"{each}.") for each in leave_out):
             marks[f"attributes of {name or 'the model'}"] = sorted(inside)
             marks[f"class of {name or 'the model'}"] = type(module).__qualname__
             for own, parameter in module.named_parameters(recurse=False):

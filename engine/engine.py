@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from difflib import get_close_matches
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, cast
 
 from attrs import frozen
 from torch import Tensor
@@ -44,7 +45,7 @@ class Engine:
         trace: Keep a list of :class:`TraceEntry` in :attr:`trace`.
 
     Raises:
-        ArgumentError: An entry of ``algorithms`` is no Algorithm, or the same instance twice.
+        ArgumentError: An entry of ``algorithms`` is no Algorithm, the same instance twice, or one that can never act.
 
     Example:
         >>> import torch
@@ -151,17 +152,25 @@ class Engine:
         """Give every algorithm back its state.
 
         Raises:
-            CheckpointError: The algorithms are not those that were saved; the message says which differ and how.
+            CheckpointError: As :meth:`check_same`.
+        """
+        self.check_same(saved)
+        for each in self.algorithms:
+            each.load_state_dict(saved[each.owner]["state"])
+
+    def check_same(self, saved: Mapping[str, Any]) -> None:
+        """Compare the algorithms with those whose :meth:`state_dict` was saved; their order may differ.
+
+        Raises:
+            CheckpointError: They are not the same; the message says which differ and how.
         """
         here = {each.owner: each.describe() for each in self.algorithms}
         there = {owner: entry["description"] for owner, entry in saved.items()}
         if here != there:
             raise CheckpointError(
                 f"the algorithms are not those of the run that is resumed: {_difference(there, here)}. "
-                "Give the same list, or start anew in another run_dir."
+                "Give the same list, or start anew with fit(resume=False) and Trainer(run_dir=<another directory>)."
             )
-        for each in self.algorithms:
-            each.load_state_dict(saved[each.owner]["state"])
 
     def _handler(self, algorithm: Algorithm) -> Handler:
         """Return what to call for an algorithm: its bare ``apply`` where nothing else is needed."""
@@ -230,17 +239,36 @@ def check_algorithms(algorithms: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
         if not isinstance(each, Algorithm):
             example = "Trainer(algorithms=[*progressive(), EMA()])" if isinstance(each, list) else example
             raise ArgumentError("Trainer(algorithms=)", got=each, takes="instances of Algorithm", example=example)
-        bad = [event for event in each.events if not isinstance(event, Event)]
-        if bad:
-            raise ArgumentError(
-                f"{type(each).__name__}.events",
-                got=bad[0],
-                takes="members of Event",
-                example="frozenset({Event.BATCH_END})",
-            )
+        _check_acts(each)
     if len({id(each) for each in found}) != len(found):
         raise ArgumentError("Trainer(algorithms=)", got=found, takes="each instance once", example="[EMA(), EMA()]")
     return found
+
+
+def _check_acts(algorithm: Algorithm) -> None:
+    """Raise an ArgumentError where an algorithm is subscribed to no event, to what is none, or does nothing there."""
+    name, given = type(algorithm).__name__, cast("Any", algorithm.events)
+    # An Event is text, and text a collection of letters.
+    listed = isinstance(given, Collection) and not isinstance(given, str)
+    events = tuple(given) if listed else (given,)
+    if not listed or not all(isinstance(each, Event) for each in events):
+        wrong = next((each for each in events if not isinstance(each, Event)), given)
+        example = f"events = frozenset({{Event.{_nearest_event(wrong)}}})"
+        raise ArgumentError(f"{name}.events", got=wrong, takes="a set of members of Event", example=example)
+    acts = getattr(algorithm.apply, "__func__", algorithm.apply) is not Algorithm.apply
+    if acts and not events:
+        example = "events = frozenset({Event.BATCH_END}) in the class"
+        raise ArgumentError(f"{name}.events", got=given, takes="at least one Event to act at", example=example)
+    if not acts and (events or type(algorithm).attach is Algorithm.attach):
+        methods = [each for each, value in vars(type(algorithm)).items() if callable(value)]
+        found = next(iter(get_close_matches("apply", methods, n=1)), None)
+        takes, example = "a method that says what to do at its events", "def apply(self, event, state): …"
+        raise ArgumentError(f"{name}.apply", got=found, takes=takes, example=example)
+
+
+def _nearest_event(given: object) -> str:
+    names = [event.name for event in Event]
+    return (get_close_matches(str(given).upper(), names, n=1, cutoff=0.5) or ["BATCH_END"])[0]
 
 
 def _begin_batch(_: Event, state: State) -> None:
@@ -276,5 +304,5 @@ def _difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         elif there != here:
             before, after = there["arguments"], here["arguments"]
             names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-            changed += [f"{owner}({name}=): saved {before.get(name)!r}, now {after.get(name)!r}" for name in names]
-    return "; ".join(changed) or "they come in another order"
+            changed += [f"{owner}({name}=): saved {before.get(name)!r}, given {after.get(name)!r}" for name in names]
+    return "; ".join(changed)

@@ -13,6 +13,9 @@ from typing_extensions import override
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_MOST_FAULTS = 40
+"""How many faults of a schedule are shown."""
+
 
 class ThawlineError(Exception):
     """Base of every error that thawline raises on purpose."""
@@ -59,6 +62,33 @@ def _argument_error(argument: str, got: object, takes: str, example: str) -> Arg
 
 class SelectorError(ThawlineError, LookupError):
     """A selector that matches nothing, or names what the model does not have."""
+
+
+class ScheduleError(ThawlineError, ValueError):
+    """Everything that is wrong with a schedule of phases.
+
+    Args:
+        source: The file, or what else was read.
+        faults: For each fault where it stands (``"line 4"``), what is wrong, and what to write there.
+
+    Example:
+        >>> raise ScheduleError("thaw.yaml", [("line 4", "unknown key 'unitl'", "until: 2ep")])
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: thaw.yaml has 1 error:
+          line 4: unknown key 'unitl'. Write: until: 2ep
+    """
+
+    def __init__(self, source: str, faults: Iterable[tuple[str, str, str]]) -> None:
+        self.source = source
+        self.faults = tuple(faults)
+        super().__init__(source, self.faults)
+
+    @override
+    def __str__(self) -> str:
+        shown = [f"  {place}: {problem}. Write: {write}" for place, problem, write in self.faults[:_MOST_FAULTS]]
+        if len(self.faults) > _MOST_FAULTS:
+            shown.append(f"  and {len(self.faults) - _MOST_FAULTS} more")
+        return "\n".join([f"{self.source} has {len(self.faults)} error{'s' * (len(self.faults) > 1)}:", *shown])
 
 
 class LayerError(ThawlineError):
@@ -119,6 +149,8 @@ def shorten(value: object, limit: int = 120) -> str:
         text = repr(value)
     except RecursionError:  # what a hostile file nested too deep
         text = f"<{type(value).__name__}, nested too deep to show>"
+    except Exception:  # noqa: BLE001 - an error about a value must not fail on showing it: an int of 5000 digits cannot
+        text = f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

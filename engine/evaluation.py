@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .data import ResumableLoader, batch_size_of, to_device
 from .errors import DataError
@@ -37,7 +37,7 @@ def evaluate(
         emit: Called as ``emit(event, microbatch=…, outputs=…, loss=…)`` around each batch.
 
     Raises:
-        DataError: The loader yields nothing.
+        DataError: The loader yields nothing, or batches without the targets that ``loss_fn`` or a metric needs.
     """
     meters = Meters(metrics)
     modes = [(module, module.training) for module in model.modules()]
@@ -52,7 +52,7 @@ def evaluate(
                     emit(Event.EVAL_BATCH_START, microbatch=batch, outputs=None, loss=None)
                 with precision.autocast():
                     outputs = forward.outputs(model, batch)
-                    loss = forward.loss(outputs, batch) if _has_loss(forward, outputs, batch) else None
+                    loss = _loss(forward, outputs, batch, needed=not metrics)
                 value = None if loss is None else float(loss)
                 weight = forward.weight(model, batch)
                 samples = fetched.samples or batch_size_of(batch)
@@ -70,11 +70,16 @@ def evaluate(
     return meters.compute()
 
 
-def _has_loss(forward: Forward, outputs: object, batch: object) -> bool:
-    """Return whether evaluation data carry what a loss needs; data without labels are evaluated by metrics alone."""
+def _loss(forward: Forward, outputs: object, batch: object, *, needed: bool) -> Tensor | None:
+    """Return the loss where the data carry what it needs; data without labels are evaluated by metrics alone, if any."""
     if forward.loss_fn is not None:
-        return targets_of(batch) is not None
-    if isinstance(outputs, torch.Tensor):
-        return outputs.numel() == 1
+        try:
+            return forward.loss(outputs, batch)
+        except DataError:
+            if needed or targets_of(batch) is not None:
+                raise
+            return None
+    if isinstance(outputs, Tensor):
+        return forward.loss(outputs, batch) if outputs.numel() == 1 else None
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    return loss is not None
+    return None if loss is None else forward.loss(outputs, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from attrs import define, field, frozen
 from torch import Tensor, nn
 
 from .data import count_weight, forward_arguments
-from .errors import LossError, shorten
+from .errors import ArgumentError, DataError, LossError, shorten
+from .shift import shifts_labels
 
 # The commonest batches: read here in a fraction of the time that `forward_arguments` takes.
 _PAIRS = frozenset({tuple, list})
+# What others call the labels of a mapping.
+_LABELS = ("label", "label_ids", "target", "y")
 
 
 @frozen(eq=False)
@@ -48,6 +52,8 @@ class Forward:
                     "Trainer(loss_fn=None) passes the whole batch to the model, which is to return its loss. "
                     "Where the loss is computed outside, write Trainer(loss_fn=torch.nn.functional.cross_entropy)."
                 )
+            elif (advice := _rename(batch)) and targets_of(batch) is None:
+                raise DataError(f"the model does not take this batch: {error}. {advice}") from error
             raise
 
     def loss(self, outputs: Any, batch: Any) -> Tensor:
@@ -55,10 +61,17 @@ class Forward:
 
         Raises:
             LossError: There is none, or it is not one number.
+            DataError: ``loss_fn`` fails on a batch without targets.
         """
         loss: Any
         if self.loss_fn is not None:
-            loss = self.loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets_of(batch))
+            targets = targets_of(batch)
+            try:
+                loss = self.loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
+            except Exception as error:
+                if targets is not None:
+                    raise
+                raise DataError(_without_targets(batch, error)) from error
             if type(loss) is Tensor and not loss.ndim:
                 return loss
             source = "loss_fn(outputs, targets)"
@@ -76,12 +89,43 @@ class Forward:
         return loss if loss.ndim == 0 else loss.reshape(())
 
     def weight(self, model: nn.Module, batch: Any) -> float:
-        """Return how much a microbatch counts in its batch: what its loss is a mean over."""
+        """Return how much a microbatch counts in its batch: what its loss is a mean over.
+
+        Raises:
+            ArgumentError: ``loss_weight`` gives no finite number of at least 0.
+        """
         if self.loss_weight is not None:
-            return float(self.loss_weight(batch))
-        # Hugging Face's causal models shift labels by one inside, so the first of each row is not in their mean.
-        shift = self.loss_fn is None and getattr(model, "loss_type", None) == "ForCausalLM"
-        return count_weight(batch, targets_of(batch), shift=shift)
+            return _weight(self.loss_weight(batch))
+        return count_weight(batch, targets_of(batch), shift=self.loss_fn is None and shifts_labels(model))
+
+
+def _weight(given: Any) -> float:
+    try:
+        weight = -1.0 if isinstance(given, (str, bytes)) else float(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several numbers
+        weight = -1.0
+    if 0 <= weight < inf:
+        return weight
+    takes = "a function of the batch that gives a finite number of at least 0"
+    example = "Trainer(loss_weight=lambda batch: len(batch['labels']))"
+    raise ArgumentError("Trainer(loss_weight=)", got=given, takes=takes, example=example)
+
+
+def _without_targets(batch: Any, error: Exception) -> str:
+    if isinstance(batch, Mapping):
+        what = f"a mapping of {', '.join(map(repr, batch)) or 'nothing'}, without 'labels' or 'targets'"
+    elif isinstance(batch, (tuple, list)):
+        what = f"a {type(batch).__name__} of one, the model's input"
+    else:
+        what = f"a {type(batch).__name__}, the model's input"
+    advice = _rename(batch) or "Write: batches that are (inputs, targets), or mappings with 'labels' or 'targets'."
+    return f"loss_fn is given and the batch has no targets: it is {what}. {advice} loss_fn said: {error}"
+
+
+def _rename(batch: Any) -> str:
+    """Say how the labels of a mapping are to be called; nothing where it has none under another name."""
+    found = next((name for name in _LABELS if isinstance(batch, Mapping) and name in batch), None)
+    return "" if found is None else f"Rename its {found!r} to 'labels': dataset.rename_column({found!r}, 'labels')."
 
 
 def require_gradient(loss: Tensor) -> None:

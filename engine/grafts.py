@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, Final
 
-from attrs import frozen
+from attrs import Factory, define, frozen
 from torch import nn
 
 from .errors import SurgeryError
-from .surgery import Attachment
+from .surgery import Attachment, JournalEntry
 
-_MISSING: Final = object()
+
+class _Missing(Enum):
+    """Stands for an attribute that was not there; a member of an Enum, since its identity survives copy and pickle."""
+
+    MISSING = 0
+
+
+_MISSING: Final = _Missing.MISSING
+_RECORD: Final = "_thawline_surgery"
 # Attribute overrides by (module, attribute): the original value, and how many grafts set it. The original returns
 # with the last of them, in whichever order they are undone.
 Overrides = dict[tuple[str, str], tuple[object, int]]
@@ -38,6 +47,32 @@ class Graft:
     beside: str
     old_class: type[nn.Module] | None
     new_class: type[nn.Module] | None
+
+
+@define(eq=False)
+class Record:
+    """What is attached to a model, in order, and how to undo it.
+
+    It lies on the model and so goes where the model goes: the next ledger over it, or over a copy of it, knows what is
+    attached, can undo it, and writes it into its own checkpoints.
+    """
+
+    entries: list[tuple[JournalEntry, tuple[Graft, ...]]] = Factory(list[tuple[JournalEntry, tuple[Graft, ...]]])
+    overrides: Overrides = Factory(Overrides)
+
+
+def record_of(model: nn.Module) -> Record:
+    """Return the record of a model; an empty one, not yet kept, where nothing is attached."""
+    record = vars(model).get(_RECORD)
+    return record if isinstance(record, Record) else Record()
+
+
+def keep_record(model: nn.Module, record: Record) -> None:
+    """Keep a record on its model; a model without attachments is as it was."""
+    if record.entries:
+        vars(model)[_RECORD] = record
+    else:
+        vars(model).pop(_RECORD, None)
 
 
 def check_grafts(model: nn.Module, attachments: Sequence[Attachment], op: str) -> None:

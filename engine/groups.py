@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
@@ -33,9 +32,28 @@ class Origin:
         )
 
 
+@frozen(slots=True, eq=False)
+class Course:
+    """A schedule of a group's own, in place of the fit's.
+
+    Args:
+        schedule: Progress through the course (0 to 1) to the factor.
+        span: How long the course is; after it the last factor stays.
+        start: When it began, in the unit of ``span``.
+    """
+
+    schedule: Schedule
+    span: Time
+    start: float
+
+    def factor(self, clock: Clock) -> float:
+        """Return the factor at ``clock``."""
+        return self.schedule(min(1.0, max(0.0, (self.span.elapsed(clock) - self.start) / self.span.value)))
+
+
 @define(eq=False, slots=True)
 class Slot:
-    """The parameters that share a home, a base rate, a factor, an origin and schedules of their own: one group.
+    """The parameters that share a home, a base rate, a factor, an origin, a course and set options: one group.
 
     Slots are interned: equal ones are the same object, so that grouping compares identities.
     """
@@ -44,21 +62,25 @@ class Slot:
     base_lr: float | None
     scale: float
     origin: Origin | None
-    schedules: tuple[Schedule, ...] = ()
-
-    def lr(self, factor: float, clock: Clock, floor: float) -> float:
-        """Return ``max(base_lr * scale * factor * warmup * own schedules, floor)``."""
-        assert self.base_lr is not None
-        warm = 1.0 if self.origin is None else self.origin.factor(clock)
-        rate = self.base_lr * self.scale * factor * warm
-        if self.schedules:  # by size, so that the last bit does not depend on who set which
-            rate *= math.prod(sorted(each(clock.progress) for each in self.schedules))
-        return max(rate, floor)
+    course: Course | None = None
+    options: tuple[tuple[str, float], ...] = ()
 
     @property
     def moves(self) -> bool:
-        """Whether the rate changes by more than the schedule of all groups."""
-        return self.origin is not None or bool(self.schedules)
+        """Whether the rate moves with the clock by itself."""
+        return self.origin is not None or self.course is not None
+
+    @property
+    def set_options(self) -> dict[str, float]:
+        """The options that somebody set for parameters of this home: as set for these, else as given."""
+        return {**self.home.replaced, **dict(self.options)}
+
+    def lr(self, factor: float, clock: Clock, floor: float) -> float:
+        """Return ``max(base_lr * scale * factor * warmup, floor)``; the factor is the course's where there is one."""
+        assert self.base_lr is not None
+        warm = 1.0 if self.origin is None else self.origin.factor(clock)
+        shape = factor if self.course is None else self.course.factor(clock)
+        return max(self.base_lr * self.scale * shape * warm, floor)
 
 
 @frozen
@@ -137,6 +159,15 @@ def name_groups(
         taken[name] = taken.get(name, 0) + 1
         names.append(f"{name}/{taken[name]}" if taken[name] > 1 else name)
     return tuple(names)
+
+
+def groups_of_layers(members: Iterable[Iterable[str]], layers: LayerMap) -> dict[str, tuple[int, ...]]:
+    """Return for each layer with parameters the places of the groups that have some of them; empty where none trains."""
+    places: dict[str, dict[int, None]] = {layer.name: {} for layer in layers}
+    for place, names in enumerate(members):
+        for name in names:
+            places[layers.of(name).name][place] = None
+    return {layer: tuple(found) for layer, found in places.items()}
 
 
 def view_groups(

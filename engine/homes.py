@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -32,17 +33,32 @@ class Home:
         index: Place among all homes.
         template: The group's dictionary; while parameters of this home train, the live one of the first of them.
         lr: The base learning rate; None where the optimizer's groups have none.
+        given: What else the group said when the user made it. Some optimizers count in their groups, so that
+            ``options`` moves while this stays.
+        replaced: As the user gave them, the options that an owner has set for some of its parameters.
     """
 
     optimizer: int
     index: int
     template: dict[str, Any]
     lr: float | None
+    replaced: dict[str, float] = field(factory=dict, init=False)
+    given: dict[str, Any] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.given = {key: value for key, value in self.options.items() if key != "lr"}
+
+    def take(self, options: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+        """Return what of ``options`` the groups of this home have, and note what was given in its place."""
+        mine = tuple(sorted((key, value) for key, value in options.items() if key in self.template))
+        for key, _ in mine:
+            self.replaced.setdefault(key, self.template[key])
+        return mine
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the group says besides its parameters."""
-        return {key: value for key, value in self.template.items() if key not in MANAGED}
+        """What the group says besides its parameters, as the user gave it."""
+        return {key: value for key, value in self.template.items() if key not in MANAGED} | self.replaced
 
 
 def settle(
@@ -77,7 +93,7 @@ def settle(
         )
     for each in optimizers:
         refuse_closure(each)
-    return optimizers, _homes(optimizers, floating)
+    return optimizers, _homes(optimizers, floating, parameters)
 
 
 def home_of_new(
@@ -117,6 +133,51 @@ def selectors_of(optimizer: OptimizerLike) -> tuple[Selector, ...]:
     return ()
 
 
+def names_of(optimizers: Sequence[Optimizer]) -> tuple[str, ...]:
+    """Return the optimizers' class names, numbered from the second of a kind on.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(1))
+        >>> names_of([torch.optim.SGD([weight]), torch.optim.AdamW([weight]), torch.optim.SGD([weight])])
+        ('SGD', 'AdamW', 'SGD 2')
+    """
+    kinds = [type(each).__name__ for each in optimizers]
+    seen = [kinds[: index + 1].count(kind) for index, kind in enumerate(kinds)]
+    return tuple(kind if count == 1 else f"{kind} {count}" for kind, count in zip(kinds, seen, strict=True))
+
+
+def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[Any, Any]]:
+    """Return an optimizer's state: of parameters by name, and ``"shared"`` what lies under keys of the optimizer's own.
+
+    Args:
+        optimizer: The optimizer.
+        names: Each parameter's name by its identity.
+
+    Raises:
+        OptimizerError: State of a tensor that is no parameter, or a parameter's state that is no dict.
+    """
+    state: dict[Any, Any] = {}
+    shared: dict[Any, Any] = {}
+    kind = type(optimizer).__name__
+    for key, values in optimizer.state.items():
+        if not isinstance(key, Tensor):
+            shared[key] = values
+            continue
+        name = names.get(id(key))
+        if name is None:
+            raise OptimizerError(
+                f"{kind}.state has a tensor of shape {tuple(key.shape)} for a key that is no parameter of the model, so a "
+                f"checkpoint cannot name it. Keep it under a text: optimizer.state['{kind.lower()}'] = …"
+            )
+        if not isinstance(values, Mapping):
+            raise OptimizerError(
+                f"{kind}.state[{name!r}] is a {type(values).__name__}, and a parameter's state is a dict, so a checkpoint "
+                "cannot hold it. Keep it under a text: optimizer.state[parameter] = {'value': …}"
+            )
+        state[name] = dict(values)
+    return {"state": state, "shared": shared}
+
+
 def refuse_closure(optimizer: Optimizer) -> None:
     """Raise an OptimizerError where ``optimizer.step`` cannot be called without a closure."""
     step = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -132,12 +193,57 @@ def fresh_state(optimizer: Optimizer, parameter: nn.Parameter, options: Mapping[
 
     Step functions of such optimizers expect it, so a parameter that returns or is new must bring it.
     """
-    known = {key: value for key, value in options.items() if key in optimizer.defaults}
     try:
-        twin = type(optimizer)([parameter], **known)
+        twin = type(optimizer)([parameter], **known_options(optimizer, options))
     except (TypeError, ValueError):
         return {}
     return dict(twin.state.get(parameter, {}))
+
+
+def known_options(optimizer: Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a group's options that the optimizer's constructor takes (AdamW sets one that it does not)."""
+    takes = inspect.signature(type(optimizer)).parameters
+    anything = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in takes.values())
+    return {key: value for key, value in options.items() if key in optimizer.defaults and (anything or key in takes)}
+
+
+def over_twins(optimizer: OptimizerLike, twins: Mapping[int, nn.Parameter]) -> OptimizerLike:
+    """Return what is ``optimizer`` for a model's twin.
+
+    Args:
+        optimizer: What :func:`settle` takes; left as it is.
+        twins: The twin's parameters by the ``id`` of the model's.
+    """
+    if isinstance(optimizer, Optimizer):
+        return _over_twins(optimizer, twins)
+    if callable(optimizer):
+        return _factory_over_twins(optimizer, twins)
+    if isinstance(optimizer, Sequence) and all(isinstance(each, Optimizer) for each in optimizer):
+        return [_over_twins(each, twins) for each in optimizer if isinstance(each, Optimizer)]
+    if isinstance(optimizer, Sequence) and all(_is_pair(each) for each in optimizer):
+        return [(select, _factory_over_twins(factory, twins)) for select, factory in optimizer]  # type: ignore[misc]
+    return optimizer
+
+
+def _factory_over_twins(factory: OptimizerFactory, twins: Mapping[int, nn.Parameter]) -> OptimizerFactory:
+    """Return a factory for the twin, also where the user's looks at the model instead of at what it is given."""
+
+    def make(parameters: Iterable[nn.Parameter]) -> Optimizer:
+        made = factory(parameters)
+        return _over_twins(made, twins) if isinstance(made, Optimizer) else made
+
+    return make
+
+
+def _over_twins(optimizer: Optimizer, twins: Mapping[int, nn.Parameter]) -> Optimizer:
+    groups = [
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+        | {"params": [twins.get(id(each), each) for each in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    twin: Optimizer = object.__new__(type(optimizer))
+    vars(twin).update({**vars(optimizer), "state": defaultdict(dict), "param_groups": groups})
+    return twin
 
 
 def fills_state(optimizer: Optimizer) -> bool:
@@ -151,7 +257,10 @@ def _is_pair(each: object) -> bool:
 
 
 def _made(factory: OptimizerFactory, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-    optimizer = factory(list(parameters.values()))
+    try:
+        optimizer = factory(list(parameters.values()))
+    except (TypeError, ValueError) as error:
+        raise OptimizerError(f"the optimizer factory {shorten(factory)} failed: {error}. Write: {_EXAMPLE}") from error
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(
             f"the optimizer factory returned {shorten(optimizer)}, no torch Optimizer. Write: {_EXAMPLE}"
@@ -192,21 +301,20 @@ def _partitioned(
     return tuple(optimizers)
 
 
-def _homes(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, Home]:
+def _homes(
+    optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter], whole: Mapping[str, nn.Parameter]
+) -> dict[str, Home]:
     names = {id(each): name for name, each in parameters.items()}
     homes: dict[str, Home] = {}
     every: list[Home] = []
     for place, optimizer in enumerate(optimizers):
-        for group in optimizer.param_groups:
+        for number, group in enumerate(optimizer.param_groups):
             home = Home(place, len(every), group, _number(group.get("lr")))
             every.append(home)
-            for each in group["params"]:
+            for index, each in enumerate(group["params"]):
                 name = names.get(id(each))
                 if name is None:
-                    raise OptimizerError(
-                        f"{type(optimizer).__name__} holds a parameter of shape {tuple(each.shape)} that is not in the "
-                        "model. Write: optimizer=torch.optim.AdamW(model.parameters(), lr=1e-4) over the model you fit"
-                    )
+                    raise _unfit(optimizer, number, index, whole)
                 if name in homes:
                     raise OptimizerError(f"{name!r} lies in two optimizer groups. Put every parameter into one group.")
                 homes[name] = home
@@ -214,6 +322,24 @@ def _homes(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Paramete
         raise OptimizerError(f"the optimizer holds no parameter of the model. Write: {_EXAMPLE}")
     _adopt(homes, parameters)
     return homes
+
+
+def _unfit(optimizer: Optimizer, number: int, index: int, parameters: Mapping[str, nn.Parameter]) -> OptimizerError:
+    """Say which parameter an optimizer cannot bring into the fit: one that cannot train, or one of another model."""
+    kind, group = type(optimizer).__name__, optimizer.param_groups[number]
+    held = group["params"][index]
+    name = next((name for name, each in parameters.items() if each is held), None)
+    if name is not None:
+        return OptimizerError(
+            f"{kind} holds {name!r} of {held.dtype}, which cannot train. "
+            f"Write: optimizer={kind}([p for p in model.parameters() if p.is_floating_point()], …)"
+        )
+    called = f", which it calls {group['param_names'][index]!r}," if "param_names" in group else ""
+    alike = next((f"; {name!r} has that shape" for name, each in parameters.items() if each.shape == held.shape), "")
+    return OptimizerError(
+        f"{kind} holds a parameter{called} that is not in the model: params[{index}] of param_groups[{number}], of shape "
+        f"{tuple(held.shape)}{alike}. Write: optimizer={kind}(model.parameters(), …) over the model you fit, as it is now"
+    )
 
 
 def _adopt(homes: dict[str, Home], parameters: Mapping[str, nn.Parameter]) -> None:

@@ -81,6 +81,17 @@ def check_parameter(
         raise LedgerError(f"{name!r} is frozen but has optimizer state. Write ledger.freeze({name!r}, owner=...).")
 
 
+def check_options(live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, list[str]]) -> None:
+    """Check that each group says what was set for it, and what the user gave where nothing was."""
+    for slot, group in live.items():
+        for option, value in slot.set_options.items():
+            if group[option] != value:
+                raise LedgerError(
+                    f"{option} of the group of {members[slot][0]!r} is {group[option]}, and {value} was set. "
+                    f"Write ledger.set_options(select, {option}={value}, owner=...)."
+                )
+
+
 def check_rates(
     live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, list[str]], factor: float, clock: Clock, floor: float
 ) -> None:

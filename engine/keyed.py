@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -124,6 +125,16 @@ class KeyedDataset(Dataset[Any]):
         if randomness is not None:
             randomness.seed(derive_seed(self._seed, "sample", epoch, _canonical(indices)))
         return self.dataset.__getitems__(indices) if self._batched else self.dataset[indices]
+
+
+def copied_dataset(dataset: Any) -> Any:
+    """Return a dataset to load from on the side: a file that it opens at its first sample is not open in the user's."""
+    if not hasattr(dataset, "__dict__"):
+        return dataset
+    aside = copy.copy(dataset)
+    if isinstance(inner := vars(dataset).get("dataset"), Dataset):
+        vars(aside)["dataset"] = copied_dataset(inner)
+    return aside
 
 
 class _WorkerInit:

@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from attrs import frozen
 from torch import nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from .errors import LayerError, SelectorError, nearest, shorten
+from .errors import LayerError, SelectorError, ThawlineWarning, nearest, shorten
+from .forward_order import forward_order
+from .log import get_logger
+from .splits import ancestors, find_split
+
+log = get_logger(__name__)
 
 LayerSpec: TypeAlias = Mapping[str, "str | Sequence[str] | Sequence[Sequence[str]]"]
 _LAYER = re.compile(r"([A-Za-z_]\w*)(?:\[\s*(-?\d*)\s*(:\s*(-?\d*)\s*)?\])?")
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Modules that belong to what stands before them: a block ends with its normalization.
-_FOLLOWERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+_EXAMPLE = "layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'}"
 
 
 @frozen(slots=True)
 class Layer:
-    """One layer: its name (``"stem"``, ``"blocks[3]"``, ``"head"``), modules and parameters."""
+    """One layer.
+
+    Args:
+        name: ``"stem"``, ``"blocks[3]"``, ``"head"``, or a part that the user named.
+        parameters: Names of its parameters.
+        modules: The largest modules that lie in it as a whole, and the parameters beside them.
+        tied: Names that would lie here and are further names of weights in an earlier layer, such as a language
+            model's ``lm_head.weight``, which is its embedding's.
+    """
 
     name: str
     parameters: tuple[str, ...]
     modules: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
 
 
 class LayerMap:
     """The parameters of a model in depth order; every one lies in exactly one layer.
 
-    Found are, in this order: what ``layers`` says; the class of block modules, repeated in
-    ``ModuleList`` or ``Sequential``, that holds most of the parameters; the children in order. What
-    stands before the first block is the stem, what stands after the last one the head, what stands
-    between two blocks belongs to the earlier. A tied parameter lies in its earliest layer.
+    Found are, in this order: what ``layers`` says; the model's own ``group_matcher``, which timm's models have; the
+    class of block modules, repeated in ``ModuleList`` or ``Sequential``, that holds most of the parameters, and others of
+    its measure beside it, such as a decoder's; the children in order. What stands before the first block is the stem,
+    what stands after the last one the head, what stands between two blocks belongs to the one with which it shares
+    more of its path, else to the earlier. A tied parameter lies in its earliest layer.
 
     Args:
         model: The model to split.
         layers: Layer name to globs over parameter names or module names, in depth order. ``"blocks"``
             takes a list with an entry (a glob or a list of them) for each block, or one glob over *module*
             names. Other names are parts of their own, such as ``"structure_module"``.
+        forward: Runs the model once, ``lambda: model(inputs)``. Layers then follow the order in which it uses its
+            parameters, and not that in which they are registered. The pass leaves no trace.
 
     Raises:
-        LayerError: The model has no parameters, or ``layers`` leaves one out or names none.
+        LayerError: The model has no parameters, or ones that have no shape yet; ``layers`` leaves one out or names none.
+
+    Warns:
+        ThawlineWarning: What looks like the head is registered before the body, and no ``forward`` tells.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -53,16 +74,30 @@ class LayerMap:
         (2, ('4.weight', '4.bias'), 'blocks[1]')
     """
 
-    def __init__(self, model: nn.Module, layers: LayerSpec | None = None) -> None:
-        names = [name for name, _ in model.named_parameters()]
-        if not names:
-            raise LayerError(f"{type(model).__name__} has no parameters, so there is nothing to train or to split.")
-        self._modules: dict[str, tuple[str, ...]] = {}
+    def __init__(
+        self, model: nn.Module, layers: LayerSpec | None = None, *, forward: Callable[[], object] | None = None
+    ) -> None:
+        if layers is not None and forward is not None:
+            raise LayerError("LayerMap takes layers= or forward=, not both: given layers stand in the order given.")
+        named = dict(model.named_parameters(remove_duplicate=False))
+        _check_parameters(model, named)
+        first: dict[int, str] = {}
+        self._canonical = {name: first.setdefault(id(each), name) for name, each in named.items()}
+        self._sizes = {name: named[name].numel() for name in first.values()}
+        self._model = type(model).__name__
         if layers is None:
-            self._of = self._found(model, names)
+            places = _found(model, tuple(named), forward)
+            order = _depth_order(places)
+            self._of = _earliest(places, self._canonical, order)
+            renamed = _without_gaps(self._of, order)
+            self._order = ("stem", *(each for each in renamed.values() if each.startswith("blocks[")), "head")
+            self._of = {name: renamed[layer] for name, layer in self._of.items()}
+            self._places = {name: renamed.get(layer, layer) for name, layer in places.items()}
         else:
-            self._of = self._given(model, names, layers)
-        self._order = _depth_order(self._of, layers)
+            self._places = _given(model, tuple(named), self._canonical, layers)
+            self._order = _depth_order(self._places, layers)
+            self._of = _earliest(self._places, self._canonical, self._order)
+            _check_given(self._places, self._of)
         self._index()
 
     # -- reading -----------------------------------------------------------------------------------------------
@@ -121,22 +156,40 @@ class LayerMap:
 
     @override
     def __str__(self) -> str:
-        rows = [("layer", "modules", "tensors")]
-        rows += [(each.name, shorten_list(each.modules), str(len(each.parameters))) for each in self]
+        rows = [("layer", "modules", "parameters")]
+        for layer in self:
+            ties = {name.rpartition(".")[0]: self._of[self._canonical[name]] for name in layer.tied}
+            shown = [path or self._model for path in layer.modules]
+            shown += [f"{path} (tied, lies in {home})" for path, home in ties.items()]
+            numel = sum(self._sizes[name] for name in layer.parameters)
+            rows.append((layer.name, shorten_list(shown), f"{numel:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
 
     # -- following surgery -------------------------------------------------------------------------------------
 
-    def follow(self, names: Sequence[str], beside: Mapping[str, str]) -> None:
-        """Take over the model's parameter names after surgery.
+    def follow(self, parameters: Mapping[str, nn.Parameter], beside: Mapping[str, str]) -> None:
+        """Take over the model's parameters after surgery.
 
         Args:
-            names: All parameter names, in registration order.
+            parameters: All of them by name, in registration order.
             beside: For each new name, the parameter in whose layer it lies.
         """
-        self._of = {name: self._of[name] if name in self._of else self._of[beside[name]] for name in names}
+        self._of = {name: self._of[name] if name in self._of else self._of[beside[name]] for name in parameters}
+        self._sizes = {name: each.numel() for name, each in parameters.items()}
         self._index()
+
+    def check(self, parameters: Iterable[str]) -> None:
+        """Check that these are the layers of the model with these parameters.
+
+        Raises:
+            LayerError: They are another model's, or surgery has changed the model since.
+        """
+        if odd := sorted(set(parameters) ^ set(self._of)):
+            raise LayerError(
+                f"layers= is the LayerMap of another model, or of this one before surgery: {shorten_list(odd)} "
+                f"{'differs' if len(odd) == 1 else 'differ'}. Write: layers=LayerMap(model), or {_EXAMPLE}"
+            )
 
     # -- making ------------------------------------------------------------------------------------------------
 
@@ -145,12 +198,36 @@ class LayerMap:
         for name, layer in self._of.items():
             members[layer].append(name)
         self._members = {layer: tuple(names) for layer, names in members.items()}
+        self._layers: dict[str, Layer] = {}
         assert sum(len(names) for names in self._members.values()) == len(self._of), "every parameter lies in one layer"
 
     def _layer(self, name: str) -> Layer:
-        members = self._members[name]
-        modules = self._modules.get(name) or tuple(dict.fromkeys(each.rpartition(".")[0] for each in members))
-        return Layer(name, members, modules)
+        if not self._layers:
+            tied: dict[str, list[str]] = {}
+            for each, layer in self._places.items():
+                home = self._of.get(self._canonical[each])
+                if home is not None and home != layer:
+                    tied.setdefault(layer, []).append(each)
+            modules = self._whole_modules()
+            for layer, members in self._members.items():
+                self._layers[layer] = Layer(layer, members, modules.get(layer, ()), tuple(tied.get(layer, ())))
+        return self._layers[name]
+
+    def _whole_modules(self) -> dict[str, tuple[str, ...]]:
+        """Return for each layer the largest modules that lie in it whole, a tied weight standing under the name it has there."""
+        shown = {
+            self._canonical[each]: each
+            for each, layer in reversed(self._places.items())
+            if self._of.get(self._canonical[each]) == layer
+        }
+        names = {shown.get(name, name): layer for name, layer in self._of.items()}
+        total = Counter(path for name in names for path in ancestors(name))
+        inside = Counter((layer, path) for name, layer in names.items() for path in ancestors(name))
+        found: dict[str, dict[str, None]] = {}
+        for name, layer in names.items():
+            whole = [path for path in ancestors(name) if inside[layer, path] == total[path]]
+            found.setdefault(layer, {})[whole[-1] if whole else name] = None
+        return {layer: tuple(paths) for layer, paths in found.items()}
 
     def _named(self, text: str) -> list[str]:
         found = _LAYER.fullmatch(text)
@@ -159,6 +236,8 @@ class LayerMap:
                 f"{text!r} names no layer. Layers: {', '.join(self._order)}. Write 'head' or 'blocks[-1]'."
             )
         blocks = [name for name in self._order if name.startswith("blocks[")]
+        if found[1] == "blocks" and not blocks:
+            raise SelectorError(f"{text!r} names no block: none was found in {self._model}. Pass them: {_EXAMPLE}")
         if found[1] != "blocks":
             return [found[1]]
         if found[2] is None:
@@ -171,52 +250,68 @@ class LayerMap:
             raise SelectorError(f"{text!r} names no block: there are {len(blocks)}, 'blocks[0]' to 'blocks[-1]'.")
         return [blocks[index]]
 
-    def _found(self, model: nn.Module, names: list[str]) -> dict[str, str]:
-        blocks = _block_modules(model) or _units(model)
-        last = _after_blocks(names, blocks)
-        stem_only = blocks and isinstance(model.get_submodule(blocks[0][0]) if blocks[0][0] else model, nn.Embedding)
-        if not last:  # nothing follows the blocks: the last of them is the head
-            head, blocks = blocks[-1], blocks[:-1]
-        else:
-            head = ()
-        if stem_only and len(blocks) > 1:
-            blocks = blocks[1:]
-        layer, of = "stem", {}
-        block_of = {prefix: index for index, prefixes in enumerate(blocks) for prefix in prefixes}
-        for name in names:
-            block = next((block_of[path] for path in _ancestors(name) if path in block_of), None)
-            if block is not None:
-                layer = f"blocks[{block}]"
-            elif name in last or _inside(name, head):
-                layer = "head"
-            of[name] = layer
-        for index, prefixes in enumerate(blocks):
-            self._modules[f"blocks[{index}]"] = prefixes
-        return of
 
-    def _given(self, model: nn.Module, names: list[str], layers: LayerSpec) -> dict[str, str]:
-        if not isinstance(layers, Mapping) or not layers:
-            raise LayerError(
-                f"layers= takes a mapping of layer names to globs, got {shorten(layers)}. "
-                "Write: layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'}"
+def _found(model: nn.Module, names: tuple[str, ...], forward: Callable[[], object] | None) -> Mapping[str, str]:
+    """Return the layer of each name, those of tied parameters too: in the order of use, or of registration."""
+    split = find_split(model, names)
+    order = None if forward is None else forward_order(model, forward)
+    if order is None:
+        if split.doubt:
+            warnings.warn(
+                f"{split.doubt}: layers follow the order in which modules are registered. To follow the order of use, "
+                f"write: trainer.fit(…, layers=LayerMap(model, forward=lambda: model(inputs))), or {_EXAMPLE}",
+                ThawlineWarning,
+                stacklevel=3,
             )
-        of: dict[str, str] = {}
-        for layer, globs in _entries(model, layers):
-            matched = [name for name in names if any(_matches(name, glob) for glob in globs)]
-            if not matched:
-                raise LayerError(
-                    f"layers[{layer!r}] = {list(globs)} matches nothing. Nearest: {nearest(globs[0], names)}."
-                )
-            for name in matched:
-                if of.setdefault(name, layer) != layer:
-                    raise LayerError(f"layers= puts {name!r} both in {of[name]!r} and in {layer!r}. Name it once.")
-        left = [name for name in names if name not in of]
-        if left:
+        return split.of
+    used = find_split(model, order)
+    moved = [name for name in names if used.of[name] != split.of[name]]
+    if moved:
+        log.info("layers follow the order of use", model=type(model).__name__, moved=moved)
+    return used.of
+
+
+def _given(model: nn.Module, names: Sequence[str], canonical: Mapping[str, str], layers: LayerSpec) -> dict[str, str]:
+    """Return the layer of each name that ``layers`` matches."""
+    if not isinstance(layers, Mapping) or not layers:
+        raise LayerError(f"layers= takes a mapping of layer names to globs, got {shorten(layers)}. Write: {_EXAMPLE}")
+    places: dict[str, str] = {}
+    for layer, globs in _entries(model, layers):
+        matched = [name for name in names if any(_matches(name, glob) for glob in globs)]
+        if not matched:
+            raise LayerError(f"layers[{layer!r}] = {list(globs)} matches nothing. Nearest: {nearest(globs[0], names)}.")
+        for name in matched:
+            if places.setdefault(name, layer) != layer:
+                raise LayerError(f"layers= puts {name!r} both in {places[name]!r} and in {layer!r}. Name it once.")
+    placed = {canonical[name] for name in places}
+    unique = dict.fromkeys(canonical.values())
+    left = [name for name in unique if name not in placed]
+    if left:
+        raise LayerError(
+            f"layers= leaves out {len(left)} of {len(unique)} parameters: {shorten_list(left)}. "
+            "Every parameter lies in exactly one layer: add them to 'stem', to a block or to 'head'."
+        )
+    return places
+
+
+def _check_parameters(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
+    if not named:
+        raise LayerError(f"{type(model).__name__} has no parameters, so there is nothing to train or to split.")
+    lazy = [name for name, each in named.items() if is_lazy(each)]
+    if lazy:
+        raise LayerError(
+            f"{shorten_list(lazy)} of {type(model).__name__} have no shape yet. Run the model once first: model(inputs)"
+        )
+
+
+def _check_given(places: Mapping[str, str], of: Mapping[str, str]) -> None:
+    held = set(of.values())
+    for name, layer in places.items():
+        if layer not in held:
             raise LayerError(
-                f"layers= leaves out {len(left)} of {len(names)} parameters: {shorten_list(left)}. "
-                "Every parameter lies in exactly one layer: add them to 'stem', to a block or to 'head'."
+                f"layers[{layer!r}] holds {name!r} alone, which is tied to a weight of an earlier layer and lies there. "
+                f"Leave {layer!r} out, or leave the weight's other names out of the layers before it."
             )
-        return of
 
 
 def shorten_list(names: Sequence[str], limit: int = 4) -> str:
@@ -225,10 +320,33 @@ def shorten_list(names: Sequence[str], limit: int = 4) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def _depth_order(of: Mapping[str, str], layers: LayerSpec | None) -> tuple[str, ...]:
-    blocks = sorted({name for name in of.values() if name.startswith("blocks[")}, key=lambda name: int(name[7:-1]))
-    parts = [name for name in layers or () if name not in {"stem", "blocks", "head"}]
-    return ("stem", *blocks, *parts, "head")
+def _depth_order(places: Mapping[str, str], layers: Iterable[str] = ("blocks",)) -> tuple[str, ...]:
+    """Return the names of layers: the stem first, the head last, between them what is found or given in its order."""
+    found = {name for name in places.values() if name.startswith("blocks[")}
+    blocks = sorted(found, key=lambda name: int(name[7:-1]))
+    middle = [blocks if name == "blocks" else [name] for name in layers if name not in {"stem", "head"}]
+    return ("stem", *(name for names in middle for name in names), "head")
+
+
+def _earliest(places: Mapping[str, str], canonical: Mapping[str, str], order: Sequence[str]) -> dict[str, str]:
+    """Return the layer of each parameter: of all the places that its names have, the earliest."""
+    depth = {layer: index for index, layer in enumerate(order)}
+    of: dict[str, str] = {}
+    for name, layer in places.items():
+        known = of.setdefault(canonical[name], layer)
+        if depth[layer] < depth[known]:
+            of[canonical[name]] = layer
+    return {name: of[name] for name in dict.fromkeys(canonical.values())}
+
+
+def _without_gaps(of: Mapping[str, str], order: Sequence[str]) -> dict[str, str]:
+    """Rename layers that are found: blocks without a parameter of their own go, and where nothing follows the blocks the last is the head."""
+    held = [layer for layer in order if layer in set(of.values())]
+    blocks = [layer for layer in held if layer not in {"stem", "head"}]
+    renamed = {"stem": "stem", "head": "head"} | {layer: f"blocks[{index}]" for index, layer in enumerate(blocks)}
+    if "head" not in held:
+        renamed[held[-1]] = "head"
+    return renamed
 
 
 def _entries(model: nn.Module, layers: LayerSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -264,72 +382,3 @@ def _globs(layer: str, value: object) -> tuple[str, ...]:
 
 def _matches(name: str, glob: str) -> bool:
     return name.startswith(f"{glob}.") or fnmatchcase(name, glob)
-
-
-def _inside(name: str, prefixes: Sequence[str]) -> bool:
-    return any(not prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
-
-
-def _ancestors(name: str) -> Iterator[str]:
-    """Yield the modules around a parameter or module, from the nearest to the root."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _after_blocks(names: Sequence[str], blocks: Sequence[Sequence[str]]) -> set[str]:
-    """Return the names registered after the last parameter of any block."""
-    prefixes = {prefix for block in blocks for prefix in block}
-    inside = [index for index, name in enumerate(names) if any(path in prefixes for path in _ancestors(name))]
-    return set(names[inside[-1] + 1 :]) if inside else set()
-
-
-def _block_modules(model: nn.Module) -> list[tuple[str, ...]]:
-    """Find the class of block that, repeated in lists, holds most of the model's parameters."""
-    instances: dict[type[nn.Module], list[str]] = {}
-    lists: dict[type[nn.Module], set[type[nn.Module]]] = {}
-    sizes: dict[str, int] = {}
-    seen: dict[type[nn.Module], set[str]] = {}
-    for parent_name, parent in model.named_modules():
-        if not isinstance(parent, _CONTAINERS):
-            continue
-        for child_name, child in parent.named_children():
-            name = f"{parent_name}.{child_name}" if parent_name else child_name
-            kind = type(child)
-            nested = any(path in seen.get(kind, ()) for path in _ancestors(name))
-            if next(child.children(), None) is None or nested:
-                continue
-            sizes[name] = sum(each.numel() for each in child.parameters())
-            if sizes[name]:
-                instances.setdefault(kind, []).append(name)
-                seen.setdefault(kind, set()).add(name)
-                lists.setdefault(kind, set()).add(type(parent))
-    kinds = {kind: names for kind, names in instances.items() if len(names) > 1}
-    if not kinds:
-        return []
-    held = {kind: sum(sizes[name] for name in names) for kind, names in kinds.items()}
-    best = max(kinds, key=lambda kind: held[kind])
-    # A stage that is a plain sequence of blocks is split further: its blocks are the layers (ConvNeXt, Swin).
-    for kind, names in kinds.items():
-        within = all(any(path in seen[best] for path in _ancestors(name)) for name in names)
-        longer = len(names) > len(kinds[best]) and held[kind] >= 0.8 * held[best]
-        if kind is not best and within and longer and lists[kind] == {nn.Sequential}:
-            best = kind
-    return [(name,) for name in kinds[best]]
-
-
-def _units(model: nn.Module, prefix: str = "") -> list[tuple[str, ...]]:
-    """Cut a model without repeated blocks into its children, sequences flattened, norms joined to what they follow."""
-    units: list[tuple[str, ...]] = []
-    children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
-    if not children:
-        return [(prefix,)]
-    for name, child in children:
-        path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, _FOLLOWERS) and units:
-            units[-1] = (*units[-1], path)
-        elif isinstance(child, _CONTAINERS) or len(children) == 1:
-            units.extend(_units(child, path))
-        else:
-            units.append((path,))
-    return units

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
-from .books import Books
 from .clock import Time
-from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
-from .events import Event
-from .grafts import Graft, apply_graft, check_grafts, undo_graft
-from .groups import Group, Origin, Slot, options_of, view_groups
-from .holds import USER, Hold, Holds, Moments
-from .homes import home_of_new
-from .invariants import check_groups, check_parameter, check_rates
-from .schedules import Schedule, schedule_from_description
-from .selectors import Selection, Selector, covers, resolve
+from .errors import ArgumentError, LedgerError, SurgeryError, nearest
+from .grafts import Graft, Overrides, apply_graft, check_grafts, keep_record, record_of, undo_graft
+from .groups import Origin, options_of
+from .holds import USER, Hold, Holds, Mode, Moments
+from .homes import home_of_new, names_of, state_by_name
+from .invariants import check_groups, check_options, check_parameter, check_rates
+from .rates import Rates
+from .selectors import Selector, covers
 from .surgery import JournalEntry, Site, op_named
 from .typing import Json
 
 
-class ParameterLedger(Books):
+class ParameterLedger(Rates):
     """What trains, in which group, at which learning rate; who decided it; what was attached.
 
     Args:
@@ -54,69 +50,9 @@ class ParameterLedger(Books):
         4
     """
 
-    # -- reading -----------------------------------------------------------------------------------------------
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """All parameters by canonical name, in registration order; tied ones once."""
-        return MappingProxyType(self._parameters)
-
-    @property
-    def trainable(self) -> frozenset[str]:
-        """Names of the parameters that train."""
-        if self._trainable_names is None:
-            self._trainable_names = frozenset(self._trainable)
-        return self._trainable_names
-
-    @property
-    def frozen(self) -> frozenset[str]:
-        """Names of the parameters that do not train."""
-        return frozenset(self._parameters) - self._trainable
-
-    @property
-    def trainable_parameters(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that train, in the order of the groups; the same object until :attr:`version` moves."""
-        return self._flat
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The parameter groups of all optimizers, named by the layers they span."""
-        return view_groups(self._live, self._members, self._group_names())
-
-    @property
-    def rates(self) -> dict[str, float]:
-        """The learning rate of each group now, by the group's name; cheap between two changes."""
-        groups = zip(self._group_names(), self._live.values(), strict=True)
-        return {name: float(group["lr"]) for name, group in groups if "lr" in group}
-
-    @property
-    def slots(self) -> tuple[Slot, ...]:
-        """What each group's learning rate is a function of, in the order of :attr:`groups`."""
-        return tuple(self._live)
-
-    @property
-    def journal(self) -> tuple[JournalEntry, ...]:
-        """What was attached, in order."""
-        return tuple(entry for entry, _ in self._journal)
-
-    @property
-    def left_out(self) -> frozenset[str]:
-        """Names of the parameters that were in no group of the optimizer instance given; the user holds them."""
-        return frozenset(self._left_out)
-
-    def owners(self, name: str) -> tuple[str, ...]:
-        """Return who holds the parameter called ``name``."""
-        return self._holds.owners(self._aliases.get(name, name))
-
-    def select(self, select: Selector) -> tuple[str, ...]:
-        """Return the canonical names that a selector means; a SelectorError where it matches nothing."""
-        return tuple(self._resolve(select).names)
-
     # -- changing ----------------------------------------------------------------------------------------------
 
-    def freeze(
-        self, select: Selector, *, owner: str, moments: Moments = "drop", mode: Literal["eval"] | None = None
-    ) -> None:
+    def freeze(self, select: Selector, *, owner: str, moments: Moments = "drop", mode: Mode = None) -> None:
         """Add ``owner``'s hold: what anybody holds does not train.
 
         Frozen parameters leave their group, and lose ``.grad`` and the optimizer's state.
@@ -125,7 +61,8 @@ class ParameterLedger(Books):
             select: What to freeze.
             owner: Who holds it; only the same owner's :meth:`thaw` releases this hold.
             moments: ``"keep"`` puts the optimizer's state aside until the parameter trains again.
-            mode: ``"eval"`` also puts modules that are wholly held in eval mode (dropout off).
+            mode: ``"eval"`` also puts modules that are wholly held in eval mode (dropout off); ``"train"`` lets the
+                statistics of frozen normalization layers go on, where all who hold them say so.
 
         Raises:
             SelectorError: ``select`` matches nothing.
@@ -134,20 +71,20 @@ class ParameterLedger(Books):
         self._check_open("freeze", owner)
         if moments not in ("drop", "keep"):
             raise ArgumentError("freeze(moments=)", got=moments, takes="'drop' or 'keep'", example="moments='drop'")
-        if mode not in (None, "eval"):
-            raise ArgumentError("freeze(mode=)", got=mode, takes="None or 'eval'", example="mode='eval'")
+        if mode not in (None, "eval", "train"):
+            raise ArgumentError("freeze(mode=)", got=mode, takes="None, 'eval' or 'train'", example="mode='eval'")
         selection = self._resolve(select)
-        self._holds.freeze(selection, owner, Hold(moments, mode == "eval"))
+        self._holds.freeze(selection, owner, Hold(moments, mode))
         if moments == "drop" and self._kept:
             for name in selection.names:
                 self._kept.pop(name, None)
         leaving = [name for name in selection.names if name in self._trainable]
-        if mode == "eval":
-            self._modes.evaluating = True
+        if mode is not None:
+            self._modes.asked = True
         if leaving:
             self._leave(leaving, keep=moments == "keep")
             self._regroup()
-        elif mode == "eval":
+        elif self._modes.asked:
             self._modes.refresh(self._trainable, self._holds)
 
     def thaw(self, select: Selector, *, owner: str, warmup: Time | str | int | None = None) -> None:
@@ -175,65 +112,8 @@ class ParameterLedger(Books):
         if joining:
             self._join(joining)
             self._regroup()
-        elif released and self._modes.evaluating:
+        elif released and self._modes.asked:
             self._modes.refresh(self._trainable, self._holds)
-
-    def scale(self, select: Selector, factor: float, *, owner: str) -> None:
-        """Set ``owner``'s factor on the learning rate; factors of several owners multiply.
-
-        Args:
-            select: What to scale.
-            factor: Relative to the home rate; setting it again replaces it.
-            owner: Whose factor it is.
-
-        Raises:
-            ArgumentError: The factor is negative or no finite number.
-            SelectorError: ``select`` matches nothing.
-        """
-        self._check_open("scale", owner)
-        value = _rate("scale(factor=)", factor, "factor=0.5")
-        self._replace(self._holds.scale(self._resolve(select), owner, value))
-
-    def set_lr(self, select: Selector, lr: float, *, owner: str) -> None:
-        """Set an absolute base learning rate, which factors and schedule still multiply.
-
-        Raises:
-            LedgerError: Another owner has set one; the message names both.
-            ArgumentError: The rate is negative or no finite number.
-            SelectorError: ``select`` matches nothing.
-        """
-        self._check_open("set_lr", owner)
-        value = _rate("set_lr(lr=)", lr, "lr=1e-3")
-        self._replace(self._holds.rate(self._resolve(select), owner, value))
-
-    def schedule_lr(self, select: Selector, schedule: Schedule, *, owner: str) -> None:
-        """Set ``owner``'s schedule on the learning rate, which multiplies with the others' and with the ledger's own.
-
-        Args:
-            select: What follows it.
-            schedule: Progress of the fit (0 to 1) to a factor: one of :mod:`~thawline.engine.schedules`, whose lengths
-                are shares of the duration. Setting another replaces it; ``constant()`` ends it.
-            owner: Whose schedule it is.
-
-        Raises:
-            ArgumentError: A function of one's own, which a checkpoint could not hold, or lengths in epochs or batches.
-            SelectorError: ``select`` matches nothing.
-
-        Example:
-            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-            >>> ledger = ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=1.0))
-            >>> from thawline.engine import Clock, linear
-            >>> ledger.schedule_lr("blocks[0]", linear(), owner="me")
-            >>> ledger.apply_lr(Clock(progress=0.25))
-            >>> ledger.rates
-            {'blocks[0]': 0.75, 'head': 1.0}
-        """
-        self._check_open("schedule_lr", owner)
-        if not isinstance(schedule, Schedule) or not schedule.bound:
-            takes, example = "a schedule with lengths in shares of the duration", "schedule=warmup(0.1, then=cosine())"
-            raise ArgumentError("ledger.schedule_lr(schedule=)", got=schedule, takes=takes, example=example)
-        schedule_from_description(schedule.describe())
-        self._replace(self._holds.schedule(self._resolve(select), owner, schedule))
 
     def attach(self, module_name: str | Sequence[str], op: str, *, owner: str, **arguments: Json) -> None:
         """Attach what a surgery op builds, and record it.
@@ -252,15 +132,18 @@ class ParameterLedger(Books):
             LedgerClosedError: Called during forward, backward, step or evaluation.
         """
         self._check_open("attach", owner)
+        record = record_of(self.model)
         made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
         try:
             for name in [module_name] if isinstance(module_name, str) else module_name:
-                made.append((JournalEntry(name, op, owner, dict(arguments)), self._graft(name, op, arguments)))
+                entry = JournalEntry(name, op, owner, dict(arguments))
+                made.append((entry, self._graft(name, op, arguments, record.overrides)))
         except BaseException:
             for graft in reversed([graft for _, grafts in made for graft in grafts]):
-                undo_graft(self.model, graft, self._overrides)
+                undo_graft(self.model, graft, record.overrides)
             raise
-        self._journal += made
+        record.entries += made
+        keep_record(self.model, record)
         self._enroll([graft for _, grafts in made for graft in grafts], owner)
 
     def detach(self, module_name: str, op: str, *, owner: str) -> None:
@@ -270,18 +153,20 @@ class ParameterLedger(Books):
             SurgeryError: This owner attached no such thing, or something was attached on top of it.
         """
         self._check_open("detach", owner)
-        for index in reversed(range(len(self._journal))):
-            entry, grafts = self._journal[index]
+        record = record_of(self.model)
+        for index in reversed(range(len(record.entries))):
+            entry, grafts = record.entries[index]
             if (entry.module, entry.op, entry.owner) == (module_name, op, owner):
                 break
         else:
-            known = sorted({f"{entry.module} ({entry.op}, {entry.owner})" for entry, _ in self._journal}) or ["nothing"]
+            known = sorted({f"{entry.module} ({entry.op}, {entry.owner})" for entry in self.journal}) or ["nothing"]
             raise SurgeryError(
                 f"{owner!r} attached no {op!r} to {module_name!r}. Attached: {nearest(module_name, known)}."
             )
         for graft in reversed(grafts):
-            undo_graft(self.model, graft, self._overrides)
-        del self._journal[index]
+            undo_graft(self.model, graft, record.overrides)
+        del record.entries[index]
+        keep_record(self.model, record)
         gone = {name for graft in grafts for name in graft.parameters}
         for name in gone & set(self._parameters):
             self.optimizers[self._homes[name].optimizer].state.pop(self._parameters[name], None)
@@ -291,9 +176,23 @@ class ParameterLedger(Books):
                 table.pop(name, None)
         self._trainable -= gone
         self._read_names()
-        self.layers.follow(tuple(self._parameters), {})
+        self.layers.follow(self._parameters, {})
         self._modes.scan()
         self._regroup()
+
+    def drop_moments(self, select: Selector, *, owner: str) -> None:
+        """Forget the optimizer's state of parameters whose values were replaced; they go on as if fresh.
+
+        Raises:
+            SelectorError: ``select`` matches nothing.
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("drop_moments", owner)
+        names = [name for name in self._resolve(select).names if name in self._homes]
+        for name in names:
+            self._kept.pop(name, None)
+            self.optimizers[self._homes[name].optimizer].state.pop(self._parameters[name], None)
+        self._restore([name for name in names if name in self._trainable])
 
     # -- checking ----------------------------------------------------------------------------------------------
 
@@ -309,6 +208,7 @@ class ParameterLedger(Books):
             has_state = home is not None and parameter in self.optimizers[home.optimizer].state
             holders = self._holds.owners(name)
             check_parameter(name, parameter, trains=name in self._trainable, holders=holders, has_state=has_state)
+        check_options(self._live, self._members)
         check_rates(self._live, self._members, self._factor, self._rated, self.min_lr)
         if [id(each) for _, each in self.model.named_parameters()] != [id(each) for each in self._parameters.values()]:
             raise LedgerError(
@@ -322,7 +222,10 @@ class ParameterLedger(Books):
             for name, each in self._parameters.items()
         ]
         groups = [
-            [slot.home.index, self._members[slot], None if slot.base_lr is None else float(group["lr"]), slot.scale]
+            [
+                *(slot.home.index, self._members[slot], None if slot.base_lr is None else float(group["lr"])),
+                *(slot.scale, slot.set_options),
+            ]
             for slot, group in self._live.items()
         ]
         journal = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
@@ -340,29 +243,32 @@ class ParameterLedger(Books):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything by name: JSON, and the tensors of the optimizer's state (not copied)."""
-        state: dict[str, dict[str, Any]] = {}
-        shared: list[dict[str, Any]] = []
         names = {id(each): name for name, each in self._parameters.items()}
-        for optimizer in self.optimizers:
-            shared.append({str(key): value for key, value in optimizer.state.items() if not isinstance(key, Tensor)})
-            for parameter, values in optimizer.state.items():
-                if isinstance(parameter, Tensor):
-                    state[names[id(parameter)]] = {str(key): value for key, value in values.items()}
+        optimizers = {
+            title: state_by_name(each, names)
+            for title, each in zip(names_of(self.optimizers), self.optimizers, strict=True)
+        }
+        for entry in optimizers.values():
+            entry["kept"] = {}
+        for name, values in self._kept.items():
+            list(optimizers.values())[self._homes[name].optimizer]["kept"][name] = dict(values)
         return {
             "parameters": list(self._parameters),
             "trainable": [name for name in self._parameters if name in self._trainable],
             "holds": self._holds.state_dict(),
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
-            "homes": [{"lr": home.lr, "options": home.options} for home in self._home_list],
+            "layers": {layer.name: list(layer.parameters) for layer in self.layers},
+            "homes": [
+                {"lr": home.lr, "options": home.options, "given": home.given, "replaced": dict(home.replaced)}
+                for home in self._home_list
+            ],
             "home_of": {name: home.index for name, home in self._homes.items()},
             "groups": [
                 {"home": slot.home.index, "parameters": self._members[slot], "options": options_of(group)}
                 for slot, group in self._live.items()
             ],
             "journal": [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal],
-            "state": state,
-            "shared": shared,
-            "kept": {name: dict(values) for name, values in self._kept.items()},
+            "optimizers": optimizers,
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -380,10 +286,10 @@ class ParameterLedger(Books):
             self.attach([module for module, *_ in entries], op, owner=owner, **arguments)
         self._check_same(saved)
         self._holds = Holds.from_state(saved["holds"])
-        self._modes.evaluating = any(hold.evaluate for mine in self._holds.held.values() for hold in mine.values())
+        self._modes.asked = any(hold.mode is not None for mine in self._holds.held.values() for hold in mine.values())
         by_index = {home.index: home for home in self._home_list}
         for home, entry in zip(self._home_list, saved["homes"], strict=True):
-            home.lr = entry["lr"]
+            home.lr, home.given, home.replaced = entry["lr"], dict(entry["given"]), dict(entry["replaced"])
             home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
         trainable = set(saved["trainable"])
@@ -400,25 +306,22 @@ class ParameterLedger(Books):
                 )
             # Not the rate: it is a function of the clock, and the saved one is that of the step before.
             group.update({key: value for key, value in entry["options"].items() if key != "lr"})
-        self._kept = {name: self._placed(name, values) for name, values in saved["kept"].items()}
-        for optimizer, values in zip(self.optimizers, saved["shared"], strict=True):
-            optimizer.state.update(values)
-        for name, values in saved["state"].items():
-            optimizer = self.optimizers[self._homes[name].optimizer]
-            optimizer.state[self._parameters[name]] = self._placed(name, values)
+        self._kept = {}
+        for optimizer, entry in zip(self.optimizers, saved["optimizers"].values(), strict=True):
+            optimizer.state.update(entry["shared"])
+            self._kept.update({name: self._placed(name, values) for name, values in entry["kept"].items()})
+            for name, values in entry["state"].items():
+                optimizer.state[self._parameters[name]] = self._placed(name, values)
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _resolve(self, select: Selector) -> Selection:
-        return resolve(select, self._parameters, self._aliases, self.layers)
-
-    def _graft(self, name: str, op: str, arguments: Mapping[str, Json]) -> tuple[Graft, ...]:
+    def _graft(self, name: str, op: str, arguments: Mapping[str, Json], overrides: Overrides) -> tuple[Graft, ...]:
         """Build what ``op`` attaches to one module, and put it on."""
         seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}/{op}".encode()).digest()[:8]) >> 1
         site = Site(self.model, name, self._module(name), torch.Generator().manual_seed(seed))
         attachments = tuple(op_named(op)(site, **arguments))
         check_grafts(self.model, attachments, op)
-        return tuple(apply_graft(self.model, each, self._overrides) for each in attachments)
+        return tuple(apply_graft(self.model, each, overrides) for each in attachments)
 
     def _module(self, name: str) -> nn.Module:
         try:
@@ -427,21 +330,11 @@ class ParameterLedger(Books):
             known = nearest(str(name), [each for each, _ in self.model.named_modules() if each])
             raise SurgeryError(f"the model has no module {name!r}. Nearest: {known}.") from None
 
-    def _check_open(self, call: str, owner: object) -> None:
-        if self.phase is not None and not self.phase.opens_ledger:
-            later = Event.BATCH_START if self.phase.name.startswith("EVAL") else Event.BATCH_END
-            raise LedgerClosedError(
-                f"ledger.{call} was called at {self.phase.name}, where the ledger is closed: a change there would tear the "
-                f"step. Keep the decision in the algorithm's state and call it at Event.{later.name}."
-            )
-        if not isinstance(owner, str) or not owner:
-            raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
-
     def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
         self._read_names()
         beside = {name: graft.beside for graft in grafts for name in graft.parameters if name in self._parameters}
         beside = {name: self._aliases.get(other, other) for name, other in beside.items()}
-        self.layers.follow(tuple(self._parameters), beside)
+        self.layers.follow(self._parameters, beside)
         for name, other in beside.items():
             parameter = self._parameters[name]
             parameter.requires_grad = False
@@ -465,14 +358,14 @@ class ParameterLedger(Books):
                 f"the model is not the one that was saved: missing {missing[:3]}, unknown to the checkpoint {extra[:3]}. "
                 "Build it as in the run that was saved."
             )
+        names, saved_names = names_of(self.optimizers), tuple(saved["optimizers"])
+        if names != saved_names:
+            raise LedgerError(
+                f"the optimizer was saved as {', '.join(saved_names)} and is {', '.join(names)} now. Build it as in the run "
+                "that was saved."
+            )
         if len(saved["homes"]) != len(self._home_list):
             raise LedgerError(
                 f"the optimizer was saved with {len(saved['homes'])} groups of its own and has {len(self._home_list)} now. "
                 "Build it as in the run that was saved."
             )
-
-
-def _rate(argument: str, value: object, example: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-        raise ArgumentError(f"ledger.{argument}", got=value, takes="a finite number, 0 or above", example=example)
-    return float(value)

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from attrs import define, field
 
-from .errors import ArgumentError
+from .errors import ArgumentError, DataError
+from .settings import can_call
 
 
 @runtime_checkable
@@ -33,13 +34,30 @@ Metric: TypeAlias = Accumulator | Callable[[Any, Any], Any]
 def check_metrics(metrics: object) -> dict[str, Metric]:
     """Return the metrics by name, or raise an ArgumentError that says what is none."""
     takes = "a mapping of names to torchmetrics-like objects or functions (outputs, targets) -> number"
-    example = "Trainer(metrics={'accuracy': lambda logits, y: (logits.argmax(-1) == y).float().mean()})"
     if not isinstance(metrics, Mapping):
-        raise ArgumentError("Trainer(metrics=)", got=metrics, takes=takes, example=example)
+        raise ArgumentError("Trainer(metrics=)", got=metrics, takes=takes, example=_example("accuracy"))
     for name, metric in metrics.items():
-        if not isinstance(name, str) or not (isinstance(metric, Accumulator) or callable(metric)):
-            raise ArgumentError("Trainer(metrics=)", got={name: metric}, takes=takes, example=example)
+        if not isinstance(name, str) or not name:
+            raise ArgumentError("Trainer(metrics=)", got={name: metric}, takes=takes, example=_example("accuracy"))
+        if name == "loss":
+            other = "another name than 'loss', under which the loss itself is reported"
+            raise ArgumentError(_owner(name), got=metric, takes=other, example=_example("my_loss"))
+        if isinstance(metric, type):
+            instance = f"Trainer(metrics={{{name!r}: {metric.__name__}(…)}})"
+            raise ArgumentError(_owner(name), got=metric, takes="an instance of the metric", example=instance)
+        called = metric.update if isinstance(metric, Accumulator) else metric
+        if not callable(called) or not can_call(called, 2):
+            kind = "an update(outputs, targets)" if called is not metric else "a function (outputs, targets) -> number"
+            raise ArgumentError(_owner(name), got=metric, takes=kind, example=_example(name))
     return dict(metrics)
+
+
+def _owner(name: str) -> str:
+    return f"Trainer(metrics={{{name!r}: …}})"
+
+
+def _example(name: str) -> str:
+    return f"Trainer(metrics={{{name!r}: lambda logits, y: (logits.argmax(-1) == y).float().mean()}})"
 
 
 @define(eq=False)
@@ -73,16 +91,29 @@ class Meters:
                 metric.reset()
 
     def update(self, outputs: Any, targets: Any, *, loss: float | None, weight: float, samples: int) -> None:
-        """Take in a batch: its predictions and targets, its mean loss over ``weight``, and how many samples it has."""
+        """Take in a batch: its predictions and targets, its mean loss over ``weight``, and how many samples it has.
+
+        Raises:
+            ArgumentError: A metric function returns something else than one number.
+            DataError: A metric fails on a batch without targets.
+        """
         if loss is not None:
             self._loss += loss * weight
             self._weight += weight
         self._samples += samples
         for name, metric in self.metrics.items():
-            if isinstance(metric, Accumulator):
-                metric.update(outputs, targets)
-            else:
-                self._sums[name] = self._sums.get(name, 0.0) + float(metric(outputs, targets)) * samples
+            try:
+                value = (metric.update if isinstance(metric, Accumulator) else metric)(outputs, targets)
+            except Exception as error:
+                if targets is None:
+                    raise DataError(
+                        f"the metric {name!r} failed on a batch without targets: {error}. Write: an eval_loader whose "
+                        "batches are (inputs, targets), or mappings with 'labels' or 'targets'."
+                    ) from error
+                error.add_note(f"in the metric {name!r}, called with (outputs, targets)")
+                raise
+            if not isinstance(metric, Accumulator):
+                self._sums[name] = self._sums.get(name, 0.0) + _number(name, value) * samples
 
     def compute(self) -> dict[str, float]:
         """Return every metric by its prefixed name."""
@@ -95,7 +126,7 @@ class Meters:
                 if isinstance(metric, Accumulator)
                 else self._sums.get(name, 0.0) / max(1, self._samples)
             )
-            values[f"{self.prefix}{name}"] = float(value)
+            values[f"{self.prefix}{name}"] = _number(name, value)
         return values
 
 
@@ -151,3 +182,13 @@ class RunningLoss:
         self._epoch = reduce(add, self._recent, self._epoch[0]), self._epoch[1] + count
         self._log = reduce(add, self._recent, self._log[0]), self._log[1] + count
         self._recent.clear()
+
+
+def _number(name: str, value: Any) -> float:
+    """Return what a metric gives as a number, or raise an ArgumentError that names the metric."""
+    try:
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # RuntimeError: a tensor of several numbers
+        pass
+    raise ArgumentError(_owner(name), got=value, takes="a metric that gives one number", example=_example(name))

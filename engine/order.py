@@ -62,6 +62,15 @@ def order_limits(indices: Iterable[Any], seed: int) -> tuple[str, ...]:
     return tuple(_sentence(each) for each in _samplers(indices) if _keeps_state(each, seed))
 
 
+def copied_sampler(indices: Iterable[Any]) -> Iterable[Any] | None:
+    """Return a sampler to draw from that leaves the user's as it is; None where drawing uses it up."""
+    if isinstance(indices, Iterator) or any(
+        isinstance(each, Iterator) for each in getattr(indices, "__dict__", {}).values()
+    ):
+        return None
+    return _trial(indices) if hasattr(indices, "__dict__") else indices
+
+
 def _samplers(indices: object) -> list[object]:
     """Return a batch sampler and the samplers that it draws from, outermost first."""
     found: list[object] = []

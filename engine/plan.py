@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from .ledger import ParameterLedger
 MAX_SAMPLES = 400
 
 
+_HEADINGS = ("batches", "epochs", "trains", "share", "state", "FLOPs", "layers", "ends with", "learning rates")
+_FLOPS = _HEADINGS.index("FLOPs")
+
+
 @frozen
 class Span:
     """A stretch of a fit in which the trainable set and the groups stay as they are.
@@ -30,6 +34,10 @@ class Span:
         share: Their share of all.
         layers: Names of the layers in which something trains, in depth order.
         groups: Name, number of tensors, and learning rate at the start and the end, of each group.
+        state_bytes: What the optimizers keep for what trains; None where that is not known.
+        flops: Floating-point operations of forward and backward as a share of those that train everything; None where
+            they were not counted. Only a plan counts them, so they are not compared.
+        ends_with: Who changed the ledger then, or ``"duration"``, or why the fit stopped; empty while it lasts.
     """
 
     start: Clock
@@ -38,6 +46,9 @@ class Span:
     share: float
     layers: tuple[str, ...]
     groups: tuple[tuple[str, int, float | None, float | None], ...]
+    state_bytes: int | None = None
+    flops: float | None = field(default=None, eq=False)
+    ends_with: str = ""
 
 
 @frozen
@@ -55,11 +66,18 @@ class Plan:
 
     ``print(plan)`` shows a table, :meth:`save` draws it (layers by time, color the learning rate, frozen
     in gray), :meth:`to_json` gives plain data.
+
+    Args:
+        spans: The stretches, in order.
+        samples: Learning rates at some batches, for the picture.
+        layers: Names of the model's layers in depth order.
+        notes: What the plan cannot know, a sentence each.
     """
 
     spans: tuple[Span, ...] = ()
     samples: tuple[Sample, ...] = ()
     layers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the whole timeline as JSON."""
@@ -68,7 +86,7 @@ class Plan:
             for span in self.spans
         ]
         samples = [[each.batch, each.epoch, dict(each.rates)] for each in self.samples]
-        return {"spans": spans, "samples": samples, "layers": list(self.layers)}
+        return {"spans": spans, "samples": samples, "layers": list(self.layers), "notes": list(self.notes)}
 
     @classmethod
     def from_json(cls, saved: Mapping[str, Any]) -> Plan:
@@ -81,31 +99,35 @@ class Plan:
                 each["share"],
                 tuple(each["layers"]),
                 tuple((name, count, first, last) for name, count, first, last in each["groups"]),
+                each["state_bytes"],
+                each["flops"],
+                each["ends_with"],
             )
             for each in saved["spans"]
         )
         samples = tuple(Sample(batch, epoch, dict(rates)) for batch, epoch, rates in saved["samples"])
-        return cls(spans, samples, tuple(saved["layers"]))
+        return cls(spans, samples, tuple(saved["layers"]), tuple(saved["notes"]))
 
     @override
     def __str__(self) -> str:
-        rows = [("batches", "epochs", "trains", "share", "layers", "learning rates")]
-        for span in self.spans:
-            rates = ", ".join(_rates(name, first, last) for name, _, first, last in span.groups)
-            epochs = f"{_epochs(span.start):.2f} - {_epochs(span.end):.2f}"
-            rows.append(
-                (
-                    f"{span.start.batch} - {span.end.batch}",
-                    epochs,
-                    f"{span.trainable:,}",
-                    f"{span.share:.1%}",
-                    _contracted(span.layers, self.layers),
-                    rates,
-                )
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows
+        rows = [_HEADINGS, *(self._row(span) for span in self.spans)]
+        if all(span.flops is None for span in self.spans):
+            rows = [row[:_FLOPS] + row[_FLOPS + 1 :] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+
+    def _row(self, span: Span) -> tuple[str, ...]:
+        return (
+            f"{span.start.batch} - {span.end.batch}",
+            f"{_epochs(span.start):.2f} - {_epochs(span.end):.2f}",
+            f"{span.trainable:,}",
+            f"{span.share:.1%}",
+            "-" if span.state_bytes is None else _size(span.state_bytes),
+            "-" if span.flops is None else f"{span.flops:.0%}",
+            _contracted(span.layers, self.layers),
+            span.ends_with,
+            ", ".join(_rates(name, first, last) for name, _, first, last in span.groups),
         )
 
     def save(self, path: str | Path, *, title: str | None = None) -> Path:
@@ -167,10 +189,12 @@ class Recorder:
     Args:
         ledger: The ledger of the fit.
         total_batches: How long the fit is expected to be; spaces the samples of the picture.
+        flops: The share of the operations that a step costs, given what trains; None where nobody counts.
     """
 
     ledger: ParameterLedger
     total_batches: int | None = None
+    flops: Callable[[frozenset[str]], float | None] | None = None
     _spans: list[Span] = field(init=False, factory=list)
     _samples: list[Sample] = field(init=False, factory=list)
     _marks: list[Clock] = field(init=False, factory=list)
@@ -184,30 +208,24 @@ class Recorder:
         """Take note before a batch, once learning rates are set."""
         if self.ledger.version != self._version:
             self._version = self.ledger.version
-            self.end(clock)
+            self._end(clock)
             self._begin(clock)
         elif clock.batch < self._next_sample:
             return
         self._sample(clock)
 
-    def end(self, clock: Clock) -> None:
-        """Close the running span at ``clock``."""
-        self._settle()
-        span, self._open = self._open, None
-        if span is not None and clock.batch > span.start.batch:
-            self._spans.append(self._with_end(span, clock))
-
-    def timeline(self, clock: Clock) -> Plan:
-        """Return what happened up to ``clock``."""
+    def timeline(self, clock: Clock, ends_with: str = "") -> Plan:
+        """Return what happened up to ``clock``, and why it ended there."""
         self._settle()
         spans = list(self._spans)
         if self._open is not None and clock.batch > self._open.start.batch:
             spans.append(self._with_end(self._open, clock))
-        return Plan(tuple(spans), tuple(self._samples), self.ledger.layers.names)
+        return Plan(_ended(spans, ends_with), tuple(self._samples), self.ledger.layers.names)
 
     def state_dict(self, clock: Clock) -> dict[str, Any]:
         """Return what was written down, as JSON."""
-        return {**self.timeline(clock).to_json(), "current": self.ledger.version == self._version}
+        current = self.ledger.version == self._version
+        return {**self.timeline(clock).to_json(), "current": current, "changed_by": list(self.ledger.changed_by)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned: the last span is open again.
@@ -215,6 +233,7 @@ class Recorder:
         It is not where the ledger had moved since the last batch, as at an EPOCH_END: the next batch begins a new span.
         """
         plan = Plan.from_json(saved)
+        self.ledger.changed_by = tuple(saved["changed_by"])
         self._spans, self._samples = list(plan.spans), list(plan.samples)
         self._open, self._version = None, -1
         if self._spans and saved["current"]:
@@ -222,6 +241,15 @@ class Recorder:
             self._open = self._spans.pop()
             self._layers_of_group, self._slots = self._layers(), self.ledger.slots
         self._next_sample = self._samples[-1].batch + self._step(len(self._samples)) if self._samples else 0
+
+    def _end(self, clock: Clock) -> None:
+        """Close the running span at ``clock``."""
+        self._settle()
+        span, self._open = self._open, None
+        if span is not None and clock.batch > span.start.batch:
+            self._spans.append(self._with_end(span, clock))
+        self._spans[:] = _ended(self._spans, ", ".join(self.ledger.changed_by))
+        self.ledger.changed_by = ()
 
     def _begin(self, clock: Clock) -> None:
         ledger = self.ledger
@@ -231,7 +259,9 @@ class Recorder:
         inside = {layer for layers in self._layers_of_group for layer in layers}
         names = tuple(name for name in ledger.layers.names if name in inside)
         groups = tuple((each.name, len(each.parameters), each.lr, each.lr) for each in ledger.groups)
-        self._open = Span(clock, clock, trains, trains / max(1, sum(numel.values())), names, groups)
+        flops = None if self.flops is None else self.flops(ledger.trainable)
+        share = trains / max(1, sum(numel.values()))
+        self._open = Span(clock, clock, trains, share, names, groups, ledger.state_bytes, flops)
 
     def _layers(self) -> list[tuple[str, ...]]:
         of = self.ledger.layers.of
@@ -267,6 +297,20 @@ class Recorder:
 
     def _step(self, count: int) -> int:
         return max(1, (self.total_batches or 0) // MAX_SAMPLES, count // MAX_SAMPLES)
+
+
+def _ended(spans: Sequence[Span], ends_with: str) -> tuple[Span, ...]:
+    """Return the spans, the last one with what ended it where that is not known yet."""
+    if spans and not spans[-1].ends_with:
+        return (*spans[:-1], attrs.evolve(spans[-1], ends_with=ends_with))
+    return tuple(spans)
+
+
+def _size(count: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if count >= 1 << power:
+            return f"{count / (1 << power):.1f} {unit}"
+    return f"{count} B"
 
 
 def _epochs(clock: Clock) -> float:

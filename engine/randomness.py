@@ -64,7 +64,7 @@ class Randomness:
 
     def __init__(self, *holders: object) -> None:
         own: dict[int, AnyGenerator] = {}
-        _collect(holders, own, set(), _DEEPEST)
+        _collect(holders, own, {}, _DEEPEST)
         own.pop(id(torch.default_generator), None)
         self._generators = tuple(own.values())
 
@@ -139,13 +139,17 @@ class Stream:
         self._randomness.restore(self._outside)
 
 
-def _collect(holder: object, found: dict[int, AnyGenerator], seen: set[int], depth: int) -> None:
-    """Add the generators in the attributes and items of ``holder`` to ``found``, by identity."""
+def _collect(holder: object, found: dict[int, AnyGenerator], seen: dict[int, object], depth: int) -> None:
+    """Add the generators in the attributes and items of ``holder`` to ``found``, by identity.
+
+    What was seen is kept alive meanwhile: an attribute may be made when it is asked for, and what takes the place of a
+    dead object in memory has its identity.
+    """
     if isinstance(holder, _GENERATORS):
         found.setdefault(id(holder), holder)
     if isinstance(holder, (*_GENERATORS, *_CLOSED)) or not depth or id(holder) in seen or len(seen) > _MOST:
         return
-    seen.add(id(holder))
+    seen[id(holder)] = holder
     if isinstance(holder, (list, tuple)):
         inside: list[Any] = list(holder) if len(holder) <= _LONGEST else []
     elif isinstance(holder, dict):

@@ -20,7 +20,7 @@ from .forward import Forward
 from .homes import OptimizerLike
 from .meters import Metric, check_metrics
 from .schedules import Schedule, as_schedule, constant
-from .settings import device_of, function_or_none, interval, not_negative, one_of, whole
+from .settings import device_of, function_of, interval, loss_function, not_negative, one_of, path_of, whole
 from .store import Checkpointing
 from .tracking import Tracker
 from .typing import Json
@@ -45,11 +45,10 @@ def check_optimizer(value: object) -> OptimizerLike:
 def _run_dir(value: object) -> Path | None:
     if value is None:
         return None
-    if isinstance(value, (str, Path)) and str(value):
-        return Path(value)
-    raise ArgumentError(
-        "Trainer(run_dir=)", got=value, takes="a directory or None", example="Trainer(run_dir='runs/first')"
-    )
+    example = "Trainer(run_dir='runs/first')"
+    if isinstance(value, (str, Path)):
+        return path_of("Trainer(run_dir=)", value, example)
+    raise ArgumentError("Trainer(run_dir=)", got=value, takes="a directory or None", example=example)
 
 
 def _checkpointing(value: object) -> Checkpointing | None:
@@ -97,16 +96,20 @@ class Recipe:
     optimizer: OptimizerLike = field(default=DEFAULT_OPTIMIZER, converter=check_optimizer)
     schedule: Schedule = field(factory=constant, converter=as_schedule)
     min_lr: float = field(default=0.0, validator=not_negative)
-    loss_fn: Callable[[Any, Any], Tensor] | None = field(default=None, validator=function_or_none)
-    forward_fn: Callable[[nn.Module, Any], Any] | None = field(default=None, validator=function_or_none)
-    loss_weight: Callable[[Any], float] | None = field(default=None, validator=function_or_none)
+    loss_fn: Callable[[Any, Any], Tensor] | None = field(default=None, validator=loss_function)
+    forward_fn: Callable[[nn.Module, Any], Any] | None = field(
+        default=None, validator=function_of("model", "batch", example="lambda model, batch: model(**batch)")
+    )
+    loss_weight: Callable[[Any], float] | None = field(
+        default=None, validator=function_of("batch", example="lambda batch: len(batch['labels'])")
+    )
     metrics: Mapping[str, Metric] = field(factory=dict, converter=check_metrics)
     precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=one_of("fp32", "bf16", "fp16"))
     microbatch_size: int | None = field(default=None, validator=whole(1, optional=True))
     accumulate: int = field(default=1, validator=whole(1))
     eval_every: Time = field(default=Time("1ep"), converter=_eval_every)
     log_every: Time = field(default=Time("10ba"), converter=_log_every)
-    seed: int = field(default=0, validator=whole(0))
+    seed: int = field(default=0, validator=whole(0, maximum=2**64 - 1))
     run_dir: Path | None = field(default=None, converter=_run_dir)
     checkpoint: Checkpointing | None = field(default=None, converter=_checkpointing, validator=_needs_run_dir)
     trackers: Sequence[Tracker] = field(default=(), validator=_are_trackers)

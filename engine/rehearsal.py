@@ -205,8 +205,7 @@ def snapshot(state: State, algorithms: Iterable[Algorithm]) -> dict[str, Any]:
     owned = {each.owner: each.state_dict() for each in algorithms}
     return {
         "weights": weights_of(state.model),
-        "ledger": copied({key: _without_rate(value) for key, value in ledger.items() if key != "state"}),
-        "optimizer": copied(ledger["state"]),
+        "ledger": copied({key: _without_rate(value) for key, value in ledger.items()}),
         "algorithms": copied(owned),
         "clock": str(state.clock),
     }

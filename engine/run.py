@@ -21,11 +21,13 @@ from .evaluation import evaluate
 from .events import Event
 from .forward import GradientCheck, is_finite, require_gradient
 from .homes import OptimizerLike
+from .layering import find_layers
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
 from .meters import RunningLoss
-from .plan import Recorder
+from .monitor import of_evaluation
+from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
@@ -92,6 +94,8 @@ class Run:
         try:
             model.to(trainer.device)
             schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
+            if layers is None:
+                layers = find_layers(model, self.data, self.functions[0], trainer.device)
             ledger = ParameterLedger(
                 model, optimizer, layers, schedule=schedule, min_lr=trainer.min_lr, seed=trainer.seed
             )
@@ -123,7 +127,7 @@ class Run:
                 if self.folder.due:
                     self._save()
                 emit(Event.EPOCH_START)
-            for fetched in self._epoch():
+            for fetched in self._epoch() if state.stop_reason is None else ():
                 if self.folder.due:
                     self._save()
                 before = state.clock
@@ -135,7 +139,7 @@ class Run:
                 if (due or state.stop_reason is not None) and self._finished():
                     break
             else:
-                self._exhausted = True
+                self._exhausted = state.stop_reason is None
             self._end_epoch()
         if self._evaluated_at != state.clock.batch:
             self._evaluate()
@@ -152,7 +156,8 @@ class Run:
         state.step_skipped, state.grad_norm = False, None
         emit(BATCH_START)
         if not ledger.trainable_parameters:
-            self._stop_frozen()
+            stop_frozen(state)
+        if state.stop_reason is not None:
             return
         self.recorder.observe(state.clock)
         parts = [(state.batch, 1.0)] if self._whole else self._microbatches()
@@ -232,9 +237,12 @@ class Run:
                 self._evaluate()
             state.tick_epoch()
             self.folder.note(before, state.clock)
-        state.metrics["train/loss"] = self._losses.of_epoch()
+        trained = before.batch_in_epoch > 0
+        if trained:
+            state.metrics["train/loss"] = self._losses.of_epoch()
         self.engine.emit(Event.EPOCH_END)
-        self._write_history()
+        if trained:
+            self._write_history()
         self._log({})
 
     # -- parts of a batch --------------------------------------------------------------------------------------
@@ -309,20 +317,6 @@ class Run:
                 "the data and the loss, or write Trainer(precision='bf16')."
             )
 
-    def _stop_frozen(self) -> None:
-        """Nothing trains: an error at the start of the fit, its end later."""
-        state, ledger = self.state, self.state.ledger
-        if state.clock.batch:
-            state.stop("nothing trains any more")
-            return
-        name = next(iter(ledger.parameters))
-        holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
-        raise LedgerError(
-            f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). Thaw some: "
-            "model.requires_grad_(True) before the fit where the user holds them; LayerThaw(start=1) or "
-            "LoRAInject(train_head=True) where these two hold a language model's head between them."
-        )
-
     def _finished(self) -> bool:
         return self.state.stop_reason is not None or self.state.duration.reached(self.state.clock)
 
@@ -332,6 +326,12 @@ class Run:
     def stop_reason(self) -> str:
         """Why the fit ended."""
         return self.state.stop_reason or "duration"
+
+    @property
+    def timeline(self) -> Plan:
+        """What happened, once the fit has ended."""
+        reason = self.stop_reason
+        return self.recorder.timeline(self.state.clock, reason if reason == "duration" else f"stopped: {reason}")
 
     def _start(self) -> None:
         """Begin afresh with FIT_START, or where the checkpoint was cut."""
@@ -353,8 +353,8 @@ class Run:
 
     def _warn_unmonitored(self) -> None:
         """Say at once that what waits for an evaluation will wait in vain."""
-        watched = [each.owner for each in self.engine.algorithms if _of_evaluation(getattr(each, "monitor", None))]
-        watched += ["Checkpointing"] if _of_evaluation(self.folder.policy.monitor) else []
+        watched = [each.owner for each in self.engine.algorithms if of_evaluation(getattr(each, "monitor", None))]
+        watched += ["Checkpointing"] if of_evaluation(self.folder.policy.monitor) else []
         if watched and self.eval_data is None:
             warnings.warn(
                 f"{', '.join(watched)} monitors an evaluation, and there is no eval_loader: it will never act. "
@@ -378,7 +378,8 @@ class Run:
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
 
     def _save(self) -> None:
-        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics)
+        evaluated = self._evaluated_at is not None
+        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics, evaluated=evaluated)
 
     def _capture(self) -> dict[str, Any]:
         extra = {
@@ -430,17 +431,19 @@ class Run:
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
         shown = {name: value for name, value in self.state.metrics.items() if name.startswith(("train/", "eval/"))}
-        self._shown = shown | {"lr": max(self.state.ledger.rates.values(), default=0.0)}
+        self._shown = shown | {"lr": self.state.metrics.get("lr", 0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 
     def _rates(self) -> dict[str, float]:
-        return {f"lr/{name}": lr for name, lr in self.state.ledger.rates.items()}
+        """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""
+        rates = self.state.ledger.rates
+        return {"lr": max(rates.values())} | {f"lr/{layer}": lr for layer, lr in rates.items()} if rates else {}
 
     def _write_history(self) -> None:
         state = self.state
         state.metrics.update(self._rates())
-        row = {name: value for name, value in state.metrics.items() if not name.startswith("lr/")} | self._rates()
+        row = dict(state.metrics)
         numel = sum(each.numel() for each in state.ledger.trainable_parameters)
         row |= {"epoch": state.clock.epoch, "batch": state.clock.batch, "trainable": numel}
         self.history.append(row)
@@ -455,5 +458,24 @@ class Run:
             self.progress.message(f"stopped: {self.stop_reason}")
 
 
-def _of_evaluation(monitor: object) -> bool:
-    return isinstance(monitor, str) and monitor.startswith("eval/")
+def stop_frozen(state: State) -> None:
+    """Nothing trains: an error at the start of the fit, its end later.
+
+    Raises:
+        LedgerError: At the start.
+    """
+    ledger = state.ledger
+    if state.clock.batch:
+        state.stop("nothing trains any more")
+        return
+    name = next(iter(ledger.parameters))
+    holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
+    advice = "Thaw some: model.requires_grad_(True) before the fit where the user holds them."
+    if ledger.left_out:
+        advice = (
+            f"The optimizer instance holds {len(ledger.parameters) - len(ledger.left_out)} of them. Pass a factory, "
+            "which sees every parameter: optimizer=partial(torch.optim.AdamW, lr=1e-4)."
+        )
+    raise LedgerError(
+        f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). {advice}"
+    )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .clock import Clock
-from .errors import CheckpointError, RunDirError
+from .errors import CheckpointError, RunDirError, ThawlineWarning
 from .log import get_logger
+from .monitor import missing_metric, of_evaluation
 from .snapshot import read_checkpoint
-from .store import Checkpointing, CheckpointStore
+from .store import Checkpointing, CheckpointStore, checkpoints_in
 from .tracking import JsonlTracker, Tracker, Trackers
 
 log = get_logger(__name__)
@@ -23,10 +25,11 @@ class RunDir:
         folder: The run's directory; None for a fit that leaves nothing behind.
         policy: When to save and what to keep.
         trackers: Where metrics go besides the directory.
-        resume: True: the newest checkpoint, if there is one; a path: that checkpoint; False: none.
+        resume: True: the newest checkpoint, if there is one; a path: that checkpoint, or the newest of that run's
+            directory; False: none.
 
     Raises:
-        RunDirError: The directory holds a run and ``resume`` is False, or somebody else writes there.
+        RunDirError: The directory holds a run and ``resume`` is False, it is a file, or somebody else writes there.
         CheckpointError: What is to be resumed from is missing or damaged.
     """
 
@@ -35,13 +38,17 @@ class RunDir:
     ) -> None:
         self.policy = policy
         self.due = False
+        self._warned = False
         self.loaded: tuple[Path, dict[str, Any]] | None = None
         self._store: CheckpointStore | None = None
         self._jsonl: JsonlTracker | None = None
         if isinstance(resume, (str, Path)):
-            self.loaded = (Path(resume), read_checkpoint(Path(resume)))
+            if folder is not None and Path(resume).resolve() == folder.resolve() and _checkpoints(folder):
+                resume = True
+            else:
+                self.loaded = _load(Path(resume))
         if folder is not None:
-            self._store = CheckpointStore(folder, policy.keep, monitor=policy.monitor, mode=policy.mode)
+            self._store = _opened(folder, policy)
             try:
                 self._find_run(self._store, folder, resume=resume)
             except BaseException:
@@ -66,12 +73,22 @@ class RunDir:
         if self._store is not None and self.policy.every.crossed(before, after):
             self.due = True
 
-    def save(self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: dict[str, float]) -> None:
-        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next batch."""
+    def save(
+        self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: Mapping[str, float], evaluated: bool
+    ) -> None:
+        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next batch.
+
+        Args:
+            tree: Returns what to save.
+            step: Batches completed.
+            metrics: What was logged.
+            evaluated: Whether an evaluation has passed: from then on the monitored metric is missed.
+        """
         self.due = False
         if self._store is None:
             return
-        metric = None if self.policy.monitor is None else metrics.get(self.policy.monitor)
+        monitor = self.policy.monitor
+        metric = None if monitor is None else metrics.get(monitor)
         try:
             path = self._store.save(tree(), step=step, metric=metric)
         except CheckpointError as error:
@@ -81,6 +98,8 @@ class RunDir:
             log.error("checkpoint not written; trying again at the next batch", error=str(error))
         else:
             log.info("checkpoint", path=str(path))
+        if monitor is not None and metric is None and evaluated:
+            self._warn_missing(monitor, metrics)
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` past ``step``, which a resumed run writes anew."""
@@ -93,6 +112,14 @@ class RunDir:
         if self._store is not None:
             self._store.close()
 
+    def _warn_missing(self, monitor: str, metrics: Mapping[str, float]) -> None:
+        """Say once that there will be no best checkpoint; the start of the fit has said so where nothing is evaluated."""
+        if self._warned or (of_evaluation(monitor) and not any(map(of_evaluation, metrics))):
+            return
+        self._warned = True
+        missing = missing_metric(monitor, metrics, call="Checkpointing(monitor=)")
+        warnings.warn(f"there is no best checkpoint: {missing}", ThawlineWarning, stacklevel=6)
+
     def _find_run(self, store: CheckpointStore, folder: Path, *, resume: bool | str | Path) -> None:
         if resume is True:
             self.loaded = store.load_newest()
@@ -104,3 +131,34 @@ class RunDir:
                 f"{folder} holds a run already. Continue it: trainer.fit(…, resume=True), or start another one: "
                 "Trainer(run_dir=<another directory>)."
             )
+
+
+def _opened(folder: Path, policy: Checkpointing) -> CheckpointStore:
+    try:
+        return CheckpointStore(folder, policy.keep, monitor=policy.monitor, mode=policy.mode)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+            raise
+        raise RunDirError(
+            f"{folder} is a file, or lies in one, and a run needs a directory. Write: Trainer(run_dir='runs/first')"
+        ) from error
+
+
+def _load(resume: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that a path means, itself or the newest one in it, or say which others there are."""
+    inside = _checkpoints(resume)
+    path = inside[-1] if inside else resume
+    try:
+        return path, read_checkpoint(path)
+    except CheckpointError as error:
+        others = [str(each) for each in inside or _checkpoints(resume.parent) if each != path]
+        there = f" There are {', '.join(others[-5:])}." if others else ""
+        example = others[-1] if others else "runs/first/ba00000120"
+        raise type(error)(f"{error}{there} Write: trainer.fit(…, resume='{example}')") from error
+
+
+def _checkpoints(folder: Path) -> tuple[Path, ...]:
+    try:
+        return checkpoints_in(folder)
+    except CheckpointError:  # no directory, or one that cannot be read
+        return ()

@@ -46,8 +46,27 @@ class Schedule:
     binder: Callable[[Share], Schedule] | None = field(default=None, eq=False, repr=False)
 
     def __call__(self, progress: float) -> float:
-        """Return the factor at ``progress``."""
-        return self.function(progress)
+        """Return the factor at ``progress``.
+
+        Raises:
+            ArgumentError: The function fails there, or gives no finite number.
+        """
+        try:
+            factor = self.function(progress)
+        except ArgumentError:
+            raise
+        except Exception as error:
+            raise self._refused(progress, error) from error
+        try:
+            if math.isfinite(factor):
+                return factor
+        except (TypeError, ValueError, OverflowError):  # text, a vector, a whole number beyond floats
+            pass
+        raise self._refused(progress, factor)
+
+    def _refused(self, progress: float, got: object) -> ArgumentError:
+        takes = f"a finite factor at every progress; {self.name} gave another at {progress:g}"
+        return ArgumentError("schedule", got=got, takes=takes, example="Trainer(schedule=cosine(end=0.1))")
 
     @property
     def bound(self) -> bool:
@@ -108,7 +127,7 @@ def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Sched
         try:
             value = function(progress)
             finite = not isinstance(value, bool) and math.isfinite(value)
-        except (TypeError, ValueError, ArithmeticError) as error:
+        except Exception as error:
             raise ArgumentError(argument, got=given, takes=takes, example=example) from error
         if not finite:
             takes += f": it gave {value!r} at progress {progress:g}"

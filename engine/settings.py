@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from attrs import Attribute
+from torch import nn
 
-from .clock import Clock, Time
+from .clock import LONGEST, Clock, Time
 from .errors import ArgumentError, DistributedError
 
 Validator = Callable[[Any, "Attribute[Any]", Any], None]
@@ -26,29 +30,103 @@ def one_of(*values: object) -> Validator:
     return check
 
 
-def whole(minimum: int, *, optional: bool = False) -> Validator:
-    """Return a validator for a whole number from ``minimum`` on."""
+def whole(minimum: int, *, maximum: int = sys.maxsize, optional: bool = False) -> Validator:
+    """Return a validator for a whole number from ``minimum`` to ``maximum``."""
 
     def check(_: object, attribute: Attribute[Any], value: object) -> None:
         if optional and value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            takes = f"a whole number, {minimum} or above{', or None' if optional else ''}"
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            takes = f"a whole number from {minimum} to {maximum}{', or None' if optional else ''}"
             raise _wrong(attribute.name, value, takes, f"{attribute.name}={max(minimum, 8)}")
 
     return check
 
 
 def not_negative(_: object, attribute: Attribute[Any], value: object) -> None:
-    """Validate a finite number from 0 on."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    """Validate a number from 0 on that is finite as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
         raise _wrong(attribute.name, value, "a finite number, 0 or above", f"{attribute.name}=0.0")
 
 
-def function_or_none(_: object, attribute: Attribute[Any], value: object) -> None:
-    """Validate a callable or None."""
-    if value is not None and not callable(value):
-        raise _wrong(attribute.name, value, "a function or None", f"{attribute.name}=None")
+def function_of(*arguments: str, example: str) -> Validator:
+    """Return a validator for None or a function that can be called with ``arguments``, which are named for the message."""
+    takes = f"a function ({', '.join(arguments)}), or None"
+
+    def check(_: object, attribute: Attribute[Any], value: object) -> None:
+        if value is None:
+            return
+        if isinstance(value, type) or not callable(value) or not can_call(value, len(arguments)):
+            raise _wrong(attribute.name, value, takes, f"{attribute.name}={example}")
+
+    return check
+
+
+def loss_function(owner: object, attribute: Attribute[Any], value: object) -> None:
+    """Validate None or a function of outputs and targets; a class of torch's losses, or a name, says what to write."""
+    example = "torch.nn.functional.cross_entropy"
+    if isinstance(value, type):
+        example = f"torch.nn.{value.__name__}()" if hasattr(nn, value.__name__) else f"{value.__name__}()"
+    elif isinstance(value, str) and callable(getattr(nn.functional, value, None)):
+        example = f"torch.nn.functional.{value}"
+    function_of("outputs", "targets", example=example)(owner, attribute, value)
+
+
+def can_call(function: Callable[..., object], count: int) -> bool:
+    """Return whether ``function`` takes ``count`` positional arguments, as far as its signature tells.
+
+    Example:
+        >>> can_call(lambda outputs, targets: 0.0, 2), can_call(lambda outputs: 0.0, 2)
+        (True, False)
+    """
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        # What a decorator wraps may have another signature than what it returns.
+        signature = inspect.signature(called, follow_wrapped=False)
+    except (TypeError, ValueError):  # built in
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def path_of(argument: str, value: str | Path, example: str) -> Path:
+    """Return a path that the system can be asked for.
+
+    Raises:
+        ArgumentError: It is empty, holds a NUL, or cannot be encoded.
+    """
+    try:
+        sound = bool(str(value)) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        sound = False
+    if not sound:
+        raise ArgumentError(argument, got=value, takes="a path the file system can have", example=example)
+    return Path(value)
+
+
+def require_weights(call: str, model: nn.Module, *, lazy: bool = False) -> None:
+    """Raise an ArgumentError where the model has parameters or buffers without data.
+
+    Args:
+        call: ``"fit"`` or ``"evaluate"``, for the message.
+        model: The model.
+        lazy: Whether those of lazy modules may wait for the first batch.
+    """
+    for name, each in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(each):
+            if lazy:
+                continue
+            takes = f"a model that has had a batch, which gives {name!r} of a lazy module its shape"
+            example = f"model(inputs) once, and then trainer.{call}(model, …)"
+        elif each.is_meta:
+            takes = f"a model with weights: {name!r} is on the device 'meta', which holds none"
+            example = "model.to_empty(device='cpu'), load its weights, and then trainer." + f"{call}(model, …)"
+        else:
+            continue
+        raise ArgumentError(f"Trainer.{call}(model=)", got=type(model).__name__, takes=takes, example=example)
 
 
 def interval(name: str, value: object) -> Time:
@@ -62,20 +140,20 @@ def interval(name: str, value: object) -> Time:
     return time
 
 
-def duration_of(value: object) -> Time:
+def duration_of(value: object, call: str = "fit") -> Time:
     """Return the duration of a fit.
 
     Raises:
         ArgumentError: It is no time, zero, or a share of itself.
     """
-    example = "trainer.fit(model, train_loader, duration='3ep')"
-    takes = "a time above zero in epochs ('3ep' or 3), batches ('200ba') or samples ('5000sp')"
+    example = f"trainer.{call}(model, train_loader, duration='3ep')"
+    takes = f"a time above zero, at most {LONGEST:.0e}, in epochs ('3ep' or 3), batches ('200ba') or samples ('5000sp')"
     try:
         time = Time(value)  # type: ignore[arg-type]
     except ArgumentError:
-        raise ArgumentError("Trainer.fit(duration=)", got=value, takes=takes, example=example) from None
+        raise ArgumentError(f"Trainer.{call}(duration=)", got=value, takes=takes, example=example) from None
     if time.unit == "dur" or not time.value:
-        raise ArgumentError("Trainer.fit(duration=)", got=value, takes=takes, example=example)
+        raise ArgumentError(f"Trainer.{call}(duration=)", got=value, takes=takes, example=example)
     return time
 
 
@@ -83,9 +161,9 @@ def device_of(name: object) -> torch.device:
     """Return the device that ``Trainer(device=)`` means; ``"auto"`` is CUDA where there is one.
 
     Raises:
-        ArgumentError: There is no such device.
+        ArgumentError: There is no such device, or it is ``"meta"``, which holds no numbers.
     """
-    if name == "auto":
+    if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device: torch.device = torch.device(name)  # type: ignore[call-overload]  # any object may come; torch refuses it
@@ -94,6 +172,8 @@ def device_of(name: object) -> torch.device:
         known = "'auto', 'cpu'" + (", 'cuda'" if torch.cuda.is_available() else "")
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise _wrong("device", name, f"a device that is here ({known}); torch says: {first}", "device='auto'") from None
+    if device.type == "meta":
+        raise _wrong("device", name, "a device that holds numbers, which 'meta' does not", "device='auto'")
     return device
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .clock import Clock, Time
+from .errors import ArgumentError
 from .layers import LayerMap
 from .ledger import ParameterLedger
 
@@ -72,10 +73,18 @@ class State:
         return self.ledger.layers
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
-        """Record values under their names: for trackers, history and whoever monitors them."""
+        """Record values under their names: for trackers, history and whoever monitors them.
+
+        Raises:
+            ArgumentError: A value is not one number.
+        """
         for name, value in values.items():
             number = value.detach() if isinstance(value, Tensor) else value  # a loss has a graph
-            self.metrics[name] = self.logged[name] = float(number)
+            try:
+                self.metrics[name] = self.logged[name] = float(number)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: a tensor of several
+                takes, example = "one number under each name", "state.log({'norm': 0.5})"
+                raise ArgumentError("state.log", got={name: value}, takes=takes, example=example) from error
 
     def take_logged(self) -> dict[str, float]:
         """Return what was logged since the last call, and forget it."""
@@ -83,7 +92,10 @@ class State:
         return taken
 
     def stop(self, reason: str) -> None:
-        """Ask the loop to end after the running batch or evaluation; the first reason stays."""
+        """Ask the loop to end; the first reason stays.
+
+        No further batch is trained: at EPOCH_START or BATCH_START not this one either, later the running one is finished.
+        """
         if self.stop_reason is None:
             self.stop_reason = reason
 

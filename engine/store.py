@@ -17,6 +17,7 @@ from .clock import Time
 from .errors import ArgumentError, CheckpointError
 from .lock import RunLock
 from .log import get_logger
+from .monitor import direction_of
 from .snapshot import (
     TEMPORARY,
     Manifest,
@@ -41,6 +42,7 @@ __all__ = [
     "Checkpointing",
     "Manifest",
     "UnreadableError",
+    "checkpoints_in",
     "read_checkpoint",
     "read_manifest",
     "verify_checkpoint",
@@ -86,9 +88,9 @@ def _check_monitor(instance: object, _: Attribute[Any], value: Any) -> None:
 
 def _check_mode(instance: object, _: Attribute[Any], value: Any) -> None:
     owner = type(instance).__name__
-    if value not in ("min", "max"):
+    if value not in ("auto", "min", "max"):
         example = f"{owner}(monitor='eval/accuracy', mode='max')"
-        raise ArgumentError(f"{owner}(mode=)", got=value, takes="'min' or 'max'", example=example)
+        raise ArgumentError(f"{owner}(mode=)", got=value, takes="'auto', 'min' or 'max'", example=example)
 
 
 @frozen
@@ -99,20 +101,24 @@ class Checkpointing:
         every: The time between checkpoints: ``"1ep"``, ``"200ba"``, ``"0.1dur"``.
         keep: How many of the newest checkpoints to keep.
         monitor: The metric that the best checkpoint, kept besides, is chosen by, such as ``"eval/loss"``; None for none.
-        mode: Whether the smallest (``"min"``) or largest (``"max"``) metric is the best.
+        mode: Whether the smallest (``"min"``) or largest (``"max"``) metric is the best; ``"auto"`` goes by the metric's
+            name, as :func:`direction_of` does: ``"max"`` for an accuracy, ``"min"`` for a loss.
 
     Raises:
         ArgumentError: A wrong argument.
 
+    Warns:
+        ThawlineWarning: During the fit, once, where an evaluation has passed and nobody has logged ``monitor``.
+
     Example:
-        >>> Checkpointing(every="200ba", monitor="eval/loss")
-        Checkpointing(every=Time('200ba'), keep=2, monitor='eval/loss', mode='min')
+        >>> Checkpointing(every="200ba", monitor="eval/accuracy")
+        Checkpointing(every=Time('200ba'), keep=2, monitor='eval/accuracy', mode='auto')
     """
 
     every: Time = field(default=Time("1ep"), converter=_every)
     keep: int = field(default=2, validator=_check_keep)
     monitor: str | None = field(default=None, validator=_check_monitor)
-    mode: Literal["min", "max"] = field(default="min", validator=_check_mode)
+    mode: Literal["auto", "min", "max"] = field(default="auto", validator=_check_mode)
 
 
 @define(eq=False)
@@ -126,7 +132,8 @@ class CheckpointStore:
         folder: The run's directory; it is made where it is missing.
         keep: How many of the newest checkpoints to keep. The best one and permanent ones are kept besides.
         monitor: What the metric is, such as ``"eval/loss"``. Metrics saved under another name are not compared.
-        mode: Whether the smallest (``"min"``) or largest (``"max"``) metric is the best. NaN never is.
+        mode: Whether the smallest (``"min"``) or largest (``"max"``) metric is the best; ``"auto"`` as in
+            :class:`Checkpointing`. NaN never is.
 
     Raises:
         RunDirError: Another process, or another store in this one, holds the lock; the message says which.
@@ -145,7 +152,7 @@ class CheckpointStore:
     folder: Path = field(converter=Path)
     keep: int = field(default=2, validator=_check_keep)
     monitor: str | None = field(default=None, kw_only=True, validator=_check_monitor)
-    mode: Literal["min", "max"] = field(default="min", kw_only=True, validator=_check_mode)
+    mode: Literal["auto", "min", "max"] = field(default="auto", kw_only=True, validator=_check_mode)
     _lock: RunLock = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -161,7 +168,7 @@ class CheckpointStore:
     @property
     def checkpoints(self) -> tuple[Path, ...]:
         """Every checkpoint, oldest first. None has been verified."""
-        return tuple(sorted(self._entries(_STEP_NAME), key=_step))
+        return checkpoints_in(self.folder)
 
     @property
     def holds_run(self) -> bool:
@@ -171,7 +178,7 @@ class CheckpointStore:
     @property
     def best(self) -> Path | None:
         """The checkpoint with the best metric, the earliest of several; None where none has one."""
-        return _best(self._manifests(), self.monitor, self.mode)
+        return self._best(self._manifests())
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint, unverified; None where there is none."""
@@ -274,10 +281,7 @@ class CheckpointStore:
         self.close()
 
     def _entries(self, pattern: re.Pattern[str]) -> list[Path]:
-        try:
-            return [path for path in self.folder.iterdir() if pattern.fullmatch(path.name)]
-        except OSError as error:
-            raise CheckpointError(f"Cannot list {self.folder}: {error}.") from error
+        return _entries(self.folder, pattern)
 
     def _manifests(self) -> dict[Path, Manifest | None]:
         """Every checkpoint's manifest, None for one that cannot be read."""
@@ -289,10 +293,19 @@ class CheckpointStore:
                 found[path] = None
         return found
 
+    def _best(self, manifests: Mapping[Path, Manifest | None]) -> Path | None:
+        sign = 1 if direction_of(self.monitor, self.mode) == "min" else -1
+        scores: dict[Path, float] = {}
+        for path, manifest in manifests.items():
+            metric = manifest.info.get("metric") if manifest and manifest.info.get("monitor") == self.monitor else None
+            if isinstance(metric, float) and not math.isnan(metric):
+                scores[path] = sign * metric
+        return min(scores, key=scores.__getitem__, default=None)
+
     def _retire(self) -> None:
         """Delete what is neither among the newest nor the best; :func:`write_checkpoint` has verified the newest."""
         manifests = self._manifests()
-        spared = {*self.checkpoints[-self.keep :], _best(manifests, self.monitor, self.mode)}
+        spared = {*self.checkpoints[-self.keep :], self._best(manifests)}
         # One whose manifest cannot be read may be permanent.
         spared |= {path for path, manifest in manifests.items() if not manifest or manifest.info.get("permanent")}
         for path in manifests.keys() - spared:
@@ -318,6 +331,22 @@ class CheckpointStore:
                 raise CheckpointError(f"Cannot set {path} aside: {failure}.") from failure
             reason = "the run went on from an earlier one" if error is None else str(error)
             _log.warning("checkpoint set aside", path=str(path), moved_to=aside.name, reason=reason)
+
+
+def checkpoints_in(folder: Path) -> tuple[Path, ...]:
+    """Return every checkpoint in ``folder``, oldest first. None has been verified.
+
+    Raises:
+        CheckpointError: The directory cannot be listed.
+    """
+    return tuple(sorted(_entries(folder, _STEP_NAME), key=_step))
+
+
+def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
+    except OSError as error:
+        raise CheckpointError(f"Cannot list {folder}: {error}.") from error
 
 
 def _check_step(step: object, newest: Path | None) -> None:
@@ -347,15 +376,6 @@ def _check_place(path: Path) -> None:
 
 def _step(path: Path) -> int:
     return int(path.name[2:])
-
-
-def _best(manifests: Mapping[Path, Manifest | None], monitor: str | None, mode: str) -> Path | None:
-    scores: dict[Path, float] = {}
-    for path, manifest in manifests.items():
-        metric = manifest.info.get("metric") if manifest and manifest.info.get("monitor") == monitor else None
-        if isinstance(metric, float) and not math.isnan(metric):
-            scores[path] = metric if mode == "min" else -metric
-    return min(scores, key=scores.__getitem__, default=None)
 
 
 def _make(folder: Path) -> None:

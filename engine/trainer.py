@@ -14,13 +14,14 @@ from .clock import Clock, Time
 from .data import ResumableLoader
 from .errors import ArgumentError
 from .evaluation import evaluate
+from .foresight import foresee
 from .homes import OptimizerLike
 from .layers import LayerMap, LayerSpec
 from .plan import Plan
 from .precision import Precision
 from .recipe import Recipe, check_optimizer
 from .run import Run
-from .settings import duration_of, refuse_ranks
+from .settings import duration_of, path_of, refuse_ranks, require_weights
 
 
 @frozen(eq=False)
@@ -28,8 +29,9 @@ class FitResult:
     """What a fit leaves behind.
 
     Args:
-        history: One dict an epoch: ``epoch``, ``batch``, ``train/loss``, evaluation metrics, ``lr/<group>``,
-            ``trainable`` (number of scalars) and what algorithms logged.
+        history: One dict an epoch: ``epoch``, ``batch``, ``train/loss``, evaluation metrics, ``lr`` (the highest
+            learning rate), ``lr/<layer>`` (the highest in each layer, 0.0 while it is frozen), ``trainable`` (number of
+            scalars) and what algorithms logged.
         metrics: The latest value of everything logged.
         stop_reason: Why the fit ended: ``"duration"``, or what an algorithm gave to ``state.stop``.
         clock: Where it ended.
@@ -58,7 +60,8 @@ class Trainer(Recipe):
         min_lr: Floor of every learning rate.
         loss_fn: ``(outputs, targets) -> scalar``, a mean; None: the model returns its loss.
         forward_fn: ``(model, batch) -> outputs``; None: mappings are keywords, tuples ``(*inputs, targets)``.
-        loss_weight: ``batch -> number`` of what the loss is a mean over; None: labels that are not ignored, else samples.
+        loss_weight: ``batch -> number`` of what the loss is a mean over; None: labels that are not ignored, else samples;
+            the first label of each row is left out where the model computes its loss and shifts them.
         metrics: Name to torchmetrics-like object or function ``(outputs, targets) -> number``.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (with a gradient scaler).
         microbatch_size: Samples that go through the model at once; None: the whole batch.
@@ -112,39 +115,92 @@ class Trainer(Recipe):
             optimizer: Instead of the Trainer's: an instance, whose groups' options are kept, or a factory.
             layers: Instead of the layers that are found: what :class:`LayerMap` takes.
             resume: True goes on from ``run_dir`` where it holds a checkpoint and starts otherwise; a path goes
-                on from that checkpoint; False starts, and refuses a ``run_dir`` that holds a run.
+                on from that checkpoint, or from the newest one of that run's directory; False starts, and refuses
+                a ``run_dir`` that holds a run.
 
         Raises:
             ArgumentError: A wrong argument.
             RunDirError: ``run_dir`` holds a run, or another process writes there.
+            CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
+                min_lr, seed, accumulate or layers differ.
             DataError, LossError, LedgerError, NonFiniteError: As their docstrings say.
+
+        Warns:
+            ThawlineWarning: On resume, for each other setting that differs: the Trainer's is used as given, the
+                optimizer's options are kept as saved.
         """
         if self.distributed == "auto":
             refuse_ranks()
         _check_module("fit", model)
+        require_weights("fit", model)
         span = duration_of(duration)
-        if not isinstance(resume, (bool, str, Path)):
-            example = "trainer.fit(model, train_loader, duration='3ep', resume=True)"
+        example = "trainer.fit(model, train_loader, duration='3ep', resume=True)"
+        if isinstance(resume, (str, Path)):
+            resume = path_of("Trainer.fit(resume=)", resume, example)
+        elif not isinstance(resume, bool):
             raise ArgumentError("Trainer.fit(resume=)", got=resume, takes="True, False or a path", example=example)
         if resume is True and self.run_dir is None:
             raise ArgumentError(
                 "Trainer.fit(resume=)", got=True, takes="a run_dir to resume from, or a checkpoint's path",
                 example="Trainer(run_dir='runs/first').fit(…, resume=True)",
             )  # fmt: skip
-        chosen = self.optimizer if optimizer is None else check_optimizer(optimizer)
-        if isinstance(self.optimizer, Optimizer) and optimizer is None:
-            raise ArgumentError(
-                "Trainer(optimizer=)", got=type(self.optimizer).__name__, takes="a factory: an instance belongs to one model",
-                example="trainer.fit(model, train_loader, duration='3ep', optimizer=instance)",
-            )  # fmt: skip
+        chosen = self._chosen(optimizer)
         with Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume
         ) as run:
             run.train()
             return FitResult(
-                run.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.recorder.timeline(run.state.clock),
+                run.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,
                 run.folder.best, run.folder.last,
             )  # fmt: skip
+
+    def plan(
+        self,
+        model: nn.Module,
+        train_loader: Iterable[Any],
+        *,
+        duration: Time | str | int,
+        optimizer: OptimizerLike | None = None,
+        layers: LayerMap | LayerSpec | None = None,
+    ) -> Plan:
+        """Return the timeline that :meth:`fit` would have, without training.
+
+        The algorithms run over the clock on a copy of the model on the meta device, which holds no numbers; of the
+        loader, the first batch is loaded on the side, to count operations on its shapes. Model, loader, algorithms,
+        optimizer and random generators stay as they are. What depends on losses, gradients or weights is not run but
+        said in the plan's notes; algorithms of the stages DATA, GRADIENTS, WEIGHTS and OBSERVE are not run.
+
+        Args:
+            model: The model.
+            train_loader: As for :meth:`fit`; one that says how many batches it has, or a duration in batches.
+            duration: As for :meth:`fit`.
+            optimizer: As for :meth:`fit`.
+            layers: As for :meth:`fit`.
+
+        Raises:
+            ArgumentError: A wrong argument, a model that ``copy.deepcopy`` does not copy, or a loader that does not
+                say what the duration needs.
+            Exception: What the algorithms raise in the fit.
+
+        Example:
+            >>> import torch
+            >>> batches = [(torch.zeros(8, 4), torch.zeros(8, 1))] * 10
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+            >>> plan = Trainer(loss_fn=nn.functional.mse_loss).plan(model, batches, duration="3ep")
+            >>> plan.spans[0].end.batch, plan.spans[0].trainable, plan.spans[0].ends_with
+            (30, 49, 'duration')
+        """
+        _check_module("plan", model)
+        span, chosen = duration_of(duration, call="plan"), self._chosen(optimizer)
+        return foresee(self, model, train_loader, duration=span, optimizer=chosen, layers=layers)
+
+    def _chosen(self, optimizer: OptimizerLike | None) -> OptimizerLike:
+        if isinstance(self.optimizer, Optimizer) and optimizer is None:
+            raise ArgumentError(
+                "Trainer(optimizer=)", got=type(self.optimizer).__name__, takes="a factory: an instance belongs to one model",
+                example="trainer.fit(model, train_loader, duration='3ep', optimizer=instance)",
+            )  # fmt: skip
+        return self.optimizer if optimizer is None else check_optimizer(optimizer)
 
     def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
         """Return ``"eval/loss"`` and ``"eval/<metric>"`` over a loader; the model's mode is put back.
@@ -153,6 +209,7 @@ class Trainer(Recipe):
             DataError: The loader yields nothing.
         """
         _check_module("evaluate", model)
+        require_weights("evaluate", model, lazy=True)
         return evaluate(
             model.to(self.device),
             ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)"),

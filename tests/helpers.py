@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from thawline.engine import Attachment, Site, surgery_op
+from thawline.engine import Attachment, ParameterLedger, Site, surgery_op
 from thawline.engine.doubles import Bare, Shared, mlp
 from thawline.engine.doubles import tiny_loader as loader
 
 __all__ = [
-    "MODELS", "OPTIMIZERS", "Bare", "Encoder", "Shared", "Tied", "cnn", "decay_groups", "encoder", "gain", "is_matrix", "loader",
+    "MODELS", "OPTIMIZERS", "Bare", "Encoder", "Shared", "Tied", "cnn", "decay_groups", "encoder", "gain", "group_rates", "is_matrix", "loader",
     "mlp", "optimizer_for", "pseudo_gradients", "same_weights", "weights",
 ]  # fmt: skip
 
@@ -126,3 +126,8 @@ def pseudo_gradients(parameters: Iterable[Tensor], seed: int) -> None:
     loss = sum((each * torch.randn(each.shape, generator=generator)).sum() for each in parameters)
     assert isinstance(loss, Tensor)
     loss.backward()
+
+
+def group_rates(ledger: ParameterLedger) -> dict[str, float | None]:
+    """Return the learning rate of each group by its name."""
+    return {group.name: group.lr for group in ledger.groups}

@@ -25,27 +25,30 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from earlier tiers and from its own, never from a later one, and never in a cycle.
 TIERS: tuple[frozenset[str], ...] = (
     frozenset({"typing", "errors", "log", "clock", "events", "schedule", "curves", "schedules"}),
-    frozenset({"layers", "selectors", "surgery"}),
-    frozenset({"homes", "holds", "groups", "grafts", "modes", "invariants", "books", "ledger"}),
+    frozenset({"forward_order", "splits", "layers", "selectors", "surgery"}),
+    frozenset(
+        {"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "rates", "ledger"}
+    ),
     frozenset({"state"}),
     frozenset({"algorithm"}),
     frozenset({"engine", "functions"}),
     frozenset(
-        {"data", "forward", "meters", "settings", "precision", "distributed", "plan", "progress"}
-        | {"batches", "randomness", "keyed", "order"}
-        | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "comet", "tracking"}
+        {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
+        | {"batches", "flops", "randomness", "keyed", "order", "layering", "shift"}
+        | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
+        | {"comet", "tracking"}
     ),
-    frozenset({"evaluation", "recipe", "run", "trainer"}),
+    frozenset({"evaluation", "foresight", "recipe", "run", "trainer"}),
     frozenset(
         {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "conformance"}
         | {"oracle", "machine", "strategies", "testing"}
     ),
     frozenset({"__init__"}),
 )
-# The ledger is several files. `books` carries out what it decides, `grafts` is its hand on the model; the others read parameter groups and optimizer state.
+# The ledger is several files, `rates` half of its calls. `books` carries out what it decides, `grafts` is its hand on the model; the others read parameter groups and optimizer state.
 LEDGER = {"ledger", "books"}
-LEDGER_HANDS = {"ledger", "books", "grafts"}
-LEDGER_READERS = {"ledger", "books", "homes", "groups", "invariants"}
+LEDGER_HANDS = {"ledger", "rates", "books", "grafts"}
+LEDGER_READERS = {"ledger", "books", "footprint", "homes", "groups", "invariants"}
 # What tests of algorithms and schedules are written with; never imported by the rest.
 TEST_KIT = {"testing", "strategies", "machine"}
 TRACKER_PACKAGES = {"comet_ml", "wandb", "mlflow", "tensorboard"}

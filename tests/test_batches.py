@@ -200,6 +200,56 @@ def test_everything_is_moved_and_the_rest_kept() -> None:
     assert [each.device for each in (batch["x"], batch["list"][0])] == [CPU] * 2  # type: ignore[index, union-attr]
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6.0).reshape(3, 2),
+        np.arange(3, dtype=np.int16),
+        np.array([True, False]),
+        np.array(2.5, dtype=np.float32),
+        np.arange(6)[::-1],
+        np.arange(3, dtype=">i4"),
+        np.broadcast_to(np.float32(1), (2, 2)),
+    ],
+)
+def test_arrays_of_numbers_become_tensors(array: Any) -> None:
+    """As in torch's default collate function, whatever their strides, byte order and flags; the dtype stays."""
+    (moved,) = to_device([array], CPU)
+    assert isinstance(moved, Tensor)
+    np.testing.assert_array_equal(moved.numpy(), array)
+    assert moved.numpy().dtype == array.dtype.newbyteorder("=")
+    assert to_device({"x": array}, META)["x"].device == META
+
+
+@pytest.mark.parametrize("array", [np.array(["a", "b"]), np.array([None, 1], dtype=object)])
+def test_arrays_of_anything_else_stay(array: Any) -> None:
+    """A tensor cannot hold names."""
+    batch = (torch.zeros(2), array)
+    assert to_device(batch, CPU) is batch
+
+
+def too_deep(kind: str) -> Any:
+    """Return a batch that Python cannot follow."""
+    batch: Any = torch.zeros(4, 2)
+    if kind == "itself":
+        batch = [batch]
+        batch.insert(0, batch)
+        return batch
+    for _ in range(5000):
+        batch = [batch] if kind == "list" else {"x": batch}
+    return batch
+
+
+@pytest.mark.parametrize("kind", ["list", "mapping", "itself"])
+@pytest.mark.parametrize(
+    "call", [batch_size_of, lambda batch: split_batch(batch, 2), lambda batch: to_device(batch, CPU)]
+)
+def test_a_batch_nested_without_end_is_an_error(kind: str, call: Any) -> None:
+    """Counting, cutting and moving end with a typed error."""
+    with pytest.raises(DataError, match=r"nested deeper than Python can follow.*Write: a collate_fn"):
+        call(too_deep(kind))
+
+
 def test_an_object_that_moves_in_place_is_moved_as_a_copy() -> None:
     """A list of ready batches stays where the caller put it."""
     batch, tokens = Graphs(torch.zeros(2)), UserDict(x=torch.zeros(2))

@@ -36,7 +36,16 @@ def test_what_is_no_time_is_refused(text: object) -> None:
         Time(text)  # type: ignore[arg-type]
 
 
-@given(st.integers(0, 10**9), st.sampled_from(["ep", "ba", "sp"]))
+@pytest.mark.parametrize(
+    "text", [10**16, 10**400, pytest.param(10**5000, id="10**5000"), "1e400ba", "1e300sp", f"1e{'9' * 40}ep", "1e16dur"]
+)
+def test_a_time_beyond_all_training_is_refused(text: str | int) -> None:
+    """Amounts are divided as floats, so they are bounded, and the error can be shown whatever it got."""
+    with pytest.raises(ArgumentError, match=r"^Time takes a time of at most 1e\+15, got .* Write: Time\("):
+        Time(text)
+
+
+@given(st.integers(0, 10**15), st.sampled_from(["ep", "ba", "sp"]))
 def test_a_time_survives_its_text(value: int, unit: str) -> None:
     """What is printed is what is read."""
     time = Time(f"{value}{unit}")

@@ -13,7 +13,7 @@ from torch import nn
 
 import thawline.algorithms
 from thawline.algorithms import presets
-from thawline.engine import Algorithm, LedgerError, ThawlineError, registered, registered_names
+from thawline.engine import Algorithm, LayerMap, LedgerError, ThawlineError, registered, registered_names
 from thawline.engine.testing import (
     CHECKS,
     Fit,
@@ -32,7 +32,16 @@ PRESETS = [
     if preset.__module__ == presets.__name__ and not name.startswith("_")
 ]
 PARTNERS = [specimen(kind) for kind in KINDS]
-ALL = [*PARTNERS, *(specimen(preset) for preset in PRESETS)]
+# A preset that is made for a model is given the one that it is checked with.
+FOR = {"model": LayerMap(tiny_models()["residual"]())}
+ALL = [
+    *PARTNERS,
+    *(
+        specimen(each, **{name: FOR[name] for name in FOR.keys() & inspect.signature(each).parameters})
+        for each in PRESETS
+    ),
+]
+NAMES = [each.build.__name__ for each in ALL]
 
 
 def test_the_registry_is_not_empty() -> None:
@@ -43,14 +52,14 @@ def test_the_registry_is_not_empty() -> None:
     assert len(PRESETS) >= 5
 
 
-@pytest.mark.parametrize("factory", ALL, ids=repr)
+@pytest.mark.parametrize("factory", ALL, ids=NAMES)
 def test_every_algorithm_and_preset_keeps_every_promise(factory: Callable[[], Any]) -> None:
     """All checks, beside a few others drawn by seed, resumed at a few steps."""
     check_algorithm(factory, partners=PARTNERS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factory", ALL, ids=repr)
+@pytest.mark.parametrize("factory", ALL, ids=NAMES)
 def test_every_pair_and_every_step(factory: Callable[[], Any]) -> None:
     """Beside every other algorithm in both orders, and resumed at every step."""
     check_algorithm(factory, partners=PARTNERS, thorough=True)
@@ -58,7 +67,7 @@ def test_every_pair_and_every_step(factory: Callable[[], Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", sorted(tiny_models()))
-@pytest.mark.parametrize("factory", ALL, ids=repr)
+@pytest.mark.parametrize("factory", ALL, ids=NAMES)
 def test_on_every_kind_of_model(factory: Callable[[], Any], model: str) -> None:
     """All checks on each tiny model that the algorithm takes; one that it refuses, it refuses by a typed error."""
     build: Callable[[], nn.Module] = tiny_models()[model]

@@ -644,7 +644,7 @@ def test_a_second_fit_starts_afresh() -> None:
         ({"half_life": "1ep", "decay": 0.9}, "one of the two"),
         ({"half_life": "0ba"}, "EMA(half_life=) takes a time above zero"),
         ({"half_life": "long"}, "got 'long'"),
-        ({"half_life": 0.5}, "got 0.5"),
+        ({"half_life": 0.5}, "got 0.5. Write: EMA(decay=0.5)"),
         ({"half_life": True}, "got True"),
         ({"decay": 0}, "above 0 and below 1"),
         ({"decay": 1.0}, "above 0 and below 1"),

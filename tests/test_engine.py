@@ -229,10 +229,15 @@ def test_an_engine_in_a_loop_by_hand_equals_the_trainer() -> None:
 class Described(Algorithm):
     """Has arguments of every form."""
 
+    events = frozenset({Event.BATCH_END})
     every: Time = attrs.field(default=Time("1ep"), converter=Time)
     names: tuple[str, ...] = ("a", "b")
     when: Any = None
     seen: int = attrs.field(default=0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        """Count."""
+        self.seen += 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it saw."""
@@ -303,6 +308,57 @@ def test_what_is_no_list_of_algorithms_is_refused(algorithms: Any) -> None:
         Engine(algorithms, state_of())
 
 
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        ("BATCH_START", r"got 'BATCH_START'. Write: events = frozenset\({Event.BATCH_START}\)"),
+        (Event.BATCH_START, r"Write: events = frozenset\({Event.BATCH_START}\)"),
+        (["batch_start"], r"got 'batch_start'. Write: events = frozenset\({Event.BATCH_START}\)"),
+        ({Event.BATCH_END, "EPOCH_STRT"}, r"got 'EPOCH_STRT'. Write: events = frozenset\({Event.EPOCH_START}\)"),
+        (iter([Event.BATCH_END]), "a set of members of Event, got "),
+        (None, "a set of members of Event, got "),
+        (3, "a set of members of Event, got "),
+        (frozenset(), "at least one Event to act at"),
+    ],
+)
+def test_events_that_are_none_are_refused_with_the_nearest(events: Any, message: str) -> None:
+    """An algorithm that would never be told of anything says so when the engine is built."""
+
+    class Deaf(Algorithm):
+        def __init__(self) -> None:
+            self.events = events
+
+        def apply(self, event: Event, state: State) -> None:
+            """Act."""
+
+    with pytest.raises(ArgumentError, match=rf"^Deaf.events takes .*{message}"):
+        Engine([Deaf()], state_of())
+
+
+def test_an_algorithm_that_does_not_act_is_refused() -> None:
+    """A misspelled method is named; one that only sets up hooks in attach needs no events."""
+
+    class Misspelled(Algorithm):
+        events = frozenset({Event.BATCH_END})
+
+        def aply(self, event: Event, state: State) -> None:
+            """Act, under another name."""
+
+    class Empty(Algorithm):
+        pass
+
+    class Hooks(Algorithm):
+        def attach(self, state: State) -> None:
+            """Set up hooks."""
+
+    with pytest.raises(ArgumentError, match=r"Misspelled.apply takes a method .*, got 'aply'. Write: def apply\(self,"):
+        Engine([Misspelled()], state_of())
+    with pytest.raises(ArgumentError, match=r"Empty.apply takes a method .*, got None"):
+        Trainer(algorithms=[Empty()])
+    with Engine([Hooks()], state_of()) as engine:
+        engine.emit(Event.BATCH_END)
+
+
 def test_one_instance_twice_is_refused() -> None:
     """State is kept per instance."""
     note = Note("a", [])
@@ -313,7 +369,7 @@ def test_one_instance_twice_is_refused() -> None:
 def test_changed_algorithms_refuse_to_resume_with_a_diff() -> None:
     """The message says which differ, and how."""
     saved = Engine([Described("2ep")], state_of()).state_dict()  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match=r"Described\(every=\): saved '2ep', now '3ep'"):
+    with pytest.raises(CheckpointError, match=r"Described\(every=\): saved '2ep', given '3ep'"):
         Engine([Described("3ep")], state_of()).load_state_dict(saved)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="Described is missing"):
         Engine([], state_of()).load_state_dict(saved)
@@ -328,6 +384,13 @@ def test_logged_values_are_kept_and_taken_once() -> None:
     state.stop("first")
     state.stop("second")
     assert (state.metrics["a"], state.stop_reason) == (1.5, "first")
+
+
+@pytest.mark.parametrize("value", ["high", None, torch.zeros(2), 10**400])
+def test_what_is_no_number_is_not_logged(value: Any) -> None:
+    """The error shows the name."""
+    with pytest.raises(ArgumentError, match=r"^state.log takes one number under each name, got {'a': "):
+        state_of().log({"a": value})
 
 
 def test_every_event_is_in_the_loop_of_the_docstring() -> None:

@@ -224,6 +224,8 @@ def test_a_sparse_gradient_is_refused_by_name() -> None:
         ({"max_norm": 1.0, "value": 1.0}, "exactly one of the two, got 'both"),
         ({"max_norm": 0.0}, "got 0.0"),
         ({"max_norm": -1}, "above 0"),
+        ({"max_norm": 10**400}, "above 0"),
+        ({"max_norm": 1.0, "norm_type": 10**400}, "norm_type=) takes"),
         ({"max_norm": math.inf}, "above 0"),
         ({"max_norm": math.nan}, "above 0"),
         ({"max_norm": "1"}, "got '1'"),

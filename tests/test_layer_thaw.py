@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import warnings
 from pathlib import Path
@@ -27,10 +28,12 @@ from thawline.engine import (
     LayerMap,
     ParameterLedger,
     SelectorError,
+    Stage,
     State,
     ThawlineWarning,
     Time,
     Trainer,
+    configure_logging,
 )
 from timelines import Loop, Rates, rates, stack, timeline
 
@@ -231,6 +234,123 @@ def test_two_in_one_list_hold_each_for_itself() -> None:
     assert rows == [HEAD, HEAD, *[{"blocks[2]": 0.25, "head": 1.0}] * 2]
 
 
+class HoldHead(Algorithm):
+    """Holds some layers from the start, as LoRAInject or a user's own algorithm may."""
+
+    events = frozenset({Event.FIT_START})
+    stage = Stage.TRAINABILITY
+
+    def __init__(self, *layers: str) -> None:
+        self.layers = layers
+
+    def apply(self, event: Event, state: State) -> None:
+        state.ledger.freeze(self.layers, owner=self.owner)
+
+
+@pytest.mark.parametrize(
+    ("held", "arguments", "expected"),
+    [
+        (["head"], {}, [{"blocks[2]": 1.0}, {"blocks[1]": 0.5, "blocks[2]": 1.0},
+                        {"blocks[0]": 0.25, "blocks[1]": 0.5, "blocks[2]": 1.0},
+                        *[{"stem": 0.125, "blocks[0]": 0.25, "blocks[1]": 0.5, "blocks[2]": 1.0}] * 3]),
+        (["head", "blocks[2]"], {"limit": 1}, [{"blocks[1]": 1.0}, *[{"blocks[0]": 0.5, "blocks[1]": 1.0}] * 5]),
+        (["blocks[1:3]"], {"every": 2}, [HEAD] * 2 + [{"blocks[0]": 0.5, **HEAD}] * 2
+                                        + [{"stem": 0.25, "blocks[0]": 0.5, **HEAD}] * 2),
+        (["blocks[1]", "stem"], {"limit": 2}, [HEAD, ONE, *[{"blocks[0]": 0.25, **ONE}] * 4]),
+        (["head", "blocks[0]"], {"order": "bottom", "every": 3},
+         [{"blocks[1]": 1.0}] * 3 + [{"blocks[1]": 1.0, "blocks[2]": 0.5}] * 3),
+        (["head"], {"order": ["blocks[0]", "stem"], "every": 5}, [{"blocks[0]": 1.0}] * 5 + [{"stem": 0.5, "blocks[0]": 1.0}]),
+        (["head"], {"start": 1, "every": 5}, [{"blocks[2]": 1.0}] * 5 + [{"blocks[1]": 0.5, "blocks[2]": 1.0}]),
+    ],
+)  # fmt: skip
+def test_layers_that_others_hold_cost_no_interval(
+    held: list[str], arguments: dict[str, Any], expected: list[Rates]
+) -> None:
+    """It begins with the first layer that can train, and goes on with those that can; the list's order is the same."""
+    assert timeline([LayerThaw(**arguments), HoldHead(*held)]) == expected
+    assert timeline([HoldHead(*held), LayerThaw(**arguments)]) == expected
+
+
+def test_what_its_holder_lets_go_later_trains_where_its_turn_is_past() -> None:
+    """A layer that was passed over is released with the next one, so the other's release is enough."""
+    loop = Loop([LayerThaw(1), HoldHead("blocks[1]")])
+    for _ in range(4):
+        loop.epoch()
+    loop.ledger.thaw("blocks[1]", owner="HoldHead")
+    assert rates(loop.ledger) == {"stem": 0.125, "blocks[0]": 0.25, "blocks[1]": 0.25, "blocks[2]": 0.5, "head": 1.0}
+
+
+def test_all_held_by_others_warns_and_names_them() -> None:
+    """There is nothing that it could release."""
+    loop = Loop([LayerThaw(), HoldHead("stem", "blocks")])
+    with pytest.warns(ThawlineWarning, match="releases nothing: all else is held by HoldHead"):
+        loop.run()
+
+
+def test_it_says_where_it_begins() -> None:
+    """In the log, with the layers passed over."""
+    stream = io.StringIO()
+    configure_logging(stream=stream)
+    try:
+        timeline([LayerThaw(limit=1), HoldHead("head", "blocks[1]")])
+    finally:
+        configure_logging(None)
+    assert "begins" in stream.getvalue()
+    assert "blocks[2]" in stream.getvalue()
+
+
+def _language_model(kind: str, head: str, options: dict[str, Any]) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model: nn.Module = getattr(transformers, f"{kind}{head}")(getattr(transformers, f"{kind}Config")(**options))
+    return model
+
+
+_LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+          "num_key_value_heads": 2, "vocab_size": 50}  # fmt: skip
+_T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 50,
+    "decoder_start_token_id": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "options", "order"),
+    [
+        ("Llama", "ForCausalLM", _LLAMA, 0),
+        ("Llama", "ForCausalLM", _LLAMA, 1),
+        ("T5", "ForConditionalGeneration", _T5, 0),
+    ],
+)
+def test_with_lora_on_a_language_model_as_it_stands(
+    tmp_path: Path, kind: str, head: str, options: dict[str, Any], order: int
+) -> None:
+    """The head is pre-trained and held: the last block's adapters begin, and a resumed run ends in the same weights."""
+    batch = {"input_ids": torch.arange(8).reshape(2, 4), "labels": torch.arange(8).reshape(2, 4)}
+
+    def fit(folder: str, resume: bool | Path = False) -> tuple[nn.Module, Any]:
+        model = _language_model(kind, head, options)
+        algorithms = [LoRAInject(), LayerThaw(every=2)]
+        trainer = Trainer(
+            algorithms=algorithms[::-1] if order else algorithms, progress=False, run_dir=tmp_path / folder,
+            checkpoint=Checkpointing(every="1ba", keep=9),
+        )  # fmt: skip
+        return model, trainer.fit(model, [batch], duration="6ep", resume=resume)
+
+    model, result = fit("whole")
+    layers = [span.layers for span in result.timeline.spans]
+    names = [layer.name for layer in LayerMap(_language_model(kind, head, options)).blocks]
+    assert layers == [tuple(names[-count:]) for count in (1, 2, 3)]
+    for cut in (1, 3):
+        again, _ = fit(f"from{cut}", next((tmp_path / "whole").rglob(f"ba{cut:08d}")))
+        assert same_weights(weights(again), weights(model))
+
+
 # -- a fit, and its resume ---------------------------------------------------------------------------------------------
 
 
@@ -269,7 +389,7 @@ def test_state_goes_through_json() -> None:
     """What is saved is the layers to release and how many were."""
     thaw, again = LayerThaw(1, limit=3), LayerThaw(1, limit=3)
     timeline(thaw, duration="3ep")
-    assert thaw.state_dict() == {"steps": ["blocks[2]", "blocks[1]", "blocks[0]"], "thawed": 2}
+    assert thaw.state_dict() == {"steps": [["blocks[2]"], ["blocks[1]"], ["blocks[0]"]], "thawed": 2, "begun": True}
     again.load_state_dict(thaw.state_dict())
     assert again.state_dict() == thaw.state_dict()
 
@@ -370,4 +490,30 @@ def test_a_backbone_frozen_by_hand_warns() -> None:
     model = stack()
     model[:-1].requires_grad_(False)
     with pytest.warns(ThawlineWarning, match=r"frozen before the fit.*requires_grad_\(True\)"):
-        Loop([LayerThaw()], model)
+        Loop([LayerThaw()], model).run()
+
+
+def test_what_the_optimizer_instance_does_not_hold_warns() -> None:
+    """Not requires_grad is to blame, but an optimizer over a part of the model."""
+    for selected, message in (("4", r"releases nothing: no group of the optimizer instance.*Pass a factory"),
+                              ("[34]", r"to train 7 parameters, and 5 \(first '2.weight'\) cannot: no group.*Pass a factory")):  # fmt: skip
+        model = stack()
+        held = [each for name, each in model.named_parameters() if name[0] in selected]
+        state = State(model, ParameterLedger(model, torch.optim.SGD(held, lr=0.1)), Time("6ep"))
+        thaw = LayerThaw()
+        thaw.apply(Event.FIT_START, state)
+        with pytest.warns(ThawlineWarning, match=message):
+            thaw.apply(Event.EPOCH_START, state)
+
+
+def test_a_factor_above_one_warns() -> None:
+    """ULMFiT's 2.6 divides."""
+    with pytest.warns(ThawlineWarning, match=r"Write LayerThaw\(lr_scale=0.385\)"):
+        Loop([LayerThaw(lr_scale=2.6)])
+
+
+def test_its_text_is_its_arguments() -> None:
+    """What it has done so far is no argument."""
+    thaw = LayerThaw(2)
+    timeline(thaw)
+    assert repr(thaw) == repr(LayerThaw(2))

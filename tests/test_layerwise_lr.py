@@ -30,7 +30,7 @@ from thawline.engine import (
     Trainer,
     cosine,
 )
-from timelines import Loop, stack, timeline
+from timelines import Loop, rates, stack, timeline
 
 
 @given(blocks=st.integers(0, 12), decay=st.floats(0.05, 1.0))
@@ -249,6 +249,15 @@ def test_the_heads_own_rate_leaves_the_others_alone() -> None:
     ]
 
 
+@given(st.integers(1, 30), st.floats(1e-4, 1.0))
+def test_from_the_lowest_the_factors_rise_on_a_geometric_line(blocks: int, lowest: float) -> None:
+    """The layer beside the input has the factor asked for, the head 1, the same ratio between; the groups are derived once."""
+    loop = Loop([LayerwiseLR(lowest=lowest)], stack(blocks))
+    found = list(rates(loop.ledger).values())
+    assert found == pytest.approx([lowest ** (1 - index / (blocks + 1)) for index in range(blocks + 2)])
+    assert loop.ledger.version <= 1
+
+
 def test_factors_multiply_with_those_of_others() -> None:
     """LayerThaw's factor for the k-th layer times LayerwiseLR's for its distance."""
     rows = timeline([LayerThaw(lr_scale=0.5), LayerwiseLR(0.9)], duration="3ep")
@@ -321,6 +330,7 @@ def test_two_owners_of_the_heads_rate_are_an_error_that_names_both() -> None:
         {"decay": 0}, {"decay": 1.1}, {"decay": -0.5}, {"decay": "0.9"}, {"decay": None}, {"decay": True},
         {"decay": float("nan")}, {"lr_head": 0}, {"lr_head": -1}, {"lr_head": "1e-3"}, {"lr_head": float("inf")},
         {"convention": "llrd"}, {"convention": None}, {"convention": 1},
+        {"lowest": 0}, {"lowest": 2}, {"lr_head": 10**400},
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_an_error_that_names_it(arguments: dict[str, Any]) -> None:
@@ -332,5 +342,6 @@ def test_a_bad_argument_is_an_error_that_names_it(arguments: dict[str, Any]) -> 
     assert caught.value.got is value
     assert isinstance(eval(caught.value.example), LayerwiseLR)
     assert Algorithm.from_description(LayerwiseLR(0.8, lr_head=0.1).describe()).describe() == {
-        "name": "LayerwiseLR", "arguments": {"decay": 0.8, "lr_head": 0.1, "convention": "timm"},
+        "name": "LayerwiseLR",
+        "arguments": {"decay": 0.8, "lr_head": 0.1, "convention": "timm", "lowest": None},
     }  # fmt: skip

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812  # torch's own name for it
 from typing_extensions import override
 
 from helpers import Encoder, Shared, Tied, loader, mlp
+from thawline.algorithms import partial as last_blocks
 from thawline.algorithms.lora import LoRAInject, inject_lora, lora_targets
 from thawline.algorithms.lora_modules import (
     LoRALinear,
@@ -38,6 +39,8 @@ from thawline.engine import (
     SurgeryError,
     Trainer,
 )
+
+DUPLICATES: list[Callable[[nn.Module], nn.Module]] = [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
 
 
 def ledger_of(model: nn.Module, lr: float = 0.1) -> ParameterLedger:
@@ -269,7 +272,7 @@ class TestLinear:
         assert result.missing_keys == ["0.lora_A", "0.lora_B"]
         assert result.unexpected_keys == []
 
-    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    @pytest.mark.parametrize("duplicate", DUPLICATES, ids=["deepcopy", "pickle"])
     def test_copies(self, duplicate: Callable[[nn.Module], nn.Module]) -> None:
         """An adapted model can be copied and pickled, and the copy computes the same."""
         model = nn.ModuleDict({"linear": nn.Linear(4, 4), "attention": nn.MultiheadAttention(4, 2)})
@@ -398,7 +401,20 @@ class TestRefusals:
         with pytest.raises(SurgeryError, match="carries an adapter already"):
             ledger.attach("0", "lora", owner="other", rank=2, alpha=4)
 
-    @pytest.mark.parametrize("arguments", [{"rank": 0}, {"rank": True}, {"alpha": 0}, {"dropout": 1.0}, {"alpha": "x"}])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"rank": 0},
+            {"rank": True},
+            {"rank": 10**20},
+            {"rank": 10**5000},
+            {"alpha": 0},
+            {"alpha": 10**400},
+            {"dropout": 1.0},
+            {"dropout": 10**400},
+            {"alpha": "x"},
+        ],
+    )
     def test_arguments(self, arguments: dict[str, Any]) -> None:
         """Of the op itself."""
         with pytest.raises(ArgumentError, match=rf"lora\({next(iter(arguments))}=\)"):
@@ -788,6 +804,10 @@ class TestTargets:
         """For a glob, for attention, for a model that is all head."""
         with pytest.raises(SelectorError, match=r"'querry' matches no module\. Nearest: .*q_proj"):
             targets(Projections(), ["q_proj", "querry"])
+        with pytest.raises(SelectorError, match=r"'atention' matches no module\. Nearest: 'attention'"):
+            targets(Projections(), "atention")
+        with pytest.raises(SelectorError, match=r"Nearest: 'q_proj'"):
+            targets(Projections(), "q_prj")
         with pytest.raises(SelectorError, match="all-linear"):
             targets(mlp(), "attention")
         with pytest.raises(SelectorError, match="outside its head"):
@@ -826,11 +846,16 @@ class TestTargets:
         )
         assert len(found) >= 4
 
-    def test_gpt2_says_that_conv1d_is_not_supported(self) -> None:
-        """Not a silent fall-back to something else."""
-        model = hugging_face("GPT2", "LMHeadModel", n_embd=16, n_layer=2, n_head=2, vocab_size=50)
-        with pytest.raises(SurgeryError, match="Conv1D"):
+    def test_gpt2_says_that_conv1d_is_not_supported_and_what_works(self) -> None:
+        """Not a silent fall-back to something else; the advice is a fit that runs."""
+        model = hugging_face("GPT2", "LMHeadModel", n_embd=16, n_layer=3, n_head=2, vocab_size=50)
+        with pytest.raises(SurgeryError, match=r"Conv1D.*Trainer\(algorithms=partial\(last=2\)\)"):
             targets(model)
+        ids = torch.arange(8).reshape(2, 4)
+        result = Trainer(algorithms=last_blocks(last=2), progress=False).fit(
+            model, [{"input_ids": ids, "labels": ids}], duration="1ep"
+        )
+        assert result.timeline.spans[0].layers[:2] == ("blocks[1]", "blocks[2]")
 
 
 # -- injection ------------------------------------------------------------------------------------------------------
@@ -1034,3 +1059,49 @@ class TestAlgorithm:
         trainer.fit(model, loader(), duration="1ep")
         assert model[0].lora_A is adapter
         assert not torch.equal(adapter, before)
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES, ids=["deepcopy", "pickle"])
+class TestCopies:
+    """The journal of what is attached lies on the model, and so on its copies."""
+
+    def test_what_is_attached_to_a_copy_can_be_undone(self, duplicate: Callable[[nn.Module], nn.Module]) -> None:
+        """Classes, keys and attributes return on the copy, and the original keeps its adapters."""
+        model = Encoder(1, 0.0)
+        attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+        keys = list(model.state_dict())
+        attention = "encoder.layers.0.self_attn"
+        journal = attach(model, attention, "encoder.layers.0.linear1").journal
+        twin = duplicate(model)
+        ledger = ledger_of(twin)
+        assert ledger.journal == journal
+        for entry in reversed(journal):
+            ledger.detach(entry.module, entry.op, owner=entry.owner)
+        assert list(twin.state_dict()) == keys
+        assert {name: set(vars(module)) for name, module in twin.named_modules()} == attributes
+        assert type(twin.get_submodule(attention)) is nn.MultiheadAttention
+        assert ledger_of(model).journal == journal
+        assert isinstance(model.get_submodule(attention), LoRAMultiheadAttention)
+
+    def test_a_copy_is_fitted_again_and_resumed(
+        self, duplicate: Callable[[nn.Module], nn.Module], tmp_path: Path
+    ) -> None:
+        """The copy's adapters train on as the original's would; resumed on a plain model, to the same bits."""
+
+        def trainer(run_dir: Path | None = None) -> Trainer:
+            algorithms = [LoRAInject(rank=2, dropout=0.1)]
+            return Trainer(algorithms=algorithms, loss_fn=F.cross_entropy, progress=False, run_dir=run_dir)
+
+        torch.manual_seed(0)
+        model: nn.Module = mlp()
+        trainer().fit(model, loader(), duration="1ep")
+        copied = duplicate(model)
+        trainer().fit(model, loader(), duration="2ep")
+        trainer(tmp_path).fit(copied, loader(), duration="1ep")
+        trainer(tmp_path).fit(resumed := mlp(), loader(), duration="2ep", resume=True)
+        trainer().fit(again := duplicate(copied), loader(), duration="2ep", resume=tmp_path / "ba00000004")
+        want = model.state_dict()
+        for other in (resumed, again):
+            assert list(other.state_dict()) == list(want)
+            for name, value in other.state_dict().items():
+                assert torch.equal(value, want[name]), name

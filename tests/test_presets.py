@@ -8,11 +8,39 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from helpers import encoder, loader, mlp
-from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, full, head_only, lora, partial, progressive
-from thawline.engine import Algorithm, ArgumentError, LayerMap, SelectorError, Trainer
+from thawline.algorithms import (
+    EMA,
+    GradClip,
+    LayerThaw,
+    LayerwiseLR,
+    LoRAInject,
+    ThawSchedule,
+    TrainOnly,
+    chain_thaw,
+    fine_tune,
+    full,
+    head_only,
+    lora,
+    lp_ft,
+    partial,
+    progressive,
+    ulmfit,
+)
+from thawline.engine import (
+    Algorithm,
+    ArgumentError,
+    LayerMap,
+    SelectorError,
+    Trainer,
+    cosine,
+    join,
+    linear,
+    warmup,
+)
 from timelines import Loop, Rates, rates, stack, timeline
 
 EVERYTHING: Rates = dict.fromkeys(("stem", "blocks[0]", "blocks[1]", "blocks[2]", "head"), 1.0)
@@ -27,7 +55,7 @@ DECAYED: Rates = {"stem": 0.0625, "blocks[0]": 0.125, "blocks[1]": 0.25, "blocks
         (partial(last=1), [{"blocks[2]": 1.0, "head": 1.0}] * 4),
         (partial(last=2, lr_trunk=0.1, lr_head=3.0), [{"blocks[1]": 0.1, "blocks[2]": 0.1, "head": 3.0}] * 4),
         (partial(last=1, also=["stem"], lr_trunk=0.1), [{"stem": 0.1, "blocks[2]": 0.1, "head": 1.0}] * 4),
-        (partial(last=99), [{name: 1.0 for name in EVERYTHING if name != "stem"}] * 4),
+        (partial(last=3), [{name: 1.0 for name in EVERYTHING if name != "stem"}] * 4),
         (full(layer_decay=None), [EVERYTHING] * 4),
         (full(layer_decay=None, lr_head=3.0), [{**EVERYTHING, "head": 3.0}] * 4),
         (full(layer_decay=0.5), [DECAYED] * 4),
@@ -45,6 +73,20 @@ DECAYED: Rates = {"stem": 0.0625, "blocks[0]": 0.125, "blocks[1]": 0.25, "blocks
 def test_what_trains_in_each_epoch(preset: list[Algorithm], expected: list[Rates]) -> None:
     """Trainable layers and rates of four epochs, written out."""
     assert timeline(preset, duration="4ep") == expected
+
+
+def test_chain_thaw_trains_each_layer_by_itself_and_then_all() -> None:
+    """The head, the layers from the input on, everything; two batches each but the last."""
+    names = ["head", "stem", "blocks[0]", "blocks[1]", "blocks[2]"]
+    rows = timeline(chain_thaw(stack(), "2ba"), duration="12ba")
+    assert rows == [{name: 1.0} for name in names for _ in range(2)] + [EVERYTHING] * 2
+
+
+def test_chain_thaw_of_a_single_layer_trains_it() -> None:
+    """There is nothing to chain."""
+    [schedule] = chain_thaw(nn.Linear(2, 2))
+    assert isinstance(schedule, ThawSchedule)
+    assert [phase.thaw for phase in schedule.phases] == [("head",)]
 
 
 def test_partial_takes_a_named_part() -> None:
@@ -80,7 +122,17 @@ def test_lora_trains_a_language_models_head_only_where_it_is_given_a_rate() -> N
 
 
 @pytest.mark.parametrize(
-    "preset", [head_only(lr=0.1), partial(last=1), full(lr_head=0.02), progressive(limit=1), lora(rank=2, lr_lora=0.02)]
+    "preset",
+    [
+        head_only(lr=0.1),
+        partial(last=1),
+        full(lr_head=0.02),
+        progressive(limit=1),
+        lora(rank=2, lr_lora=0.02),
+        fine_tune(2),
+        lp_ft("2ep"),
+        ulmfit(),
+    ],
 )
 def test_presets_join_with_others_and_train(preset: list[Algorithm]) -> None:
     """A list is a list: more algorithms go beside it, the whole is described as JSON, and the loss falls."""
@@ -120,6 +172,12 @@ def test_each_call_makes_its_own_algorithms() -> None:
         (lambda: full(lr_head=0), "full(lr_head=)"),
         (lambda: full(layer_decay=0), "full(layer_decay=)"),
         (lambda: full(layer_decay=1.5), "full(layer_decay=)"),
+        (lambda: fine_tune(0), "LayerThaw(every=)"),
+        (lambda: fine_tune(base_lr=-1), "fine_tune(base_lr=)"),
+        (lambda: fine_tune(lr_mult=0.5), "fine_tune(lr_mult=)"),
+        (lambda: lp_ft("soon"), "LayerThaw(every=)"),
+        (lambda: lp_ft(lr_scale=0), "LayerThaw(lr_scale=)"),
+        (lambda: ulmfit(lr_scale=0), "LayerThaw(lr_scale=)"),
         (lambda: progressive(every=0), "LayerThaw(every=)"),
         (lambda: progressive(lr_scale=0), "LayerThaw(lr_scale=)"),
         (lambda: progressive(limit=0), "LayerThaw(limit=)"),
@@ -132,7 +190,8 @@ def test_a_bad_argument_is_an_error_that_names_it(call: Callable[[], Any], argum
     with pytest.raises(ArgumentError) as caught:
         call()
     assert caught.value.argument == argument
-    names = {each.__name__: each for each in (LayerThaw, LoRAInject, full, head_only, lora, partial, progressive)}
+    known = (LayerThaw, LayerwiseLR, LoRAInject, TrainOnly, fine_tune, full, head_only, lora, partial, progressive)
+    names = {each.__name__: each for each in known}
     assert eval(caught.value.example, dict(names))
 
 
@@ -140,3 +199,15 @@ def test_a_part_that_the_model_does_not_have_lists_what_it_has() -> None:
     """Known only at the start of the fit."""
     with pytest.raises(SelectorError, match=r"'structure_module' matches nothing(?s:.)*Layers: stem"):
         Loop(partial(last=1, also=["structure_module"]))
+
+
+def test_the_schedules_that_go_with_presets_are_those_of_their_sources() -> None:
+    """fastai's two one-cycle rates with linear rises, the second half as high; ULMFiT's slanted triangle, equation 3."""
+    epochs, length = 5, 200
+    schedule = join([warmup(0.99, start=1 / 25), warmup(0.3, then=cosine(start=0.5), start=0.1)], [1 / epochs])
+    assert [schedule(at / epochs) for at in (0, 0.99, 1, 1 + 0.3 * 4)] == pytest.approx([1 / 25, 1, 0.1, 0.5], rel=1e-3)
+    assert schedule(1.0) == pytest.approx(0.0, abs=1e-12)
+    cut, ratio, slanted = 0.1 * length, 32, warmup(0.1, then=linear(end=1 / 32), start=1 / 32)
+    for step in range(length + 1):
+        p = step / cut if step < cut else 1 - (step - cut) / (cut * (1 / 0.1 - 1))
+        assert slanted(step / length) == pytest.approx((1 + p * (ratio - 1)) / ratio)

@@ -79,6 +79,25 @@ def test_the_generators_of_a_bound_method_are_found() -> None:
     assert drawn[0] == drawn[1]
 
 
+def test_generators_in_what_is_made_when_asked_for_are_found() -> None:
+    """Each of such objects may take the place in memory, and so the identity, of the one before."""
+
+    class Lazy:
+        __slots__ = ("python",)
+
+        def __init__(self, python: random.Random) -> None:
+            self.python = python
+
+        @property
+        def args(self) -> tuple[Holder.Inner]:
+            made = Holder.Inner()
+            made.python, made.settings = self.python, {}
+            return (made,)
+
+    generators = [random.Random(each) for each in range(20)]
+    assert len(Randomness(*map(Lazy, generators)).states()) == 3 + len(generators)
+
+
 def test_generators_are_put_back() -> None:
     """What is drawn after is what would have been drawn, also when an exception passes."""
     holder = Holder()

@@ -108,6 +108,17 @@ def test_newest_and_best_are_kept(
             assert (store.best and int(store.best.name[2:])) == best
 
 
+@pytest.mark.parametrize(("monitor", "best"), [("eval/accuracy", 2), ("eval/loss", 0), ("val-F1", 2), (None, 0)])
+def test_the_direction_follows_from_the_name_of_the_metric(tmp_path: Path, monitor: str | None, best: int) -> None:
+    """Unless the mode says it: an accuracy is better when larger, a loss when smaller."""
+    for mode, expected in (("auto", best), ("min", 0), ("max", 2)):
+        folder = tmp_path / mode
+        with CheckpointStore(folder, keep=1, monitor=monitor, mode=mode) as store:
+            for step, metric in enumerate([0.1, 0.5, 0.9, 0.3]):
+                store.save({}, step=step, metric=metric)
+            assert store.best == folder / f"ba{expected:08d}"
+
+
 def test_the_best_is_known_after_reopening(tmp_path: Path) -> None:
     """The metric lies in the manifest; one that was saved under another name is not compared."""
     with CheckpointStore(tmp_path, keep=1, monitor="eval/loss") as store:
@@ -297,7 +308,7 @@ def test_a_wrong_interval_is_named(every: Any) -> None:
 
 def test_the_defaults_are_those_of_the_design() -> None:
     """Every epoch, the two newest, no metric; an int is epochs."""
-    assert Checkpointing() == Checkpointing(every=Time("1ep"), keep=2, monitor=None, mode="min")
+    assert Checkpointing() == Checkpointing(every=Time("1ep"), keep=2, monitor=None, mode="auto")
     assert Checkpointing(every=3).every == Time("3ep")
 
 

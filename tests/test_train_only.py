@@ -5,11 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 
-from helpers import Tied, mlp  # registers the op "gain" as well
-from thawline.algorithms import TrainOnly
+from helpers import Tied, loader, mlp  # registers the op "gain" as well
+from thawline.algorithms import TrainOnly, partial
 from thawline.algorithms.train_only import all_but
-from thawline.engine import Algorithm, ArgumentError, LayerMap, SelectorError
+from thawline.engine import (
+    Algorithm,
+    ArgumentError,
+    Event,
+    LayerMap,
+    LedgerError,
+    ParameterLedger,
+    SelectorError,
+    State,
+    ThawlineWarning,
+    Trainer,
+)
 from timelines import Loop, stack, timeline
 
 
@@ -54,7 +67,7 @@ def test_all_but_names_whole_layers_where_it_can() -> None:
         ({"select": ""}, "select"), ({"select": []}, "select"), ({"select": None}, "select"), ({"select": [1]}, "select"),
         ({"select": "head", "lr": 1e-3}, "lr"), ({"select": "head", "lr": {"head": 0}}, "lr"),
         ({"select": "head", "lr": {"head": True}}, "lr"), ({"select": "head", "lr": {1: 1.0}}, "lr"),
-        ({"select": "head", "lr": {"head": float("nan")}}, "lr"),
+        ({"select": "head", "lr": {"head": float("nan")}}, "lr"), ({"select": "head", "lr": {"head": 10**400}}, "lr"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_an_error_that_names_it(arguments: dict[str, Any], name: str) -> None:
@@ -78,3 +91,39 @@ def test_a_selector_that_matches_nothing_lists_the_nearest_names() -> None:
 def test_a_description_builds_it_again(only: TrainOnly) -> None:
     """describe() and from_description() are inverse."""
     assert Algorithm.from_description(only.describe()).describe() == only.describe()
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (
+            TrainOnly("head", lr={"blocks[0:2]": 1e-3}),
+            r"nothing of 'blocks\[0:2\]' trains.*Write TrainOnly\(\['head', 'blocks\[0:2",
+        ),
+        (partial(last=9)[0], r"asks for 9 blocks of 3: all train\. Write partial\(last=3\)"),
+    ],
+)
+def test_what_cannot_have_been_meant_warns(only: Algorithm, message: str) -> None:
+    """A rate for what is held, and more blocks than there are."""
+    with pytest.warns(ThawlineWarning, match=message):
+        Loop([only])
+
+
+def test_a_rate_for_what_the_user_froze_warns() -> None:
+    """It is selected, and does not train all the same."""
+    model = stack()
+    model[1].requires_grad_(False)
+    with pytest.warns(ThawlineWarning, match=r"nothing of 'blocks\[0\]' trains"):
+        Loop([TrainOnly(["head", "blocks[0]"], lr={"blocks[0]": 0.1})], model)
+
+
+def test_what_the_optimizer_instance_does_not_hold_is_said_to_be_so() -> None:
+    """A warning where some of it trains, an error where nothing does; both say that a factory is to be passed."""
+    model = mlp()
+    ledger = ParameterLedger(model, torch.optim.SGD(model[4].parameters(), lr=0.1))
+    with pytest.warns(ThawlineWarning, match=r"4 parameters, and 2 \(first '2.weight'\) cannot: .*Pass a factory"):
+        TrainOnly(["blocks[-1]", "head"]).apply(Event.FIT_START, State(model, ledger))
+    model = mlp()
+    trainer = Trainer(algorithms=[TrainOnly("blocks[-1]")], loss_fn=cross_entropy, progress=False)
+    with pytest.raises(LedgerError, match=r"The optimizer instance holds 2 of them\. Pass a factory"):
+        trainer.fit(model, loader(), duration=1, optimizer=torch.optim.SGD(model[4].parameters(), lr=0.1))

@@ -373,18 +373,18 @@ def test_a_run_dir_that_holds_a_run_is_refused_and_resumes_only_when_asked(tmp_p
 def test_resume_with_other_settings_says_what_differs(tmp_path: Path) -> None:
     """Another schedule or another model is an error that names the difference."""
     Trainer_(run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
-    with pytest.raises(CheckpointError, match="schedule: saved .*constant.*now .*cosine"):
+    with pytest.raises(CheckpointError, match="schedule: saved .*constant.*given .*cosine"):
         Trainer_(run_dir=tmp_path, schedule=cosine()).fit(mlp(), loader(), duration="2ep", resume=True)
     with pytest.raises(LedgerError, match="not the one that was saved"):
         Trainer_(run_dir=tmp_path).fit(mlp(depth=4), loader(), duration="2ep", resume=True)
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
-    """monitor= keeps the checkpoint with the best metric besides the newest."""
-    values = iter([0.5, 0.1, 0.7, 0.9])
+    """monitor= keeps the checkpoint with the best metric besides the newest: of a score the highest."""
+    values = iter([0.5, 0.9, 0.7, 0.1])
     current = {"value": 0.0}
     trainer = Trainer_(
-        run_dir=tmp_path, checkpoint=Checkpointing(keep=1, monitor="eval/score", mode="min"),
+        run_dir=tmp_path, checkpoint=Checkpointing(keep=1, monitor="eval/score"),
         metrics={"score": lambda outputs, targets: current["value"]},
         algorithms=[Watch([], lambda state: current.update(value=next(values)), [Event.EVAL_START])],
     )  # fmt: skip
@@ -562,7 +562,10 @@ def test_history_has_a_row_an_epoch_and_the_timeline_a_row_a_span() -> None:
     result = Trainer_(algorithms=[Thaw()]).fit(mlp(), loader(), loader(), duration="4ep")
     assert [row["epoch"] for row in result.history] == [1, 2, 3, 4]
     assert [row["trainable"] for row in result.history] == [10, 10, 30, 30]
-    assert {"train/loss", "eval/loss", "lr/blocks[1]..head"} <= set(result.history[-1])
+    assert {"train/loss", "eval/loss"} <= set(result.history[-1])
+    rates = [{name: value for name, value in row.items() if name.startswith("lr")} for row in result.history]
+    before = {"lr": 0.1, "lr/blocks[0]": 0.0, "lr/blocks[1]": 0.0, "lr/head": 0.1}
+    assert rates == [before, before, *2 * [before | {"lr/blocks[1]": 0.1}]]
     spans = [(span.start.batch, span.end.batch, span.trainable, span.layers) for span in result.timeline.spans]
     assert spans == [(0, 8, 10, ("head",)), (8, 16, 30, ("blocks[1]", "head"))]
 
@@ -829,6 +832,26 @@ def test_a_monitor_without_evaluation_data_warns() -> None:
 
     with pytest.warns(ThawlineWarning, match="EarlyStop monitors an evaluation"):
         Trainer_(algorithms=[EarlyStop("eval/loss")]).fit(mlp(), loader(), duration=1)
+
+
+def test_a_misspelled_monitor_warns_once_at_the_first_save_after_an_evaluation(tmp_path: Path) -> None:
+    """With what was logged and the nearest name; the fit goes on and saves."""
+    policy = Checkpointing(every="1ba", monitor="eval/acuracy")
+    trainer = Trainer_(run_dir=tmp_path, checkpoint=policy, metrics={"accuracy": lambda outputs, targets: 0.5})
+    with pytest.warns(ThawlineWarning) as caught:
+        result = trainer.fit(mlp(), loader(), loader(), duration="3ep")
+    (warning,) = caught
+    assert "nobody logged 'eval/acuracy'" in str(warning.message)
+    assert "Write: Checkpointing(monitor='eval/accuracy')" in str(warning.message)
+    assert warning.filename == __file__
+    assert (result.best, result.last) == (None, tmp_path / "ba00000012")
+
+
+def test_a_monitor_that_comes_with_the_first_evaluation_does_not_warn(tmp_path: Path) -> None:
+    """Checkpoints that are cut before it have no metric, and that is as it should be."""
+    policy = Checkpointing(every="1ba", monitor="eval/loss")
+    result = Trainer_(run_dir=tmp_path, checkpoint=policy).fit(mlp(), loader(), loader(), duration="2ep")
+    assert result.best is not None
 
 
 def test_the_last_losses_of_a_short_fit_are_logged(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from helpers import pseudo_gradients
+from helpers import group_rates, pseudo_gradients
 from thawline.engine import Algorithm, Clock, Engine, Event, LayerMap, ParameterLedger, State, Time
 
 SGD = partial(torch.optim.SGD, lr=1.0, momentum=0.9)
 Rates = dict[str, float]
+Boundary = tuple[int, int, Rates]
 
 
 def stack(blocks: int = 3) -> nn.Sequential:
@@ -57,6 +58,7 @@ class Loop:
         self.ledger = ParameterLedger(self.model, SGD, layers)
         self.state = State(self.model, self.ledger, Time(duration))
         self.batches = batches
+        self.boundaries: list[Boundary] = []
         self.state.clock = Clock(batches_per_epoch=batches)
         self.engine = Engine(algorithms, self.state, debug=True)
         self.engine.attach()
@@ -70,6 +72,9 @@ class Loop:
         for _ in range(self.batches):
             emit(Event.BATCH_START)
             rows.append(rates(self.ledger))
+            found = (len(self.ledger.trainable), group_rates(self.ledger))
+            if not self.boundaries or self.boundaries[-1][1:] != found:
+                self.boundaries.append((state.clock.batch, *found))
             pseudo_gradients(self.ledger.trainable_parameters, seed=state.clock.batch)
             for optimizer in state.optimizers:
                 optimizer.step()
@@ -102,3 +107,28 @@ def timeline(
     """Return the rates of each batch of a whole loop."""
     listed = [algorithms] if isinstance(algorithms, Algorithm) else algorithms
     return Loop(listed, model, duration=duration, batches=batches, layers=layers).run()
+
+
+def boundaries(
+    algorithms: Sequence[Algorithm] | Algorithm,
+    model: nn.Module,
+    *,
+    duration: str | int = "6ep",
+    batches: int = 1,
+) -> list[Boundary]:
+    """Return each batch from which on something trains otherwise: its number, how many tensors train, each group's rate.
+
+    A group's name says which layers it spans, from the first to the last.
+    """
+    listed = [algorithms] if isinstance(algorithms, Algorithm) else algorithms
+    loop = Loop(listed, model, duration=duration, batches=batches)
+    loop.run()
+    return loop.boundaries
+
+
+def norm_cnn(stages: int = 4) -> nn.Sequential:
+    """Return convolutions, each with BatchNorm, and a head: a block a stage."""
+    body: list[nn.Module] = []
+    for index in range(stages):
+        body += [nn.Sequential(nn.Conv2d(1 if not index else 4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())]
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))

@@ -1,0 +1,89 @@
+"""FreezeAt: layers freeze at times of the user's choice."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import attrs
+from typing_extensions import override
+
+from ..engine import Algorithm, ArgumentError, Event, Stage, State, ThawlineWarning, Time, get_logger, register
+from .arguments import check_time
+from .layer_thaw import cannot_fire
+
+log = get_logger(__name__)
+_EXAMPLE = "FreezeAt({'stem': '1ep', 'blocks[0]': '0.3dur'})"
+
+
+def _times(value: object) -> dict[str, Time]:
+    if not isinstance(value, Mapping) or not value or not all(isinstance(each, str) and each for each in value):
+        takes = "a mapping of selectors to times"
+        raise ArgumentError("FreezeAt(times=)", got=value, takes=takes, example=_EXAMPLE)
+    return {select: check_time("FreezeAt(times=)", time, example=_EXAMPLE, zero=True) for select, time in value.items()}
+
+
+@register
+@attrs.define(slots=False, eq=False)
+class FreezeAt(Algorithm):
+    """Freeze each selection from its time on.
+
+    At the first batch that begins at or after the time, what is selected leaves its group and loses gradient and
+    optimizer state.
+
+    Args:
+        times: Selector to the time from which it is frozen; zero is the start.
+
+    Raises:
+        ArgumentError: No mapping of selectors to times.
+        SelectorError: At the start of a fit: a selector that matches nothing.
+
+    Warns:
+        ThawlineWarning: At the start of a fit that ends before one of the times.
+
+    Example:
+        >>> FreezeAt({"stem": "1ep", "blocks[0]": "0.3dur"}).describe()["arguments"]["times"]
+        {'stem': '1ep', 'blocks[0]': '0.3dur'}
+    """
+
+    stage: ClassVar[Stage] = Stage.TRAINABILITY
+    events = frozenset({Event.FIT_START, Event.BATCH_START})
+
+    times: Mapping[str, Time] = attrs.field(converter=_times)
+    frozen: frozenset[str] = attrs.field(default=frozenset(), init=False, repr=False)
+    """The selectors whose time has come."""
+
+    @override
+    def match(self, event: Event, state: State) -> bool:
+        """Return whether the fit begins, or a time has come."""
+        return event is Event.FIT_START or any(
+            select not in self.frozen and time.reached(state.clock) for select, time in self.times.items()
+        )
+
+    @override
+    def apply(self, event: Event, state: State) -> None:
+        """Check the selectors, or freeze what is due."""
+        if event is Event.FIT_START:
+            state.ledger.select(list(self.times))
+            never = {
+                select: str(time) for select, time in self.times.items() if time.value and cannot_fire(time, state)
+            }
+            if never:
+                text = f"FreezeAt({never}) freezes nothing: the fit ends after {state.duration}. Write shorter times."
+                warnings.warn(text, ThawlineWarning, stacklevel=2)
+            return
+        due = [each for each, time in self.times.items() if each not in self.frozen and time.reached(state.clock)]
+        state.ledger.freeze(due, owner=self.owner)
+        self.frozen |= frozenset(due)
+        log.info("frozen", selected=due, epoch=state.clock.epoch, batch=state.clock.batch)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the selectors whose time has come."""
+        return {"frozen": sorted(self.frozen)}
+
+    @override
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned."""
+        self.frozen = frozenset(saved["frozen"])

@@ -1,0 +1,190 @@
+"""What a schedule of phases says: which parameters thaw when, how they train, and until when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import attrs
+
+from ..engine import ArgumentError, Time
+from .arguments import check_in_range, check_time, in_range, one_of, positive, text, whole
+
+if TYPE_CHECKING:
+    from ..engine import State
+
+Until: TypeAlias = "Time | Plateau | Callable[[State], bool] | None"
+
+SCHEDULES = ("constant", "linear", "cosine")
+"""The engine's schedules that need no argument, by the names under which a phase asks for one."""
+
+
+def _span(value: Any, argument: str, example: str = "2ep") -> Time | None:
+    call = f"{argument.removesuffix(')')}{example!r})"
+    return None if value is None else check_time(argument, value, example=call, or_none=True)
+
+
+def _at_most(value: Any) -> Time | None:
+    return _span(value, "Plateau(at_most=)", "5ep")
+
+
+def _warmup(value: Any) -> Time | None:
+    return _span(value, "Phase(warmup=)", "100ba")
+
+
+@attrs.frozen
+class Plateau:
+    """The end of a phase once a metric no longer improves.
+
+    Args:
+        monitor: A key of ``state.metrics``, such as ``"eval/loss"``.
+        patience: Evaluations without an improvement before the phase ends.
+        min_delta: A change this small is no improvement.
+        mode: ``"min"`` or ``"max"``; ``"auto"`` goes by the metric's name.
+        at_most: The phase ends after this time whatever the metric does, counted from its begin.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+
+    Example:
+        >>> Plateau("eval/accuracy", patience=2, at_most="5ep").at_most
+        Time('5ep')
+    """
+
+    monitor: str = attrs.field(validator=text(example="eval/loss"))
+    patience: int = attrs.field(default=3, validator=whole(at_least=1))
+    min_delta: float = attrs.field(default=0.0, validator=in_range(at_least=0))
+    mode: Literal["auto", "min", "max"] = attrs.field(default="auto", validator=one_of(("auto", "min", "max")))
+    at_most: Time | None = attrs.field(default=None, converter=_at_most)
+
+
+def _selectors(value: Any) -> tuple[str, ...]:
+    """Take one selector for a tuple of it; what is no sequence goes on to the validator."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+def _check_selectors(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    argument, example = f"Phase({attribute.name}=)", f"Phase({attribute.name}=('head', 'blocks[-1]'))"
+    if not isinstance(value, tuple) or not all(isinstance(each, str) and each for each in value):
+        takes = "selectors: layers such as 'head', globs over parameter names"
+        raise ArgumentError(argument, got=value, takes=takes, example=example)
+    if len(set(value)) < len(value):
+        raise ArgumentError(argument, got=value, takes="each selector once", example=example)
+
+
+def _rates(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _check_rates(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        check_in_range("Phase(lr=)", value, above=0, example="Phase(lr=0.001)", or_none=True)
+        return
+    example = "Phase(lr={'head': 0.001})"
+    if not value or not all(isinstance(each, str) and each for each in value):
+        takes = "a number above 0, or a mapping of selectors to such numbers"
+        raise ArgumentError("Phase(lr=)", got=value, takes=takes, example=example)
+    for selector, rate in value.items():
+        check_in_range(f"Phase(lr={{{selector!r}: …}})", rate, above=0, example=example)
+
+
+def _until(value: Any) -> Any:
+    if value is None or isinstance(value, Plateau) or (callable(value) and not isinstance(value, type)):
+        return value
+    if isinstance(value, (str, int, Time)) and not isinstance(value, bool):
+        return _span(value, "Phase(until=)")
+    takes = "a time ('2ep', '100ba', '0.3dur', an int for epochs), a Plateau, a function of the state, or None"
+    raise ArgumentError("Phase(until=)", got=value, takes=takes, example="Phase(until='2ep')")
+
+
+@attrs.frozen
+class Phase:
+    """One phase of a schedule: what changes at its begin, and when it ends.
+
+    Args:
+        name: Unique in the schedule; None for ``"phase 1"``, ``"phase 2"`` and so on by its place.
+        thaw: Selectors of what begins to train: layers (``"head"``, ``"blocks[2:6]"``), globs over parameter names.
+        freeze: Selectors of what is frozen again.
+        lr: The base learning rate of what this phase thaws, or selectors to rates; None for the optimizer's.
+        lr_scale: Factor on the rate of everything that was trainable already before this phase.
+        weight_decay: Of what this phase thaws; None for the optimizer's.
+        warmup: The rate of what this phase thaws rises from zero over this time.
+        schedule: ``"constant"``, ``"linear"`` or ``"cosine"`` over this phase's length; None for the fit's.
+        until: The end: a time counted from the phase's begin (an int is epochs), a :class:`Plateau`, or a
+            function of the state that returns True. None, in the last phase only, is the end of the fit.
+        restore: ``"best"`` puts the best weights seen in this phase back at its end.
+        restore_monitor: The metric that says which were best; None for the plateau's, else ``"eval/loss"``.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range, or a phase that changes nothing.
+
+    Example:
+        >>> Phase(thaw="head", lr=1e-3, until="2ep")
+        Phase(name=None, thaw=('head',), freeze=(), lr=0.001, ..., until=Time('2ep'), ...)
+    """
+
+    name: str | None = attrs.field(default=None, validator=text(example="head", or_none=True))
+    thaw: tuple[str, ...] = attrs.field(default=(), converter=_selectors, validator=_check_selectors)
+    freeze: tuple[str, ...] = attrs.field(default=(), converter=_selectors, validator=_check_selectors)
+    lr: float | Mapping[str, float] | None = attrs.field(default=None, converter=_rates, validator=_check_rates)
+    lr_scale: float | None = attrs.field(default=None, validator=positive(example=0.5, or_none=True))
+    weight_decay: float | None = attrs.field(default=None, validator=in_range(at_least=0, example=0.01, or_none=True))
+    warmup: Time | None = attrs.field(default=None, converter=_warmup)
+    schedule: str | None = attrs.field(default=None, validator=one_of((None, *SCHEDULES), example="cosine"))
+    until: Until = attrs.field(default=None, converter=_until)
+    restore: Literal["best"] | None = attrs.field(default=None, validator=one_of((None, "best"), example="best"))
+    restore_monitor: str | None = attrs.field(default=None, validator=text(example="eval/loss", or_none=True))
+
+    def __attrs_post_init__(self) -> None:
+        if not (self.thaw or self.freeze or self.lr_scale or self.schedule):
+            takes = "something to change: thaw=, freeze=, lr_scale= or schedule="
+            raise ArgumentError("Phase()", got=self.name, takes=takes, example="Phase(thaw='head', until='2ep')")
+        for option in ("lr", "weight_decay", "warmup"):
+            value = cast("object", getattr(self, option))
+            if value is not None and not self.thaw:
+                takes = "what it is for in the same phase: thaw="
+                example = f"Phase(thaw='head', {option}={str(value) if isinstance(value, Time) else value!r})"
+                raise ArgumentError(f"Phase({option}=)", got=value, takes=takes, example=example)
+        if both := sorted({*self.thaw} & {*self.freeze}):
+            example = f"Phase(thaw={both[0]!r})"
+            raise ArgumentError("Phase(freeze=)", got=both[0], takes="what thaw= does not name", example=example)
+        if self.restore_monitor is not None and self.restore is None:
+            example = f"Phase(restore='best', restore_monitor={self.restore_monitor!r})"
+            takes = "restore='best' beside it"
+            raise ArgumentError("Phase(restore_monitor=)", got=self.restore_monitor, takes=takes, example=example)
+
+
+def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> tuple[Phase, ...]:
+    """Return the phases with a name each.
+
+    Args:
+        phases: In the order in which they run.
+        repeat: How often the whole sequence runs.
+
+    Raises:
+        ArgumentError: There is no phase, a name stands twice, or a phase before the last (with ``repeat`` above 1
+            the last as well) has no end.
+
+    Example:
+        >>> [phase.name for phase in number_phases([Phase(thaw="head", until=1), Phase(thaw="blocks[-1]")])]
+        ['phase 1', 'phase 2']
+    """
+    if not phases:
+        raise ArgumentError("phases", got=[], takes="at least one phase", example="[Phase(thaw='head')]")
+    named = tuple(
+        phase if phase.name else attrs.evolve(phase, name=f"phase {place}") for place, phase in enumerate(phases, 1)
+    )
+    seen: set[str | None] = set()
+    for place, phase in enumerate(named, 1):
+        if phase.name in seen:
+            example = f"Phase(name='{phase.name} again')"
+            raise ArgumentError("Phase(name=)", got=phase.name, takes="a name that no other phase has", example=example)
+        seen.add(phase.name)
+        if phase.until is None and (place < len(named) or repeat > 1):
+            takes = f"an end in {phase.name!r}: only the phase that is the last of all may go on to the end of the fit"
+            raise ArgumentError("Phase(until=)", got=None, takes=takes, example="Phase(until='2ep')")
+    return named

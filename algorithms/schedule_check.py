@@ -1,0 +1,109 @@
+"""Schedules beside a model: the default one for its layers, and whether a given one fits it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..engine import LayerMap, ParameterLedger, ScheduleError, SelectorError, State, Time
+from .layer_thaw import share_of_fit
+from .phases import Phase
+
+
+def generate_phases(layers: LayerMap) -> tuple[Phase, ...]:
+    """Return the default schedule: the head first, then a layer more in each phase, for equal shares of the fit.
+
+    Args:
+        layers: The model's layers. A layer thaws as a whole, its biases and normalization included.
+
+    Example:
+        >>> from torch import nn
+        >>> layers = LayerMap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
+        >>> [(phase.name, str(phase.until)) for phase in generate_phases(layers)]
+        [('head', '0.3333dur'), ('blocks[1]', '0.3333dur'), ('blocks[0]', 'None')]
+    """
+    *upper, lowest = [layer.name for layer in layers][::-1]
+    share = max(1, math.floor(1e4 / (len(upper) + 1))) / 1e4
+    return (
+        *(Phase(name=name, thaw=name, until=Time(f"{share}dur")) for name in upper),
+        Phase(name=lowest, thaw=lowest),
+    )
+
+
+def check_phases(phases: Sequence[Phase], ledger: ParameterLedger) -> tuple[str, ...]:
+    """Check that phases fit a model, and return the parameters that none of them names: those never train.
+
+    Args:
+        phases: In the order in which they run.
+        ledger: The ledger of the model; it is read only.
+
+    Raises:
+        ScheduleError: A selector matches nothing, a parameter thaws in two phases and freezes in none between, or gets
+            a rate in a phase that does not thaw it. All of it is said at once, phase by phase.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> ledger = ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> check_phases([Phase(thaw="1.weight")], ledger)
+        ('0.weight', '0.bias', '1.bias')
+    """
+    faults: list[tuple[str, str, str]] = []
+    thawed: dict[str, str] = {}
+    named: set[str] = set()
+    for number, phase in enumerate(phases, 1):
+        place = phase.name or f"phase {number}"
+        frozen = [name for selector in phase.freeze for name in _names(selector, ledger, place, faults)]
+        for name in frozen:
+            thawed.pop(name, None)
+        fresh: dict[str, None] = {}
+        for selector in phase.thaw:
+            names = _names(selector, ledger, place, faults)
+            if twice := [name for name in names if name in thawed]:
+                problem = f"{selector!r} thaws {_few(twice)}, which {thawed[twice[0]]!r} thawed already"
+                faults.append((place, problem, f"freeze: {selector!r} in a phase between, or thaw without it"))
+            fresh.update(dict.fromkeys(names))
+        for selector in phase.lr if isinstance(phase.lr, Mapping) else ():
+            names = _names(selector, ledger, place, faults)
+            if strange := [name for name in names if name not in fresh]:
+                problem = f"lr sets the rate of {_few(strange)}, which this phase does not thaw"
+                faults.append((place, problem, f"thaw: {selector!r}, or lr without it"))
+        thawed.update(dict.fromkeys(fresh, place))
+        named.update(fresh, frozen)
+    if faults:
+        raise ScheduleError("the schedule", faults)
+    return tuple(name for name in ledger.parameters if name not in named)
+
+
+def never_begin(phases: Sequence[Phase], count: int, state: State) -> list[str]:
+    """Return the names of the phases whose begin is known to lie at the end of the fit or after it.
+
+    Args:
+        phases: Those of one round.
+        count: How many begin, in all rounds.
+        state: The state at the start of the fit.
+    """
+    late: list[str] = []
+    begin = 0.0
+    for place in range(count):
+        phase = phases[place % len(phases)]
+        if begin >= 1 - 1e-9:  # shares are floats: ten times 0.1 is a little less than 1
+            late.append(f"{phase.name}" + f" of round {place // len(phases) + 1}" * (place >= len(phases)))
+        if isinstance(phase.until, Time):
+            begin += share_of_fit(phase.until, state) or 0.0
+    return late
+
+
+def _names(selector: str, ledger: ParameterLedger, place: str, faults: list[tuple[str, str, str]]) -> tuple[str, ...]:
+    """Return what a selector means; where it matches nothing, that is a fault."""
+    try:
+        return ledger.select(selector)
+    except SelectorError as error:
+        problem, _, write = str(error).partition(" Write ")
+        faults.append((place, problem.rstrip("."), write.rstrip(".") or "'head' or 'blocks[-1]'"))
+        return ()
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,111 @@
+"""What a resumed fit is given and what was saved: what differs is refused, or said.
+
+What defines the run cannot change on the way, and is refused. The rest may: what the Trainer is given is used, and what
+the optimizer is given is not, as ``torch.optim.Optimizer.load_state_dict`` has it. Either way a warning names both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .algorithm import as_json
+from .errors import CheckpointError, shorten
+from .typing import Json
+
+# Settings of the Trainer that a resumed fit takes as given, and what another value means.
+_MAY_CHANGE = {
+    "duration": "schedules and times in 'dur' follow it",
+    "precision": "the arithmetic is another one",
+    "microbatch_size": "the gradient is summed in other portions",
+    "device": "another device's kernels round differently",
+    "eval_every": "",
+    "log_every": "",
+    "loss_fn": "the run goes on towards another minimum",
+    "forward_fn": "the run goes on with other outputs",
+    "loss_weight": "microbatches are weighed otherwise",
+    "metrics": "",
+    "on_nonfinite": "",
+}
+_ANEW = "or start anew with fit(resume=False) and Trainer(run_dir=<another directory>)"
+
+
+def check_same_run(
+    settings: Mapping[str, Any], now: Mapping[str, Any], ledger: Mapping[str, Any], ledger_now: Mapping[str, Any]
+) -> None:
+    """Raise a CheckpointError where what defines the run differs.
+
+    Args:
+        settings: The Trainer's description that was saved.
+        now: The Trainer's description.
+        ledger: The ledger's state that was saved.
+        ledger_now: The fresh ledger's state.
+
+    Raises:
+        CheckpointError: Names each setting with the saved and the given value, and what to write.
+    """
+    given = {key: now.get(key) for key in ("schedule", "min_lr", "seed", "accumulate")}
+    pairs = {key: (settings.get(key), value) for key, value in given.items()}
+    pairs["optimizer"] = (_optimizers(ledger), _optimizers(ledger_now))
+    changed = [f"{key}: saved {before!r}, given {after!r}" for key, (before, after) in pairs.items() if before != after]
+    moved = _moved(ledger, ledger_now)
+    if moved is not None:
+        name, before, after = moved
+        changed.append(f"layers: {name!r} was saved in {before!r}, given in {after!r}")
+    if changed:
+        raise CheckpointError(
+            f"the run cannot be continued with other settings: {'; '.join(changed)}. Give the same as before, {_ANEW}."
+        )
+
+
+def differences(
+    settings: Mapping[str, Any], now: Mapping[str, Any], ledger: Mapping[str, Any], ledger_now: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what to say of each setting that differs and may: the name, the saved and the given value, which is used.
+
+    Args:
+        settings: The Trainer's description that was saved.
+        now: The Trainer's description.
+        ledger: The ledger's state that was saved.
+        ledger_now: The fresh ledger's state.
+    """
+    for key, meaning in _MAY_CHANGE.items():
+        if settings.get(key) != now.get(key):
+            used = "The given one is used" + (f": {meaning}." if meaning else ".")
+            yield f"resumed with another {key}: saved {_show(settings.get(key))}, given {_show(now.get(key))}. {used}"
+    kept = f"The saved one is kept, as Optimizer.load_state_dict keeps it. To change it, use the ledger's set_lr or scale, {_ANEW}."
+    for number, (saved, given) in enumerate(zip(ledger["homes"], ledger_now["homes"], strict=False)):
+        before, after = _options(saved), _options(given)
+        group = f" of group {number}" if len(ledger["homes"]) > 1 else ""
+        for key in [key for key in {**before, **after} if before.get(key) != after.get(key)]:
+            yield (
+                f"resumed with another {key}{group} of {_optimizers(ledger)}: saved {_show(before.get(key))}, given "
+                f"{_show(after.get(key))}. {kept}"
+            )
+    there, here = ledger["home_of"], ledger_now["home_of"]
+    for name in [name for name in here if there.get(name, here[name]) != here[name]][:1]:
+        yield f"resumed with another optimizer group of {name!r}: saved {there[name]}, given {here[name]}. {kept}"
+
+
+def _optimizers(ledger: Mapping[str, Any]) -> str:
+    return ", ".join(ledger["optimizers"])
+
+
+def _options(home: Mapping[str, Any]) -> dict[str, Json]:
+    return {"lr": home["lr"], **{str(key): as_json(value) for key, value in home["given"].items()}}
+
+
+def _moved(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Return the first parameter that lies in another layer, with the two; None for another model, which is refused later."""
+    there, here = ({name: layer for layer, names in each["layers"].items() for name in names} for each in (saved, now))
+    attached = tuple(f"{module}." if module else "" for module, *_ in saved["journal"])
+    if here.keys() - there.keys() or any(not name.startswith(attached) for name in there.keys() - here.keys()):
+        return None
+    return next(((name, there[name], here[name]) for name in here if there[name] != here[name]), None)
+
+
+def _show(value: object) -> str:
+    """Show a setting; a callable by its name."""
+    if isinstance(value, dict) and value.keys() == {"callable"}:
+        value = value["callable"]
+    return value if isinstance(value, str) else shorten(value)

@@ -1,0 +1,111 @@
+"""Losses over batches without labels, and weights that are none: typed errors in training and in evaluation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from helpers import loader, mlp, same_weights, weights
+from thawline.engine import ArgumentError, DataError, Trainer
+
+Trainer_ = partial(Trainer, loss_fn=cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.1), progress=False)
+X, Y = torch.randn(8, 4), torch.randint(2, (8,))
+
+
+class Keywords(nn.Module):
+    """Takes ``x``, and whatever else where it is told to."""
+
+    def __init__(self, *, anything: bool = False) -> None:
+        super().__init__()
+        self.layer, self.anything = nn.Linear(4, 2), anything
+
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        """Return logits."""
+        if more and not self.anything:
+            raise TypeError(f"forward() got an unexpected keyword argument {next(iter(more))!r}")
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((X,), "a tuple of one, the model's input"),
+        ([X], "a list of one, the model's input"),
+        (X, "a Tensor, the model's input"),
+        ({"x": X}, "a mapping of 'x', without 'labels' or 'targets'"),
+    ],
+)
+def test_a_batch_without_targets_is_named_where_the_loss_misses_them(batch: Any, message: str) -> None:
+    """In training and in evaluation; torch's own error is the cause."""
+    for call in (
+        lambda: Trainer_().fit(Keywords(), [batch], duration=1),
+        lambda: Trainer_().fit(Keywords(), [(X, Y)], [batch], duration=1),
+        lambda: Trainer_().evaluate(Keywords(), [batch]),
+    ):
+        with pytest.raises(
+            DataError, match=rf"loss_fn is given and the batch has no targets: it is {message}.*Write: "
+        ):
+            call()
+
+
+@pytest.mark.parametrize("name", ["label", "label_ids", "target", "y"])
+@pytest.mark.parametrize("anything", [False, True])
+def test_labels_under_another_name_are_to_be_renamed(name: str, anything: bool) -> None:
+    """Whether the model refuses the keyword or swallows it and the loss misses it."""
+    advice = rf"Rename its '{name}' to 'labels': dataset.rename_column\('{name}', 'labels'\)"
+    with pytest.raises(DataError, match=advice) as caught:
+        Trainer_().fit(Keywords(anything=anything), [{"x": X, name: Y}], duration=1)
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+def test_an_unknown_keyword_beside_labels_stays_the_models_error() -> None:
+    """Renaming would not help."""
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        Trainer_().fit(Keywords(), [{"x": X, "labels": Y, "y": Y}], duration=1)
+
+
+def test_a_loss_that_needs_no_targets_trains_and_evaluates_without() -> None:
+    """The batch is refused only where the loss fails on it."""
+    trainer = Trainer_(loss_fn=lambda outputs, targets: outputs.square().mean())
+    net = mlp()
+    metrics = trainer.fit(net, [X], [X], duration=1).metrics
+    assert metrics["eval/loss"] == pytest.approx(net(X).square().mean().item())
+
+
+def test_data_without_labels_are_evaluated_by_metrics_alone() -> None:
+    """Where there are metrics, a loss that cannot be had is left out."""
+    trainer = Trainer_(metrics={"size": lambda outputs, targets: outputs.abs().mean()})
+    net = mlp()
+    assert trainer.evaluate(net, [(X,)]) == pytest.approx({"eval/size": net(X).abs().mean().item()})
+
+
+@pytest.mark.parametrize(
+    "weight",
+    ["3", None, float("nan"), float("inf"), -1.0, 10**400, torch.ones(2), {}],
+    ids=lambda value: str(value)[:9],
+)
+def test_a_weight_that_is_no_share_is_refused(weight: Any) -> None:
+    """Text, NaN, negative or infinite: in training over microbatches and in evaluation."""
+    trainer = Trainer_(loss_weight=lambda batch: weight, microbatch_size=4)
+    message = r"^Trainer\(loss_weight=\) takes a function of the batch that gives a finite number of at least 0, got "
+    with pytest.raises(ArgumentError, match=message):
+        trainer.fit(mlp(), loader(), duration=1)
+    with pytest.raises(ArgumentError, match=message):
+        trainer.evaluate(mlp(), loader())
+
+
+def test_batches_of_arrays_train_as_batches_of_tensors() -> None:
+    """Bit for bit."""
+    finals = []
+    for batch in ((X, Y), (X.numpy(), Y.numpy()), {"x": X.numpy(), "labels": Y.numpy()}):
+        torch.manual_seed(0)
+        net = Keywords()
+        Trainer_(microbatch_size=3).fit(net, [batch], duration=2)
+        finals.append(weights(net))
+    assert same_weights(finals[0], finals[1])
+    assert same_weights(finals[0], finals[2])
