@@ -20,7 +20,7 @@ from .errors import LedgerError, ThawlineError, shorten
 from .events import Event
 from .promises import check, fail, same
 from .randomness import Randomness, derive_seed
-from .rehearsal import LIVE_EVENTS, Outcome, Rehearsal, copied, difference, weights_of
+from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, copied, difference, weights_of
 from .state import State
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def does_not_depend_on_order(rehearsal: Rehearsal) -> None:
 def _or_refusal(fit: Callable[[], Outcome]) -> dict[str, Any]:
     """Return what a fit comes to, or the typed error by which two algorithms refuse each other."""
     try:
-        return fit().result
+        return {key: value for key, value in fit().result.items() if key != BY_TURNS}
     except ThawlineError as error:
         if isinstance(error, LedgerError) and "behind the ledger" in str(error):
             raise
