@@ -24,6 +24,7 @@ from .errors import (
     nearest,
 )
 from .events import Event
+from .functions import on
 from .groups import Group
 from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
@@ -106,6 +107,7 @@ __all__ = [
     "join",
     "linear",
     "nearest",
+    "on",
     "one_cycle",
     "polynomial",
     "register",
