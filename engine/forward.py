@@ -7,9 +7,10 @@ from math import inf
 from typing import Any
 
 import torch
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 from torch import Tensor, nn
 
+from .criterion import Criterion
 from .data import count_weight, forward_arguments
 from .errors import ArgumentError, DataError, LossError, shorten
 from .shift import shifts_labels
@@ -30,12 +31,13 @@ class Forward:
         loss_fn: ``(outputs, targets) -> scalar``, the mean over the samples; None: ``outputs.loss``,
             ``outputs["loss"]``, or the output itself.
         loss_weight: ``batch -> number`` of what the loss is a mean over; None: the labels that are not
-            ignored (-100), else the samples.
+            ignored (the loss's ``ignore_index``, else -100), weighted by class where the loss is, else the samples.
     """
 
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     loss_weight: Callable[[Any], float] | None = None
+    criterion: Criterion = field(init=False, default=Factory(lambda self: Criterion.of(self.loss_fn), takes_self=True))
 
     def outputs(self, model: nn.Module, batch: Any) -> Any:
         """Return what the model makes of a batch."""
@@ -96,7 +98,8 @@ class Forward:
         """
         if self.loss_weight is not None:
             return _weight(self.loss_weight(batch))
-        return count_weight(batch, targets_of(batch), shift=self.loss_fn is None and shifts_labels(model))
+        said, shift = self.criterion, self.loss_fn is None and shifts_labels(model)
+        return count_weight(batch, targets_of(batch), shift, ignored=said.ignored, weight=said.weight)
 
 
 def _weight(given: Any) -> float:

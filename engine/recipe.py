@@ -120,6 +120,16 @@ class Recipe:
     progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
     debug: bool = field(default=False, validator=one_of(False, True))
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse to cut a batch whose loss is no mean: its parts' losses are not weighed into the whole's."""
+        reduction = self.forward().criterion.reduction
+        if reduction != "mean" and (self.accumulate > 1 or self.microbatch_size is not None):
+            raise ArgumentError(
+                "Trainer(loss_fn=)", got=f"a loss with reduction={reduction!r}",
+                takes="a mean over the batch, where microbatch_size or accumulate cuts it",
+                example="Trainer(loss_fn=torch.nn.CrossEntropyLoss(reduction='mean'), …)",
+            )  # fmt: skip
+
     def forward(self) -> Forward:
         """Return how a batch goes through a model."""
         return Forward(self.forward_fn, self.loss_fn, self.loss_weight)
