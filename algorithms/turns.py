@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,10 +15,10 @@ from ..engine import (
     LayerMap,
     Stage,
     State,
-    ThawlineWarning,
     Time,
     derive_seed,
     get_logger,
+    warn,
 )
 from .train_only import all_but, rest_of
 
@@ -119,11 +118,9 @@ class Turns(Algorithm):
         self.active = ()
         state.ledger.freeze(all_but(state.layers, kept), owner=self.owner)
         if why := self.idle(candidates, state):
-            warnings.warn(
+            warn(
                 f"{name}(every='{self.every}') {why}: the fit ends after {state.duration}. "
                 f"Write a shorter interval, such as {name}(every='0.02dur').",
-                ThawlineWarning,
-                stacklevel=2,
             )
 
     def _kept(self, state: State) -> frozenset[str]:

@@ -22,6 +22,7 @@ from .errors import (
     ThawlineError,
     ThawlineWarning,
     nearest,
+    warn,
 )
 from .events import Event
 from .groups import Group
@@ -114,5 +115,6 @@ __all__ = [
     "repeat",
     "surgery_op",
     "warmup",
+    "warn",
     "wsd",
 ]

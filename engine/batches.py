@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, DataError, shorten
+from .errors import ArgumentError, DataError, shorten, with_article
 
 IGNORED_LABEL = -100
 """The label that torch's losses leave out."""
@@ -128,7 +128,7 @@ def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 def _too_deep(batch: Any) -> DataError:
     return DataError(
-        f"a batch, a {type(batch).__name__}, is nested deeper than Python can follow, or holds itself. "
+        f"a batch, {with_article(type(batch).__name__)}, is nested deeper than Python can follow, or holds itself. "
         "Write: a collate_fn that returns a tensor, or a tuple, list or mapping of tensors."
     )
 

@@ -14,7 +14,7 @@ from .algorithm import Algorithm, Stage
 from .clock import Clock, Time
 from .data import ResumableLoader
 from .engine import Engine, Handler
-from .errors import ArgumentError, DataError
+from .errors import ArgumentError, DataError, with_article
 from .events import Event
 from .flops import FlopCounter, count_flops
 from .homes import OptimizerLike, over_twins
@@ -224,7 +224,7 @@ def _check_length(duration: Time, length: int | None, *, sizes_known: bool, got:
     if (duration.unit == "ep" and length is None) or (duration.unit == "sp" and not sizes_known):
         what = "batches an epoch" if duration.unit == "ep" else "samples a batch"
         raise ArgumentError(
-            "Trainer.plan(train_loader=)", got=f"a {type(got).__name__} that does not say how many {what} has",
+            "Trainer.plan(train_loader=)", got=f"{with_article(type(got).__name__)} that does not say how many {what} has",
             takes=f"one that does, where the duration is {str(duration)!r}",
             example="trainer.plan(model, train_loader, duration='200ba')",
         )  # fmt: skip

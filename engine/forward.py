@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .criterion import Criterion
 from .data import count_weight, forward_arguments
-from .errors import ArgumentError, DataError, LossError, shorten
+from .errors import ArgumentError, DataError, LossError, shorten, with_article
 from .shift import shifts_labels
 
 # The commonest batches: read here in a fraction of the time that `forward_arguments` takes.
@@ -48,13 +48,13 @@ class Forward:
         args, kwargs, _ = forward_arguments(batch, self.loss_fn is not None)
         try:
             return model(*args, **kwargs)
-        except TypeError as error:
+        except Exception as error:
             if self.loss_fn is None:
                 error.add_note(
                     "Trainer(loss_fn=None) passes the whole batch to the model, which is to return its loss. "
                     "Where the loss is computed outside, write Trainer(loss_fn=torch.nn.functional.cross_entropy)."
                 )
-            elif (advice := _rename(batch)) and targets_of(batch) is None:
+            elif isinstance(error, TypeError) and (advice := _rename(batch)) and targets_of(batch) is None:
                 raise DataError(f"the model does not take this batch: {error}. {advice}") from error
             raise
 
@@ -63,7 +63,8 @@ class Forward:
 
         Raises:
             LossError: There is none, or it is not one number.
-            DataError: ``loss_fn`` fails on a batch without targets.
+            DataError: ``loss_fn`` fails on a batch without targets, or the model computes no loss from a batch without
+                labels.
         """
         loss: Any
         if self.loss_fn is not None:
@@ -72,6 +73,7 @@ class Forward:
                 loss = self.loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
             except Exception as error:
                 if targets is not None:
+                    error.add_note(f"in loss_fn(outputs {_look(predictions(outputs))}, targets {_look(targets)})")
                     raise
                 raise DataError(_without_targets(batch, error)) from error
             if type(loss) is Tensor and not loss.ndim:
@@ -83,6 +85,8 @@ class Forward:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
             source = "outputs.loss"
         if not isinstance(loss, Tensor) or loss.numel() != 1:
+            if loss is None and source == "outputs.loss" and isinstance(batch, Mapping) and "labels" not in batch:
+                raise DataError(_without_labels(batch))
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shorten(loss)
             raise LossError(
                 f"the loss takes one number, got {got} from {source}. "
@@ -118,11 +122,26 @@ def _without_targets(batch: Any, error: Exception) -> str:
     if isinstance(batch, Mapping):
         what = f"a mapping of {', '.join(map(repr, batch)) or 'nothing'}, without 'labels' or 'targets'"
     elif isinstance(batch, (tuple, list)):
-        what = f"a {type(batch).__name__} of one, the model's input"
+        what = f"{with_article(type(batch).__name__)} of one, the model's input"
     else:
-        what = f"a {type(batch).__name__}, the model's input"
+        what = f"{with_article(type(batch).__name__)}, the model's input"
     advice = _rename(batch) or "Write: batches that are (inputs, targets), or mappings with 'labels' or 'targets'."
     return f"loss_fn is given and the batch has no targets: it is {what}. {advice} loss_fn said: {error}"
+
+
+def _without_labels(batch: Mapping[Any, Any]) -> str:
+    advice = _rename(batch) or "Add them to the data set: labels=input_ids for a language model, else one a sample."
+    return (
+        f"the model returned no loss, and the batch, a mapping of {', '.join(map(repr, batch)) or 'nothing'}, has no 'labels' "
+        f"to compute it from. {advice}"
+    )
+
+
+def _look(value: Any) -> str:
+    """Say what a loss was given."""
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}, {value.dtype}"
+    return with_article(type(value).__name__)
 
 
 def _rename(batch: Any) -> str:

@@ -20,7 +20,17 @@ from .forward import Forward
 from .homes import OptimizerLike
 from .meters import Metric, check_metrics
 from .schedules import Schedule, as_schedule, constant
-from .settings import device_of, function_of, interval, loss_function, not_negative, one_of, path_of, whole
+from .settings import (
+    device_of,
+    function_of,
+    interval,
+    loss_function,
+    not_negative,
+    one_of,
+    path_of,
+    precision_name,
+    whole,
+)
 from .store import Checkpointing
 from .tracking import Tracker
 from .typing import Json
@@ -104,7 +114,7 @@ class Recipe:
         default=None, validator=function_of("batch", example="lambda batch: len(batch['labels'])")
     )
     metrics: Mapping[str, Metric] = field(factory=dict, converter=check_metrics)
-    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=one_of("fp32", "bf16", "fp16"))
+    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=precision_name)
     microbatch_size: int | None = field(default=None, validator=whole(1, optional=True))
     accumulate: int = field(default=1, validator=whole(1))
     eval_every: Time = field(default=Time("1ep"), converter=_eval_every)

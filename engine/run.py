@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from math import isfinite
@@ -16,7 +15,7 @@ from .checkpoint import capture, restore, seed_everything
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, split_batch, to_device
 from .engine import Engine
-from .errors import DataError, LedgerError, NonFiniteError, ThawlineWarning
+from .errors import DataError, LedgerError, NonFiniteError, warn
 from .evaluation import evaluate
 from .events import Event
 from .forward import GradientCheck, is_finite, require_gradient
@@ -301,9 +300,10 @@ class Run:
         place = f"at epoch {state.clock.epoch}, batch {state.clock.batch}"
         if self.trainer.on_nonfinite == "raise" or self._skipped >= MAX_SKIPPED:
             often = f", the {self._skipped}th time in a row" if self._skipped > 1 else ""
+            skip = ", or write Trainer(on_nonfinite='skip')" if self.trainer.on_nonfinite == "raise" else ""
             raise NonFiniteError(
                 f"{what} {place}{often}. The weights are as before this batch. Lower the learning rate, add "
-                "GradClip(max_norm=1.0) and a warmup, look at this batch's data, or write Trainer(on_nonfinite='skip')."
+                f"GradClip(max_norm=1.0) and a warmup, look at this batch's data{skip}."
             )
         log.warning("step skipped", why=what, where=place)
         return False
@@ -356,11 +356,9 @@ class Run:
         watched = [each.owner for each in self.engine.algorithms if of_evaluation(getattr(each, "monitor", None))]
         watched += ["Checkpointing"] if of_evaluation(self.folder.policy.monitor) else []
         if watched and self.eval_data is None:
-            warnings.warn(
+            warn(
                 f"{', '.join(watched)} monitors an evaluation, and there is no eval_loader: it will never act. "
                 "Write: trainer.fit(model, train_loader, eval_loader, duration=…)",
-                ThawlineWarning,
-                stacklevel=4,
             )
 
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:

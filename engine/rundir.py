@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .clock import Clock
-from .errors import CheckpointError, RunDirError, ThawlineWarning
+from .errors import CheckpointError, RunDirError, warn
 from .log import get_logger
 from .monitor import missing_metric, of_evaluation
 from .snapshot import read_checkpoint
@@ -29,7 +28,8 @@ class RunDir:
             directory; False: none.
 
     Raises:
-        RunDirError: The directory holds a run and ``resume`` is False, it is a file, or somebody else writes there.
+        RunDirError: The directory holds a run and ``resume`` is False, is a file or cannot be made, or somebody else
+            writes there.
         CheckpointError: What is to be resumed from is missing or damaged.
     """
 
@@ -118,7 +118,7 @@ class RunDir:
             return
         self._warned = True
         missing = missing_metric(monitor, metrics, call="Checkpointing(monitor=)")
-        warnings.warn(f"there is no best checkpoint: {missing}", ThawlineWarning, stacklevel=6)
+        warn(f"there is no best checkpoint: {missing}")
 
     def _find_run(self, store: CheckpointStore, folder: Path, *, resume: bool | str | Path) -> None:
         if resume is True:
@@ -137,8 +137,10 @@ def _opened(folder: Path, policy: Checkpointing) -> CheckpointStore:
     try:
         return CheckpointStore(folder, policy.keep, monitor=policy.monitor, mode=policy.mode)
     except CheckpointError as error:
-        if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+        if isinstance(error, RunDirError):
             raise
+        if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+            raise RunDirError(f"{error} Write: Trainer(run_dir='runs/first')") from error
         raise RunDirError(
             f"{folder} is a file, or lies in one, and a run needs a directory. Write: Trainer(run_dir='runs/first')"
         ) from error

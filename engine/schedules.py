@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from .clock import Time
 from .curves import constant, cosine, inverse_sqrt, linear, polynomial
-from .errors import ArgumentError
+from .errors import ArgumentError, warn
 from .schedule import (
     Argument,
     Length,
@@ -49,13 +49,16 @@ def warmup(length: Length, then: Schedule | Callable[[float], float] | None = No
     """Return a straight rise from ``start`` to where ``then`` begins, followed by ``then`` over what is left.
 
     Args:
-        length: Share of the duration, above 0 and below 1, or a time such as "0.1dur", "100ba", "1ep", "5000sp".
-            One that is longer than the fit is allowed, and rises all along.
+        length: Share of the duration, above 0 and below 1, or a time such as "0.1dur", "100ba", "1ep", "5000sp"; an
+            int is epochs. One that is longer than the fit rises all along.
         then: The schedule that follows, with the remaining progress rescaled to 0..1; default ``constant()``.
         start: Factor at progress 0, at least 0.
 
     Raises:
         ArgumentError: A length that is none of these, or a factor that is not a finite number of at least 0.
+
+    Warns:
+        ThawlineWarning: At the start of a fit that ends before the rise.
 
     Example:
         >>> schedule = warmup("0.5dur", then=linear())
@@ -69,6 +72,11 @@ def warmup(length: Length, then: Schedule | Callable[[float], float] | None = No
 
     def bound(share: Share) -> Schedule:
         rise = share_of(span, share)
+        if rise >= 1:
+            warn(
+                f"warmup({str(span)!r}) is not over when the fit ends, so the full rate is never reached. An int is epochs: "
+                "write warmup('100ba') for batches, or warmup('0.1dur') for a share of the fit."
+            )
         following = after.bind(inside(share, 1 - rise))
         top, rest = following(0.0), following.function
 

@@ -120,7 +120,7 @@ class Trainer(Recipe):
 
         Raises:
             ArgumentError: A wrong argument.
-            RunDirError: ``run_dir`` holds a run, or another process writes there.
+            RunDirError: ``run_dir`` holds a run, cannot be made, or another process writes there.
             CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
                 min_lr, seed, accumulate or layers differ.
             DataError, LossError, LedgerError, NonFiniteError: As their docstrings say.

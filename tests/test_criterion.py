@@ -59,7 +59,7 @@ def test_cutting_a_batch_changes_neither_gradient_nor_evaluation(
     expected.backward()
     with torch.no_grad():
         for each in net.parameters():
-            each -= each.grad
+            each.sub_(each.grad)
     for name_, value in weights(net).items():
         torch.testing.assert_close(weights(cut)[name_], value, atol=1e-5, rtol=1e-5)
 

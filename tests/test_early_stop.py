@@ -229,3 +229,11 @@ def test_it_is_described_and_rebuilt(patience: Any) -> None:
     assert isinstance(again, EarlyStop)
     assert again.describe() == stop.describe()
     assert again.patience == stop.patience
+
+
+@pytest.mark.parametrize(
+    ("monitor", "patience", "spent"), [("eval/loss", 1, "1 evaluation"), ("train/loss", 1, "1 epoch")]
+)
+def test_one_is_no_plural(monitor: str, patience: int, spent: str) -> None:
+    """In what it may do."""
+    assert EarlyStop(monitor, patience=patience).unplanned().endswith(f"not improved for {spent}")

@@ -544,7 +544,9 @@ def test_a_tracker_that_raises_does_not_end_the_run() -> None:
         def close(self) -> None:
             raise ConnectionError
 
-    assert Trainer_(trackers=[Dead()]).fit(mlp(), loader(), duration="1ep").stop_reason == "duration"
+    with pytest.warns(ThawlineWarning, match="the tracker Dead failed in log_config.*the run goes on") as said:
+        assert Trainer_(trackers=[Dead()]).fit(mlp(), loader(), duration="1ep").stop_reason == "duration"
+    assert [each.filename for each in said] == [__file__]
 
 
 def test_history_has_a_row_an_epoch_and_the_timeline_a_row_a_span() -> None:
