@@ -212,7 +212,7 @@ class Run:
         state.microbatch = state.outputs = state.loss = None
         state.log(values)
         self.engine.emit(Event.EVAL_END)
-        self.folder.trackers.log_metrics(state.take_logged(), step=state.clock.batch)
+        self._log({})
 
     def _do_what_is_due(self, before: Clock) -> None:
         """Evaluate, log, and ask for a checkpoint, each where its interval has passed; find out when to look again."""
@@ -343,13 +343,13 @@ class Run:
         model.train()
         self.engine.attach()
         self.folder.trackers.log_config({"trainer": self.settings, "model": type(model).__name__})
-        self.progress.start(self.recorder.total_batches, "training", done=0)
         if self.folder.loaded is None:
             self.engine.emit(Event.FIT_START)
         else:
             self._restore(*self.folder.loaded)
             self.folder.loaded = None
-        self.progress.update(state.clock.batch, {})
+        done, length = state.clock.batch, state.clock.batches_per_epoch
+        self.progress.start(self.recorder.total_batches, "training", done=done, epoch=length)
 
     def _warn_unmonitored(self) -> None:
         """Say at once that what waits for an evaluation will wait in vain."""
@@ -429,7 +429,7 @@ class Run:
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
         shown = {name: value for name, value in self.state.metrics.items() if name.startswith(("train/", "eval/"))}
-        self._shown = shown | {"lr": self.state.metrics.get("lr", 0.0)}
+        self._shown = shown | {"lr": self._rates().get("lr", 0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 
