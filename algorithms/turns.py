@@ -115,6 +115,13 @@ class Turns(Algorithm):
                 f"{name} needs layers to take turns, and {list(self.always)} leaves none:\n{state.layers}\nPass them: "
                 "trainer.fit(…, layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'})"
             )
+        kinds = {each.__name__ for each in Turns.__subclasses__()}
+        owners = {owner for each in candidates for owner in state.ledger.owners(state.layers.parameters(each)[0])}
+        if others := sorted(owner for owner in owners - {self.owner} if owner.partition("#")[0] in kinds):
+            warn(
+                f"{self.owner} and {', '.join(others)} each hold what the other releases: a layer trains only where their "
+                "turns meet. Leave one out."
+            )
         self.active = ()
         state.ledger.freeze(all_but(state.layers, kept), owner=self.owner)
         if why := self.idle(candidates, state):

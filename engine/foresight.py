@@ -25,7 +25,7 @@ from .plan import Plan, Recorder
 from .randomness import Randomness
 from .recipe import Recipe
 from .run import stop_frozen
-from .settings import share_of, total_batches
+from .settings import bound_schedule, total_batches
 from .state import State
 from .twin import meta_twin
 
@@ -74,7 +74,7 @@ class Foresight:
             layers = find_layers(model, self.data, trainer.forward().outputs, next(model.parameters()).device)
         twin, twins = meta_twin(model)
         twin.train()
-        schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
+        schedule = bound_schedule(trainer.schedule, duration, clock.batches_per_epoch)
         ledger = ParameterLedger(
             twin, over_twins(optimizer, twins), copy.deepcopy(layers) if isinstance(layers, LayerMap) else layers,
             schedule=schedule, min_lr=trainer.min_lr, seed=trainer.seed,

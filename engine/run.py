@@ -25,13 +25,13 @@ from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
 from .meters import RunningLoss
-from .monitor import of_evaluation
+from .monitor import misspelled, never_measured
 from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
 from .rundir import RunDir
-from .settings import share_of, total_batches
+from .settings import bound_schedule, total_batches
 from .state import State
 from .store import Checkpointing
 
@@ -92,7 +92,7 @@ class Run:
         self.folder = RunDir(trainer.run_dir, policy, trainer.trackers, resume=resume)
         try:
             model.to(trainer.device)
-            schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
+            schedule = bound_schedule(trainer.schedule, duration, clock.batches_per_epoch)
             if layers is None:
                 layers = find_layers(model, self.data, self.functions[0], trainer.device)
             ledger = ParameterLedger(
@@ -352,14 +352,17 @@ class Run:
         self.progress.start(self.recorder.total_batches, "training", done=done, epoch=length)
 
     def _warn_unmonitored(self) -> None:
-        """Say at once that what waits for an evaluation will wait in vain."""
-        watched = [each.owner for each in self.engine.algorithms if of_evaluation(getattr(each, "monitor", None))]
-        watched += ["Checkpointing"] if of_evaluation(self.folder.policy.monitor) else []
-        if watched and self.eval_data is None:
-            warn(
-                f"{', '.join(watched)} monitors an evaluation, and there is no eval_loader: it will never act. "
-                "Write: trainer.fit(model, train_loader, eval_loader, duration=…)",
-            )
+        """Say at once what will wait in vain for a metric."""
+        monitors = {each.owner: getattr(each, "monitor", None) for each in self.engine.algorithms}
+        monitors["Checkpointing"] = self.folder.policy.monitor
+        if self.eval_data is None:
+            for doubt in never_measured(monitors, self.trainer.metrics):
+                warn(doubt)
+        elif all(type(each).__module__.startswith("thawline.") for each in self.engine.algorithms):
+            # What an algorithm of the user's own logs is not known before.
+            for owner, doubt in misspelled(monitors, self.trainer.metrics):
+                warn(doubt)
+                self.folder.warned |= owner == "Checkpointing"
 
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
         """Put everything back as the checkpoint says; random number generators last."""

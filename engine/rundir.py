@@ -38,7 +38,7 @@ class RunDir:
     ) -> None:
         self.policy = policy
         self.due = False
-        self._warned = False
+        self.warned = False
         self.loaded: tuple[Path, dict[str, Any]] | None = None
         self._store: CheckpointStore | None = None
         self._jsonl: JsonlTracker | None = None
@@ -114,9 +114,9 @@ class RunDir:
 
     def _warn_missing(self, monitor: str, metrics: Mapping[str, float]) -> None:
         """Say once that there will be no best checkpoint; the start of the fit has said so where nothing is evaluated."""
-        if self._warned or (of_evaluation(monitor) and not any(map(of_evaluation, metrics))):
+        if self.warned or (of_evaluation(monitor) and not any(map(of_evaluation, metrics))):
             return
-        self._warned = True
+        self.warned = True
         missing = missing_metric(monitor, metrics, call="Checkpointing(monitor=)")
         warn(f"there is no best checkpoint: {missing}")
 

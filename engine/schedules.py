@@ -9,8 +9,9 @@ from itertools import pairwise
 
 from .clock import Time
 from .curves import constant, cosine, inverse_sqrt, linear, polynomial
-from .errors import ArgumentError, warn
+from .errors import ArgumentError
 from .schedule import (
+    TOLERANCE,
     Argument,
     Length,
     Schedule,
@@ -40,8 +41,6 @@ __all__ = [
     "wsd",
 ]
 
-# Step k of n stands at k / n, and a boundary at a quotient of others: what differs by rounding alone is the same place.
-TOLERANCE = 1e-9
 _DEEPEST = 32  # descriptions come out of files, and a file must not exhaust the stack
 
 
@@ -72,11 +71,6 @@ def warmup(length: Length, then: Schedule | Callable[[float], float] | None = No
 
     def bound(share: Share) -> Schedule:
         rise = share_of(span, share)
-        if rise >= 1:
-            warn(
-                f"warmup({str(span)!r}) is not over when the fit ends, so the full rate is never reached. An int is epochs: "
-                "write warmup('100ba') for batches, or warmup('0.1dur') for a share of the fit."
-            )
         following = after.bind(inside(share, 1 - rise))
         top, rest = following(0.0), following.function
 

@@ -14,7 +14,8 @@ from attrs import Attribute
 from torch import nn
 
 from .clock import LONGEST, Clock, Time
-from .errors import ArgumentError, DistributedError
+from .errors import ArgumentError, DistributedError, warn
+from .schedule import Schedule
 
 Validator = Callable[[Any, "Attribute[Any]", Any], None]
 
@@ -225,6 +226,25 @@ def share_of(duration: Time, batches_per_epoch: int) -> Callable[[Time], float]:
         raise _wrong("schedule", str(time), f"times that can be related to the duration {duration}", "warmup('0.1dur')")
 
     return share
+
+
+def bound_schedule(schedule: Schedule, duration: Time, batches_per_epoch: int) -> Schedule:
+    """Return the schedule with its times turned into shares of the duration.
+
+    Raises:
+        ArgumentError: A time of it cannot be related to the duration.
+
+    Warns:
+        ThawlineWarning: It begins with a warmup that the fit ends within.
+    """
+    share = share_of(duration, batches_per_epoch)
+    bound, length = schedule.bind(share), schedule.arguments.get("length")
+    if schedule.name == "warmup" and isinstance(length, str) and share(Time(length)) >= 1:
+        warn(
+            f"warmup({length!r}) is not over when the fit ends after {duration}, so the full rate is never reached. An int "
+            "is epochs: write warmup('100ba') for batches, or warmup('0.1dur') for a share of the fit."
+        )
+    return bound
 
 
 def total_batches(duration: Time, clock: Clock) -> int | None:
