@@ -168,8 +168,8 @@ class EMA(Algorithm):
 
     def __attrs_post_init__(self) -> None:
         if self.decay is not None and self.half_life is not None:
-            got = f"both, {self.half_life} and {self.decay}"
-            raise ArgumentError("EMA(half_life=, decay=)", got=got, takes="one of the two", example=_EXAMPLE)
+            got = {"half_life": str(self.half_life), "decay": self.decay}
+            raise ArgumentError("EMA(half_life=, decay=)", got=got, takes="only one of the two", example=_EXAMPLE)
         if self.decay is None and self.half_life is None:
             self.half_life = _HALF_LIFE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -20,10 +19,10 @@ from ..engine import (
     ParameterLedger,
     Stage,
     State,
-    ThawlineWarning,
     Time,
     get_logger,
     register,
+    warn,
 )
 from .arguments import check_in_range, check_one_of, in_range, one_of
 from .train_only import warn_of_frozen_trunk
@@ -237,9 +236,7 @@ class LayerFreeze(Algorithm):
             return
         share = freeze_share(progress, start=self.start, level=self.level)
         if not int(share * (len(self._counted(state)) - 1)):
-            warnings.warn(
+            warn(
                 f"LayerFreeze(start={self.start}, level={self.level}, at={self.at!r}) freezes nothing before the last step "
                 f"of {state.duration}. Write a smaller start, or LayerFreeze(at='batch').",
-                ThawlineWarning,
-                stacklevel=2,
             )

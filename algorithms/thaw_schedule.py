@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeAlias
@@ -21,13 +20,13 @@ from ..engine import (
     Schedule,
     Stage,
     State,
-    ThawlineWarning,
     Time,
     constant,
     cosine,
     get_logger,
     linear,
     register,
+    warn,
 )
 from .arguments import flag, one_of, positive, whole
 from .phase_watch import PhaseWatch, monitors
@@ -205,8 +204,9 @@ class ThawSchedule(Algorithm):
             until = phase.until
             if isinstance(until, Plateau):
                 latest = "" if until.at_most is None else f", at the latest after {until.at_most}, as shown"
+                plural = "s" * (until.patience != 1)
                 words.append(
-                    f"{phase.name!r} when {until.monitor} has not improved for {until.patience} evaluations{latest}"
+                    f"{phase.name!r} when {until.monitor} has not improved for {until.patience} evaluation{plural}{latest}"
                 )
             elif callable(until):
                 words.append(f"{phase.name!r} by a function of the state")
@@ -360,7 +360,7 @@ class ThawSchedule(Algorithm):
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"ThawSchedule: {text}", ThawlineWarning, stacklevel=2)
+    warn(f"ThawSchedule: {text}")
 
 
 def _read(source: Any) -> tuple[dict[str, Any], tuple[Phase, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import ClassVar
 
@@ -20,8 +19,8 @@ from ..engine import (
     ParameterLedger,
     Stage,
     State,
-    ThawlineWarning,
     register,
+    warn,
 )
 from .arguments import check_selectors
 
@@ -63,10 +62,8 @@ def warn_of_left_out(ledger: ParameterLedger, names: Collection[str], who: str) 
     """Warn where ``who`` is to train some of what the optimizer instance of the fit does not hold, but not all of it."""
     missing = [name for name in names if name in ledger.left_out]
     if missing and len(missing) < len(names):
-        warnings.warn(
+        warn(
             f"{who} is to train {len(names)} parameters, and {len(missing)} (first {missing[0]!r}) cannot: {LEFT_OUT}.",
-            ThawlineWarning,
-            stacklevel=3,
         )
 
 
@@ -144,7 +141,7 @@ class TrainOnly(Algorithm):
                 ledger.set_lr(select, lr, owner=self.owner)
         warn_of_left_out(ledger, chosen, "TrainOnly")
         for doubt in self._doubts(ledger, frozenset(chosen)):
-            warnings.warn(doubt, ThawlineWarning, stacklevel=2)
+            warn(doubt)
 
     def _doubts(self, ledger: ParameterLedger, chosen: frozenset[str]) -> Iterator[str]:
         """Yield what was asked for and cannot have been meant."""

@@ -22,6 +22,7 @@ from .errors import (
     ThawlineError,
     ThawlineWarning,
     nearest,
+    warn,
 )
 from .events import Event
 from .functions import on
@@ -116,5 +117,6 @@ __all__ = [
     "repeat",
     "surgery_op",
     "warmup",
+    "warn",
     "wsd",
 ]

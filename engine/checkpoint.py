@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from .clock import Clock
 from .engine import Engine
-from .errors import CheckpointError, ThawlineWarning
+from .errors import CheckpointError, warn, with_article
 from .log import get_logger
 from .precision import Precision
 from .resume import check_same_run, differences
@@ -86,7 +85,7 @@ def restore(
             "not defined. Give the same data and batch size, or start anew in another run_dir."
         )
     for difference in differences(*compared):
-        warnings.warn(difference, ThawlineWarning, stacklevel=6)
+        warn(difference)
     state.ledger.load_state_dict(tree["ledger"])
     load_weights(state.model, tree["model"])
     for name, buffer in _passing_buffers(state.model).items():
@@ -111,7 +110,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{name!r} in the model's state dict is a {type(value).__name__}, and checkpoints hold tensors. "
+                f"{name!r} in the model's state dict is {with_article(type(value).__name__)}, and checkpoints hold tensors. "
                 "Keep it in a buffer, or derive it from the model's arguments."
             )
         weights[name] = value.detach()

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import batch_size_of, count_weight, forward_arguments, split_batch, to_device
-from .errors import ArgumentError, DataError
+from .errors import ArgumentError, DataError, with_article
 from .keyed import Key, KeyedDataset, Keys, copied_dataset, keyed_loader
 from .log import get_logger
 from .order import copied_sampler, epoch_order, order_limits, tell_epoch
@@ -212,10 +212,10 @@ class _IterableSource:
         if isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset):
             kind = f"{kind} over {type(loader.dataset).__name__}"
         if self._once:
-            text = f"{name} is a {kind}, which can be read once: a run that is cut inside it cannot be resumed exactly."
+            text = f"{name} is {with_article(kind)}, which can be read once: a run that is cut inside it cannot be resumed exactly."
         else:
             text = (
-                f"{name} is a {kind}, which can only be read from its beginning: a resumed run loads again and drops the "
+                f"{name} is {with_article(kind)}, which can only be read from its beginning: a resumed run loads again and drops the "
                 "batches it had, and continues exactly only if they come again as they were."
             )
         self.limits: tuple[str, ...] = (text,)
@@ -223,7 +223,7 @@ class _IterableSource:
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]:
         if self._once and (self._read or epoch):
             raise DataError(
-                f"{self._name} is a {type(self._loader).__name__}, which can be read once, and epoch {epoch} reads it "
+                f"{self._name} is {with_article(type(self._loader).__name__)}, which can be read once, and epoch {epoch} reads it "
                 "again. Write: a list of its batches, a DataLoader, or an object whose __iter__ starts anew."
             )
         self._read = True
@@ -326,7 +326,12 @@ def _check_loader(loader: object, argument: str) -> None:
     if not iterable or single or bare:
         got = f"a dataset ({type(loader).__name__}) without a loader" if bare else loader
         takes = "a DataLoader, a list of batches, or another iterable of batches"
-        raise ArgumentError(argument, got=got, takes=takes, example=_EXAMPLE)
+        example = _EXAMPLE
+        if "eval_loader" in argument:
+            example = "trainer.fit(model, train_loader, DataLoader(dataset, batch_size=32), duration='3ep')"
+        elif "evaluate" in argument:
+            example = "trainer.evaluate(model, DataLoader(dataset, batch_size=32))"
+        raise ArgumentError(argument, got=got, takes=takes, example=example)
 
 
 def _length(loader: Any) -> int | None:
@@ -348,9 +353,11 @@ def _account(loader: Any) -> str:
     """Say what an empty loader is, and what to write instead."""
     kind = type(loader).__name__
     if not isinstance(loader, DataLoader):
-        return f"a {kind} with nothing in it. Write: a DataLoader over a dataset with samples."
+        return f"{with_article(kind)} with nothing in it. Write: a DataLoader over a dataset with samples."
     size = _length(loader.dataset)
-    what = f"a {kind} over {type(loader.dataset).__name__}" + ("" if size is None else f" with {size} samples")
+    what = f"{with_article(kind)} over {type(loader.dataset).__name__}" + (
+        "" if size is None else f" with {size} samples"
+    )
     if size and loader.drop_last:
         return f"{what}, batch_size={loader.batch_size} and drop_last=True. Write: drop_last=False, or a smaller batch_size."
     if size:

@@ -12,7 +12,7 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import OptimizerError, SelectorError, shorten
+from .errors import OptimizerError, SelectorError, shorten, with_article
 from .layers import LayerMap
 from .selectors import Selector, resolve
 
@@ -171,7 +171,7 @@ def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, d
             )
         if not isinstance(values, Mapping):
             raise OptimizerError(
-                f"{kind}.state[{name!r}] is a {type(values).__name__}, and a parameter's state is a dict, so a checkpoint "
+                f"{kind}.state[{name!r}] is {with_article(type(values).__name__)}, and a parameter's state is a dict, so a checkpoint "
                 "cannot hold it. Keep it under a text: optimizer.state[parameter] = {'value': …}"
             )
         state[name] = dict(values)

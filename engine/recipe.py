@@ -20,7 +20,17 @@ from .forward import Forward
 from .homes import OptimizerLike
 from .meters import Metric, check_metrics
 from .schedules import Schedule, as_schedule, constant
-from .settings import device_of, function_of, interval, loss_function, not_negative, one_of, path_of, whole
+from .settings import (
+    device_of,
+    function_of,
+    interval,
+    loss_function,
+    not_negative,
+    one_of,
+    path_of,
+    precision_name,
+    whole,
+)
 from .store import Checkpointing
 from .tracking import Tracker
 from .typing import Json
@@ -104,7 +114,7 @@ class Recipe:
         default=None, validator=function_of("batch", example="lambda batch: len(batch['labels'])")
     )
     metrics: Mapping[str, Metric] = field(factory=dict, converter=check_metrics)
-    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=one_of("fp32", "bf16", "fp16"))
+    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=precision_name)
     microbatch_size: int | None = field(default=None, validator=whole(1, optional=True))
     accumulate: int = field(default=1, validator=whole(1))
     eval_every: Time = field(default=Time("1ep"), converter=_eval_every)
@@ -119,6 +129,16 @@ class Recipe:
     on_nonfinite: Literal["raise", "skip"] = field(default="raise", validator=one_of("raise", "skip"))
     progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
     debug: bool = field(default=False, validator=one_of(False, True))
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse to cut a batch whose loss is no mean: its parts' losses are not weighed into the whole's."""
+        reduction = self.forward().criterion.reduction
+        if reduction != "mean" and (self.accumulate > 1 or self.microbatch_size is not None):
+            raise ArgumentError(
+                "Trainer(loss_fn=)", got=f"a loss with reduction={reduction!r}",
+                takes="a mean over the batch, where microbatch_size or accumulate cuts it",
+                example="Trainer(loss_fn=torch.nn.CrossEntropyLoss(reduction='mean'), …)",
+            )  # fmt: skip
 
     def forward(self) -> Forward:
         """Return how a batch goes through a model."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from math import isfinite
@@ -16,7 +15,7 @@ from .checkpoint import capture, restore, seed_everything
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, split_batch, to_device
 from .engine import Engine
-from .errors import DataError, LedgerError, NonFiniteError, ThawlineWarning
+from .errors import DataError, LedgerError, NonFiniteError, warn
 from .evaluation import evaluate
 from .events import Event
 from .forward import GradientCheck, is_finite, require_gradient
@@ -26,13 +25,13 @@ from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
 from .meters import RunningLoss
-from .monitor import of_evaluation
+from .monitor import misspelled, never_measured
 from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
 from .rundir import RunDir
-from .settings import share_of, total_batches
+from .settings import bound_schedule, total_batches
 from .state import State
 from .store import Checkpointing
 
@@ -93,7 +92,7 @@ class Run:
         self.folder = RunDir(trainer.run_dir, policy, trainer.trackers, resume=resume)
         try:
             model.to(trainer.device)
-            schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
+            schedule = bound_schedule(trainer.schedule, duration, clock.batches_per_epoch)
             if layers is None:
                 layers = find_layers(model, self.data, self.functions[0], trainer.device)
             ledger = ParameterLedger(
@@ -213,7 +212,7 @@ class Run:
         state.microbatch = state.outputs = state.loss = None
         state.log(values)
         self.engine.emit(Event.EVAL_END)
-        self.folder.trackers.log_metrics(state.take_logged(), step=state.clock.batch)
+        self._log({})
 
     def _do_what_is_due(self, before: Clock) -> None:
         """Evaluate, log, and ask for a checkpoint, each where its interval has passed; find out when to look again."""
@@ -301,9 +300,10 @@ class Run:
         place = f"at epoch {state.clock.epoch}, batch {state.clock.batch}"
         if self.trainer.on_nonfinite == "raise" or self._skipped >= MAX_SKIPPED:
             often = f", the {self._skipped}th time in a row" if self._skipped > 1 else ""
+            skip = ", or write Trainer(on_nonfinite='skip')" if self.trainer.on_nonfinite == "raise" else ""
             raise NonFiniteError(
                 f"{what} {place}{often}. The weights are as before this batch. Lower the learning rate, add "
-                "GradClip(max_norm=1.0) and a warmup, look at this batch's data, or write Trainer(on_nonfinite='skip')."
+                f"GradClip(max_norm=1.0) and a warmup, look at this batch's data{skip}."
             )
         log.warning("step skipped", why=what, where=place)
         return False
@@ -343,25 +343,26 @@ class Run:
         model.train()
         self.engine.attach()
         self.folder.trackers.log_config({"trainer": self.settings, "model": type(model).__name__})
-        self.progress.start(self.recorder.total_batches, "training", done=0)
         if self.folder.loaded is None:
             self.engine.emit(Event.FIT_START)
         else:
             self._restore(*self.folder.loaded)
             self.folder.loaded = None
-        self.progress.update(state.clock.batch, {})
+        done, length = state.clock.batch, state.clock.batches_per_epoch
+        self.progress.start(self.recorder.total_batches, "training", done=done, epoch=length)
 
     def _warn_unmonitored(self) -> None:
-        """Say at once that what waits for an evaluation will wait in vain."""
-        watched = [each.owner for each in self.engine.algorithms if of_evaluation(getattr(each, "monitor", None))]
-        watched += ["Checkpointing"] if of_evaluation(self.folder.policy.monitor) else []
-        if watched and self.eval_data is None:
-            warnings.warn(
-                f"{', '.join(watched)} monitors an evaluation, and there is no eval_loader: it will never act. "
-                "Write: trainer.fit(model, train_loader, eval_loader, duration=…)",
-                ThawlineWarning,
-                stacklevel=4,
-            )
+        """Say at once what will wait in vain for a metric."""
+        monitors = {each.owner: getattr(each, "monitor", None) for each in self.engine.algorithms}
+        monitors["Checkpointing"] = self.folder.policy.monitor
+        if self.eval_data is None:
+            for doubt in never_measured(monitors, self.trainer.metrics):
+                warn(doubt)
+        elif all(type(each).__module__.startswith("thawline.") for each in self.engine.algorithms):
+            # What an algorithm of the user's own logs is not known before.
+            for owner, doubt in misspelled(monitors, self.trainer.metrics):
+                warn(doubt)
+                self.folder.warned |= owner == "Checkpointing"
 
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
         """Put everything back as the checkpoint says; random number generators last."""
@@ -431,7 +432,7 @@ class Run:
     def _log(self, values: dict[str, float]) -> None:
         self.state.log(values)
         shown = {name: value for name, value in self.state.metrics.items() if name.startswith(("train/", "eval/"))}
-        self._shown = shown | {"lr": self.state.metrics.get("lr", 0.0)}
+        self._shown = shown | {"lr": self._rates().get("lr", 0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 

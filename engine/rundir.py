@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .clock import Clock
-from .errors import CheckpointError, RunDirError, ThawlineWarning
+from .errors import CheckpointError, RunDirError, warn
 from .log import get_logger
 from .monitor import missing_metric, of_evaluation
 from .snapshot import read_checkpoint
@@ -29,7 +28,8 @@ class RunDir:
             directory; False: none.
 
     Raises:
-        RunDirError: The directory holds a run and ``resume`` is False, it is a file, or somebody else writes there.
+        RunDirError: The directory holds a run and ``resume`` is False, is a file or cannot be made, or somebody else
+            writes there.
         CheckpointError: What is to be resumed from is missing or damaged.
     """
 
@@ -38,7 +38,7 @@ class RunDir:
     ) -> None:
         self.policy = policy
         self.due = False
-        self._warned = False
+        self.warned = False
         self.loaded: tuple[Path, dict[str, Any]] | None = None
         self._store: CheckpointStore | None = None
         self._jsonl: JsonlTracker | None = None
@@ -114,11 +114,11 @@ class RunDir:
 
     def _warn_missing(self, monitor: str, metrics: Mapping[str, float]) -> None:
         """Say once that there will be no best checkpoint; the start of the fit has said so where nothing is evaluated."""
-        if self._warned or (of_evaluation(monitor) and not any(map(of_evaluation, metrics))):
+        if self.warned or (of_evaluation(monitor) and not any(map(of_evaluation, metrics))):
             return
-        self._warned = True
+        self.warned = True
         missing = missing_metric(monitor, metrics, call="Checkpointing(monitor=)")
-        warnings.warn(f"there is no best checkpoint: {missing}", ThawlineWarning, stacklevel=6)
+        warn(f"there is no best checkpoint: {missing}")
 
     def _find_run(self, store: CheckpointStore, folder: Path, *, resume: bool | str | Path) -> None:
         if resume is True:
@@ -137,8 +137,10 @@ def _opened(folder: Path, policy: Checkpointing) -> CheckpointStore:
     try:
         return CheckpointStore(folder, policy.keep, monitor=policy.monitor, mode=policy.mode)
     except CheckpointError as error:
-        if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+        if isinstance(error, RunDirError):
             raise
+        if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+            raise RunDirError(f"{error} Write: Trainer(run_dir='runs/first')") from error
         raise RunDirError(
             f"{folder} is a file, or lies in one, and a run needs a directory. Write: Trainer(run_dir='runs/first')"
         ) from error

@@ -120,7 +120,7 @@ class Trainer(Recipe):
 
         Raises:
             ArgumentError: A wrong argument.
-            RunDirError: ``run_dir`` holds a run, or another process writes there.
+            RunDirError: ``run_dir`` holds a run, cannot be made, or another process writes there.
             CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
                 min_lr, seed, accumulate or layers differ.
             DataError, LossError, LedgerError, NonFiniteError: As their docstrings say.
@@ -158,6 +158,7 @@ class Trainer(Recipe):
         self,
         model: nn.Module,
         train_loader: Iterable[Any],
+        eval_loader: Iterable[Any] | None = None,  # noqa: ARG002 - so that a call of fit is one of plan
         *,
         duration: Time | str | int,
         optimizer: OptimizerLike | None = None,
@@ -173,6 +174,7 @@ class Trainer(Recipe):
         Args:
             model: The model.
             train_loader: As for :meth:`fit`; one that says how many batches it has, or a duration in batches.
+            eval_loader: Not looked at: a plan evaluates nothing.
             duration: As for :meth:`fit`.
             optimizer: As for :meth:`fit`.
             layers: As for :meth:`fit`.
@@ -225,3 +227,9 @@ def _check_module(call: str, model: object) -> None:
         raise ArgumentError(
             f"Trainer.{call}(model=)", got=model, takes="a torch.nn.Module", example=f"trainer.{call}(model, loader)"
         )
+    if call != "evaluate" and hasattr(model, "_orig_mod"):
+        raise ArgumentError(
+            f"Trainer.{call}(model=)", got=type(model).__name__,
+            takes="the plain module: what torch.compile returns has other parameter names, which checkpoints would keep",
+            example=f"trainer.{call}(model._orig_mod, …)",
+        )  # fmt: skip

@@ -34,7 +34,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"engine", "functions"}),
     frozenset(
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
-        | {"batches", "flops", "randomness", "keyed", "order", "layering", "shift"}
+        | {"batches", "flops", "randomness", "keyed", "order", "layering", "shift", "criterion"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
         | {"comet", "tracking"}
     ),

@@ -142,6 +142,25 @@ def test_other_groups_are_said(tmp_path: Path) -> None:
         Trainer_(run_dir=tmp_path, optimizer=split(3)).fit(mlp(), loader(), duration="2ep", resume=True)
 
 
+@pytest.mark.parametrize(("saved", "given"), [(True, False), (False, True)])
+def test_what_the_user_froze_since_is_said(tmp_path: Path, *, saved: bool, given: bool) -> None:
+    """With the first parameter that differs; the saved one is kept, and algorithms that attach change nothing of it."""
+
+    def fit(trains: bool, **arguments: Any) -> nn.Module:
+        model = mlp()
+        model[2].requires_grad_(trains)
+        trainer = Trainer_(run_dir=tmp_path, algorithms=[LoRAInject(rank=2, target="0")])
+        trainer.fit(model, loader(), duration="2ep", **arguments)
+        return model
+
+    fit(saved)
+    fit(saved, resume=True)  # says nothing
+    words = {True: "training", False: "frozen"}
+    message = f"another requires_grad of '2.weight': saved {words[saved]}, given {words[given]}. The saved one is kept"
+    with pytest.warns(ThawlineWarning, match=message):
+        fit(given, resume=True)
+
+
 def test_the_same_layers_in_other_words_are_the_same(tmp_path: Path) -> None:
     """Found, given as globs, or with adapters attached meanwhile: compared is where each parameter lies."""
     for number, algorithms in enumerate(([], [LoRAInject(rank=2)])):
