@@ -79,7 +79,7 @@ class Run:
         self.forward = trainer.forward()
         self.precision = Precision(trainer.precision, trainer.device)
         self.functions = self.precision.autocasted(self.forward.outputs), self.precision.autocasted(self.forward.loss)
-        self.data = ResumableLoader(train_loader, seed=trainer.seed)
+        self.data = ResumableLoader(train_loader, seed=trainer.seed, accumulate=trainer.accumulate)
         self.eval_data = (
             None
             if eval_loader is None
@@ -250,7 +250,7 @@ class Run:
     def _epoch(self) -> Iterator[list[Fetched]]:
         """Yield the loader batches of each step of the running epoch, from where the clock stands."""
         size, clock = self.trainer.accumulate, self.state.clock
-        batches = self.data.batches(clock.epoch, clock.batch_in_epoch * size)
+        batches = self.data.batches(*self._cursor())
         empty = True
         for first in batches:
             empty = False
@@ -260,6 +260,10 @@ class Run:
                 f"train_loader yields no batch in epoch {clock.epoch}. Give a loader with data; drop_last=True drops a "
                 "single short batch, and a generator is used up after one epoch."
             )
+
+    def _cursor(self) -> tuple[int, int]:
+        """Return the epoch, and the loader batches of it that were consumed."""
+        return self.state.clock.epoch, self.state.clock.batch_in_epoch * self.trainer.accumulate
 
     def _gathered(self, fetched: Sequence[Fetched]) -> tuple[Any, tuple[int, ...] | None, int]:
         """Return the step's batch on the device, or a list of them, its sample ids and its number of samples."""
@@ -373,6 +377,7 @@ class Run:
         self._evaluated_at = extra["evaluated_at"]
         state.stop_reason = tree["stop_reason"]
         self.recorder.load_state_dict(extra["timeline"])
+        self.data.load_state_dict(extra["loader"], *self._cursor())
         self.folder.forget_after(state.clock.batch)
         self.progress.message(f"resumed from {path} at epoch {state.clock.epoch}, batch {state.clock.batch}")
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
@@ -388,6 +393,7 @@ class Run:
             "skipped": self._skipped,
             "evaluated_at": self._evaluated_at,
             "timeline": self.recorder.state_dict(self.state.clock),
+            "loader": self.data.state_dict(*self._cursor()),
         }
         return capture(self.engine, self.precision, settings=self.settings, extra=extra)
 

@@ -32,7 +32,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset(
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
-        | {"batches", "flops", "randomness", "keyed", "order", "layering", "shift"}
+        | {"batches", "flops", "randomness", "keyed", "order", "stateful", "layering", "shift"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
         | {"comet", "tracking"}
     ),
