@@ -114,6 +114,7 @@ class Run:
         self._exhausted = False
         self._epoch_begun = False
         self._interrupted = False
+        self._last_rates: tuple[int, dict[str, float]] = (-1, {})
         self._next_due = 0
         self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
         self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")
@@ -377,6 +378,7 @@ class Run:
         self._losses = RunningLoss(*extra["losses"])
         self._guard.skipped = extra["skipped"]
         self._epoch_begun = extra["epoch_begun"]
+        self._last_rates = tree["clock"]["batch"], extra["rates"]
         if tree["settings"]["microbatch_size"] == self.trainer.microbatch_size:
             self._microbatches.shrink_to(extra["microbatch_size"])
         self._evaluated_at = extra["evaluated_at"]
@@ -416,6 +418,7 @@ class Run:
             "epoch_begun": self._epoch_begun,
             "microbatch_size": self._microbatches.size,
             "evaluated_at": self._evaluated_at,
+            "rates": self._rates(),
             "timeline": self.recorder.state_dict(self.state.clock),
         }
         return capture(self.engine, self.precision, settings=self.settings, extra=extra)
@@ -472,6 +475,8 @@ class Run:
 
     def _rates(self) -> dict[str, float]:
         """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""
+        if self._last_rates[0] == self.state.clock.batch:  # resumed, and no step since: those of the step before
+            return self._last_rates[1]
         rates = self.state.ledger.rates
         return {"lr": max(rates.values())} | {f"lr/{layer}": lr for layer, lr in rates.items()} if rates else {}
 
