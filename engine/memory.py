@@ -74,12 +74,12 @@ class Microbatches:
             self.whole = False
 
     def halve(self, state: State, error: BaseException) -> None:
-        """Halve the size, for the rest of the fit, and say so.
+        """Halve the size, for the rest of the fit.
 
         Raises:
             OutOfMemoryError: It is 1 already, or nobody knows how many samples the batch has.
         """
-        place = f"epoch {state.clock.epoch}, batch {state.clock.batch}"
+        place = _place(state)
         batches = [state.batch] if self.accumulate == 1 else list(state.batch)
         try:
             largest = max(map(batch_size_of, batches))
@@ -93,11 +93,14 @@ class Microbatches:
             ) from error
         self.shrink_to(size // 2)
         log.warning("out of memory", where=place, microbatch_size=self.size, was=size, error=str(error).split("\n")[0])
+
+    def warn(self, state: State) -> None:
+        """Say once a fit which size is used from now on."""
         if not self._warned:
             self._warned = True
             warnings.warn(
-                f"out of memory at {place}: the batch is repeated {self.size} samples at a time, and so are all that "
-                f"follow. To begin so, write Trainer(microbatch_size={self.size}).",
+                f"out of memory at {_place(state)}: this batch and all that follow go through the model {self.size} samples "
+                f"at a time. To begin so, write Trainer(microbatch_size={self.size}).",
                 ThawlineWarning,
                 stacklevel=7,
             )
@@ -196,6 +199,10 @@ class BatchStart:
                     places.append((module, name))
                     copies.append(buffer.detach().clone())
         self._buffers = list(alike.values())
+
+
+def _place(state: State) -> str:
+    return f"epoch {state.clock.epoch}, batch {state.clock.batch}"
 
 
 def _host_states() -> tuple[Any, Any]:

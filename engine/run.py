@@ -184,13 +184,12 @@ class Run:
         self.recorder.observe(state.clock)
         self._batch_start.keep()
         total = None
-        while total is None:
-            try:
-                total = self._gradients()
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self._shrink(error)
+        try:
+            total = self._gradients()
+        except (RuntimeError, MemoryError) as error:
+            self._make_room(error)
+        if total is None:
+            total = self._repeat()
         precision.unscale(ledger.optimizers)
         emit(BEFORE_STEP)
         if self._guard.may_step(state, total):
@@ -316,8 +315,21 @@ class Run:
         known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
         return batches, known, sum(each.samples for each in fetched)
 
-    def _shrink(self, error: BaseException) -> None:
-        """Undo what was done of the batch, to repeat it in smaller microbatches."""
+    def _repeat(self) -> float:
+        """Do forward and backward of the batch again, in microbatches so small that they fit."""
+        while True:
+            try:
+                total = self._gradients()
+            except (RuntimeError, MemoryError) as error:
+                self._make_room(error)
+            else:
+                self._microbatches.warn(self.state)
+                return total
+
+    def _make_room(self, error: RuntimeError | MemoryError) -> None:
+        """Undo what was done of the batch, to repeat it in smaller microbatches, once the frames of the error are gone."""
+        if not is_out_of_memory(error):
+            raise error
         state = self.state
         state.outputs = state.loss = state.microbatch = None
         state.ledger.clear_gradients()
