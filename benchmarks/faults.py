@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-", dir=given.folder) as name:
         folder = Path(name)
         fit(folder / "warm", every="30ba")  # what torch imports late is imported before the forks
-        code, _ = run(folder / "whole-run", lambda: fit(folder / "whole", keep=99) and None)
+        code, _ = run(folder / "whole-run", lambda: fit(folder / "whole", keep=99))
         assert code == 0, (folder / "whole-run" / "stderr").read_text()
         injector = Injector(folder, quick=given.quick, seed=given.seed)
         for row in given.only or INJECTIONS:

@@ -12,7 +12,7 @@ from typing import Any
 
 from attrs import define
 
-from thawline.engine import Event, State
+from thawline.engine import Event, FitResult, State
 
 from .rig import Witness
 
@@ -43,7 +43,7 @@ class Fork:
 
 
 def fork(folder: Path, work: Callable[[], Any]) -> Fork:
-    """Start a child that does ``work`` and reports what it returns, or the error it ends with."""
+    """Start a child that does ``work`` and reports what it returns, which is JSON or the result of a fit, or the error it ends with."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report").unlink(missing_ok=True)
     if pid := os.fork():
@@ -55,7 +55,8 @@ def fork(folder: Path, work: Callable[[], Any]) -> Fork:
         os.dup2(printed, 2)
         report: Any = None
         try:
-            report = work()
+            returned = work()
+            report = None if isinstance(returned, FitResult) else returned
         except BaseException as error:  # noqa: BLE001 - how it ended is what the parent asks
             traceback.print_exc()
             report = {"error": type(error).__name__, "text": str(error), "notes": getattr(error, "__notes__", [])}

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class Injector:
 
     def goes_on(self, folder: Path, **arguments: Any) -> bool:
         """Return whether the run in ``folder``, resumed, ends as the uncut one did, to the bit."""
-        run(folder, lambda: fit(folder, every=f"{STEPS}ba", **arguments) and None)
+        run(folder, lambda: fit(folder, every=f"{STEPS}ba", **arguments))
         return self.ends_equal(folder)
 
 
@@ -292,7 +293,7 @@ def full_disk(injector: Injector) -> list[Count]:
     """Let no file grow past ever more bytes for some steps; the run goes on, and the last checkpoint is whole."""
     row, ballast = Count("disk full, each 64 KiB"), 120_000
     whole = injector.folder / "heavy"
-    run(injector.folder / "log", lambda: fit(whole, model(ballast), keep=99) and None)
+    run(injector.folder / "log", lambda: fit(whole, model(ballast), keep=99))
     expected = outcome(whole)
     size = (whole / f"ba{STEPS:08d}" / "tensors.safetensors").stat().st_size
     cuts = range(0, size + 64 * KIB, 64 * KIB)
@@ -344,9 +345,7 @@ def two_writers(injector: Injector) -> list[Count]:
         writer = fork(folder, first)
         os.read(inside, 1)
         resume: Any = (True, False, folder)[number % 3]
-        _, report = run(
-            injector.folder / "log", lambda folder=folder, resume=resume: fit(folder, resume=resume) and None
-        )
+        _, report = run(injector.folder / "log", partial(fit, folder, resume=resume))
         os.write(leave, b".")
         writer.wait()
         for each in (inside, arrived, go, leave):
@@ -434,7 +433,7 @@ def skipped_alike(injector: Injector, folder: Path, step: int) -> dict[str, bool
         return {"bit_equal": newest(folder) == STEPS}
     again, ended = folder.with_name("again"), outcome(folder)
     cut = folder / f"ba{step + 1:08d}"
-    run(folder.with_name("log"), lambda: fit(again, resume=cut, every=f"{STEPS}ba", on_nonfinite="skip") and None)
+    run(folder.with_name("log"), lambda: fit(again, resume=cut, every=f"{STEPS}ba", on_nonfinite="skip"))
     found = outcome(again)
     shutil.rmtree(again)
     moved = ended["tensors"] != injector.expected["tensors"]

@@ -55,7 +55,7 @@ class Witness(Algorithm):
     @override
     def apply(self, event: Event, state: State) -> None:
         if event is Event.AFTER_LOSS and state.loss is not None:
-            ids = (self.seen, state.sample_ids, state.loss.item().hex())
+            ids = (self.seen, state.sample_ids, float(state.loss.item()).hex())
             self.seen = hashlib.sha256(repr(ids).encode()).hexdigest()
         if Witness.strike is not None:
             Witness.strike(event, state)
@@ -148,12 +148,13 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
 def outcome(folder: Path, step: int = STEPS) -> dict[str, str]:
     """Return digests of all that the checkpoint of ``step`` holds, and of the metrics up to there.
 
-    Weights, optimizer, average, random number generators, sample ids, history and clock are in the checkpoint; how
-    often it was saved is left out.
+    Weights, optimizer, average, random number generators, sample ids, history and clock are in the checkpoint; the
+    settings that cases differ in are left out.
     """
     checkpoint = folder / f"ba{step:08d}"
     state = json.loads((checkpoint / "state.json").read_text())
-    del state["settings"]["checkpoint"]
+    for name in ("checkpoint", "on_nonfinite"):
+        del state["settings"][name]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key != "time"} for line in lines]
     return {

@@ -33,6 +33,7 @@ from .log import get_logger
 from .order import copied_sampler, epoch_order, order_limits, tell_epoch
 from .randomness import Randomness, Stream, derive_seed
 from .stateful import StatefulSource, is_stateful
+from .workers import outliving
 
 __all__ = [
     "Fetched",
@@ -292,13 +293,21 @@ class _MapSource:
         self.limits = order_limits(self._indices, seed)
 
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]:
-        if self._twin is None:
-            self._twin = self._make()
         drawn: deque[Any] = deque()
-        self._keys.next = self._draw(epoch, start, drawn)
+        order = epoch_order(self._indices, self._seed, epoch, start)
         # Workers are seeded by a number from here, and not from the global generator.
         self._generator.manual_seed(derive_seed(self._seed, "workers", epoch, start))
-        for batch in self._twin:
+
+        def loader() -> DataLoader[Any]:
+            """Return what goes on at the cursor: with the batches that dead workers were asked for and did not yield."""
+            if self._twin is None or drawn:
+                self._twin = self._make()
+            asked = tuple(drawn)
+            drawn.clear()
+            self._keys.next = self._draw(epoch, chain(asked, order), drawn)
+            return self._twin
+
+        for batch in outliving(loader) if self._loader.num_workers else loader():
             indices = drawn.popleft()
             ids = _sample_ids(indices)
             if self._batched:
@@ -333,8 +342,8 @@ class _MapSource:
     def close(self) -> None:
         self._twin = None
 
-    def _draw(self, epoch: int, start: int, drawn: deque[Any]) -> Iterator[Key]:
-        for indices in epoch_order(self._indices, self._seed, epoch, start):
+    def _draw(self, epoch: int, order: Iterable[Any], drawn: deque[Any]) -> Iterator[Key]:
+        for indices in order:
             drawn.append(indices)
             yield Key(epoch, indices)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from .errors import nearest
+from .errors import ThawlineWarning, nearest
 
 # What is better when larger: a word of the metric's name, such as "accuracy" in "eval/top1_accuracy".
 _LARGER_IS_BETTER = frozenset(
@@ -35,6 +36,22 @@ def direction_of(monitor: str | None, mode: Literal["auto", "min", "max"] = "aut
 def of_evaluation(monitor: object) -> bool:
     """Return whether a metric has a value only after an evaluation."""
     return isinstance(monitor, str) and monitor.startswith("eval/")
+
+
+def warn_unmonitored(monitors: Mapping[str, object]) -> None:
+    """Warn at the start of a fit without evaluations that what waits for one will wait in vain.
+
+    Args:
+        monitors: Who watches which metric.
+    """
+    watching = [owner for owner, monitor in monitors.items() if of_evaluation(monitor)]
+    if watching:
+        warnings.warn(
+            f"{', '.join(watching)} monitors an evaluation, and there is no eval_loader: it will never act. "
+            "Write: trainer.fit(model, train_loader, eval_loader, duration=…)",
+            ThawlineWarning,
+            stacklevel=4,
+        )
 
 
 def missing_metric(monitor: str, logged: Iterable[str], *, call: str) -> str:

@@ -34,9 +34,9 @@ TIERS: tuple[frozenset[str], ...] = (
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
         | {"batches", "flops", "randomness", "keyed", "order", "stateful", "layering", "shift"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
-        | {"comet", "tracking"}
+        | {"comet", "tracking", "signals", "workers"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "run", "trainer"}),
+    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "run", "trainer"}),
     frozenset({"testing"}),
     frozenset({"__init__"}),
 )
