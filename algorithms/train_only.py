@@ -71,11 +71,9 @@ def warn_of_frozen_trunk(state: State, who: str) -> None:
     """Warn where everything below the head was frozen before the fit, so that ``who`` has nothing to act on."""
     below = [name for layer in state.layers if layer.name != "head" for name in layer.parameters]
     if below and all("user" in state.ledger.owners(name) for name in below):
-        warnings.warn(
+        warn(
             f"{who} has nothing to act on: all {len(below)} parameters below the head were frozen before the fit, and stay "
-            "so. Write model.requires_grad_(True) before the fit.",
-            ThawlineWarning,
-            stacklevel=3,
+            "so. Write model.requires_grad_(True) before the fit."
         )
 
 

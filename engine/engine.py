@@ -112,6 +112,13 @@ class Engine:
         for each in self.algorithms:
             each.attach(self.state)
 
+    def restart(self) -> None:
+        """Make every algorithm as constructed and attached, to be given the state of an earlier batch."""
+        for each in reversed(self.algorithms):
+            each.close()
+            each.reset()
+        self.attach()
+
     def close(self) -> None:
         """Close every algorithm, also where another one's close raises; the first error is raised at the end."""
         if self._closed:

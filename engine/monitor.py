@@ -38,6 +38,23 @@ def of_evaluation(monitor: object) -> bool:
     return isinstance(monitor, str) and monitor.startswith("eval/")
 
 
+def doubts_of(
+    monitors: Mapping[str, str | None], metrics: Iterable[str], *, evaluated: bool, others: bool
+) -> list[tuple[str, str]]:
+    """Return what a fit has to say at its start of metrics that will not come: whose they are, and the text.
+
+    Args:
+        monitors: By who looks at it, the metric that is looked at, or None.
+        metrics: Names of the metrics that an evaluation measures.
+        evaluated: Whether there are evaluations.
+        others: Whether an algorithm of somebody else's may log what is not known before.
+    """
+    names = list(metrics)
+    if not evaluated:
+        return [("", text) for text in never_measured(monitors, names)]
+    return [] if others else list(misspelled(monitors, names))
+
+
 def never_measured(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> Iterator[str]:
     """Yield what waits in vain in a fit without evaluations.
 

@@ -243,7 +243,7 @@ class Recorder:
         """
         plan = Plan.from_json(saved)
         self.ledger.changed_by = tuple(saved["changed_by"])
-        self._spans, self._samples = list(plan.spans), list(plan.samples)
+        self._spans, self._samples, self._marks = list(plan.spans), list(plan.samples), []
         self._open, self._version = None, -1
         if self._spans and saved["current"]:
             self._version = self.ledger.version

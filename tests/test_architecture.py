@@ -34,11 +34,11 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"engine", "functions"}),
     frozenset(
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
-        | {"batches", "flops", "randomness", "keyed", "order", "layering", "shift", "criterion"}
+        | {"batches", "flops", "randomness", "keyed", "order", "stateful", "layering", "shift", "criterion"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
-        | {"comet", "tracking"}
+        | {"comet", "tracking", "signals", "workers"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "run", "trainer"}),
+    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "run", "trainer"}),
     frozenset(
         {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "conformance"}
         | {"oracle", "machine", "strategies", "testing"}
