@@ -41,6 +41,7 @@ __all__ = [
     "batch_size_of",
     "count_weight",
     "forward_arguments",
+    "gathered",
     "split_batch",
     "to_device",
 ]
@@ -168,6 +169,19 @@ class ResumableLoader:
 
     def _empty(self) -> DataError:
         return DataError(f"{self._name} yields no batch: got {_account(self._loader)}")
+
+
+def gathered(
+    fetched: Sequence[Fetched], accumulate: int, device: torch.device
+) -> tuple[Any, tuple[int, ...] | None, int]:
+    """Return a step's batch on the device, or a list of them where it accumulates, its sample ids and its number of samples."""
+    if accumulate == 1:
+        (one,) = fetched
+        return to_device(one.batch, device), one.sample_ids, one.samples
+    batches = [to_device(each.batch, device) for each in fetched]
+    ids = [each.sample_ids for each in fetched]
+    known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
+    return batches, known, sum(each.samples for each in fetched)
 
 
 # -- sources: how each kind of loader is read ------------------------------------------------------------------------------

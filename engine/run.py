@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import chain, islice
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint import capture, restore, seed_everything
 from .clock import Clock, Time
-from .data import Fetched, ResumableLoader, to_device
+from .data import Fetched, ResumableLoader, gathered
 from .engine import Engine
 from .errors import DataError, NonFiniteError, warn
 from .evaluation import evaluate
@@ -174,7 +174,7 @@ class Run:
         """Do one batch: one optimizer step over all of its microbatches."""
         emit, state, precision = self.engine.emit, self.state, self.precision
         ledger = state.ledger
-        state.batch, state.sample_ids, samples = self._gathered(fetched)
+        state.batch, state.sample_ids, samples = gathered(fetched, self.trainer.accumulate, self.trainer.device)
         state.step_skipped, state.grad_norm = False, None
         emit(BATCH_START)
         if not ledger.trainable_parameters:
@@ -307,17 +307,6 @@ class Run:
     def _cursor(self) -> tuple[int, int]:
         """Return the epoch, and the loader batches of it that were consumed."""
         return self.state.clock.epoch, self.state.clock.batch_in_epoch * self.trainer.accumulate
-
-    def _gathered(self, fetched: Sequence[Fetched]) -> tuple[Any, tuple[int, ...] | None, int]:
-        """Return the step's batch on the device, or a list of them, its sample ids and its number of samples."""
-        device = self.trainer.device
-        if self.trainer.accumulate == 1:
-            (one,) = fetched
-            return to_device(one.batch, device), one.sample_ids, one.samples
-        batches = [to_device(each.batch, device) for each in fetched]
-        ids = [each.sample_ids for each in fetched]
-        known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
-        return batches, known, sum(each.samples for each in fetched)
 
     def _repeat(self) -> float:
         """Do forward and backward of the batch again, in microbatches so small that they fit."""

@@ -28,23 +28,36 @@ def outliving(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
         make: Returns a loader that begins with the first batch not yet yielded.
 
     Raises:
-        RuntimeError: torch's own, where workers died more than :data:`MAX_DEATHS` times.
+        RuntimeError, OSError: torch's own, where workers died more than :data:`MAX_DEATHS` times.
     """
     for deaths in range(MAX_DEATHS + 1):
-        batches = iter(make())
-        while True:
+        batches: Any = iter(make())
+        death: Exception | None = None
+        while death is None:
             try:
                 with _Waiting():
                     batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if deaths == MAX_DEATHS or not str(error).startswith(_DEATH):
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _is_death(error):
                     raise
-                log.warning("a worker of the loader died; all are started anew", error=str(error), deaths=deaths + 1)
-                break
-            yield batch
-        del batches  # ends the workers that are left, before the next ones start
+                death = error
+            else:
+                yield batch
+        # Before others start, and before torch, which knows the dead by their numbers, could raise a second time.
+        batches._shutdown_workers()
+        if deaths == MAX_DEATHS:
+            raise death
+        log.warning("a worker of the loader died; all are started anew", error=str(death), deaths=deaths + 1)
+
+
+def _is_death(error: Exception) -> bool:
+    """Return whether a worker died: torch says so, or the connection broke over which it was sending a batch."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith(_DEATH)
+    # What the user's dataset raised in a worker begins with other words.
+    return isinstance(error, (ConnectionError, FileNotFoundError, EOFError)) and not str(error).startswith("Caught ")
 
 
 class _Waiting:
