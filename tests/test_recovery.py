@@ -255,7 +255,7 @@ def test_torchs_own_words_are_understood() -> None:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     with pytest.raises(RuntimeError) as caught:
-        torch.ones(2, 3) @ torch.ones(2, 3)
+        torch.matmul(torch.ones(2, 3), torch.ones(2, 3))
     assert not is_out_of_memory(caught.value)
 
 
