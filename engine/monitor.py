@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Literal
 
-from .errors import nearest
+from .errors import nearest, warn
 
 # What is better when larger: a word of the metric's name, such as "accuracy" in "eval/top1_accuracy".
 _LARGER_IS_BETTER = frozenset(
@@ -38,21 +38,33 @@ def of_evaluation(monitor: object) -> bool:
     return isinstance(monitor, str) and monitor.startswith("eval/")
 
 
-def doubts_of(
-    monitors: Mapping[str, str | None], metrics: Iterable[str], *, evaluated: bool, others: bool
-) -> list[tuple[str, str]]:
-    """Return what a fit has to say at its start of metrics that will not come: whose they are, and the text.
+def warn_of_monitors(
+    algorithms: Iterable[object], saving: str | None, metrics: Iterable[str], *, evaluated: bool
+) -> bool:
+    """Warn at the start of a fit of metrics that will not come.
 
     Args:
-        monitors: By who looks at it, the metric that is looked at, or None.
+        algorithms: Those of the fit; one that looks at a metric has its name as ``monitor``.
+        saving: The metric by which checkpoints are judged.
         metrics: Names of the metrics that an evaluation measures.
         evaluated: Whether there are evaluations.
-        others: Whether an algorithm of somebody else's may log what is not known before.
+
+    Returns:
+        Whether the metric of the checkpoints is among them.
     """
     names = list(metrics)
+    monitors = {getattr(each, "owner", ""): getattr(each, "monitor", None) for each in algorithms}
+    monitors["Checkpointing"] = saving
     if not evaluated:
-        return [("", text) for text in never_measured(monitors, names)]
-    return [] if others else list(misspelled(monitors, names))
+        for doubt in never_measured(monitors, names):
+            warn(doubt)
+        return False
+    # What an algorithm of the user's own logs is not known before.
+    ours = all(type(each).__module__.startswith("thawline.") for each in algorithms)
+    doubts = dict(misspelled(monitors, names)) if ours else {}
+    for doubt in doubts.values():
+        warn(doubt)
+    return "Checkpointing" in doubts
 
 
 def never_measured(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> Iterator[str]:

@@ -16,7 +16,7 @@ from .checkpoint import capture, restore, seed_everything
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, gathered
 from .engine import Engine
-from .errors import DataError, NonFiniteError, warn
+from .errors import DataError, NonFiniteError
 from .evaluation import evaluate
 from .events import Event
 from .forward import require_gradient, stop_frozen
@@ -27,7 +27,7 @@ from .ledger import ParameterLedger
 from .log import get_logger
 from .memory import BatchStart, Microbatches, is_out_of_memory
 from .meters import RunningLoss
-from .monitor import doubts_of
+from .monitor import warn_of_monitors
 from .nonfinite import Setback, StepGuard
 from .plan import Plan, Recorder
 from .precision import Precision
@@ -51,15 +51,7 @@ log = get_logger(__name__)
 class Run:
     """One call of :meth:`Trainer.fit`: a context that opens what the fit needs and closes it whatever happens.
 
-    Args:
-        trainer: The recipe.
-        model: The caller's model.
-        train_loader: Training data.
-        eval_loader: Evaluation data or None.
-        duration: How long.
-        optimizer: An optimizer, a factory, or pairs of them.
-        layers: The model's layers, if given.
-        resume: As for :meth:`Trainer.fit`.
+    Its arguments are those of :meth:`Trainer.fit`, and the recipe.
     """
 
     def __init__(
@@ -358,13 +350,12 @@ class Run:
         state, model = self.state, self.state.model
         for limit in self.data.limits:
             log.warning("data order", limit=limit)
-        watching = {each.owner: getattr(each, "monitor", None) for each in self.engine.algorithms}
-        watching["Checkpointing"] = self.folder.policy.monitor
-        theirs = [each.owner for each in self.engine.algorithms if not type(each).__module__.startswith("thawline.")]
-        doubts = doubts_of(watching, self.trainer.metrics, evaluated=self.eval_data is not None, others=bool(theirs))
-        self.folder.warned = "Checkpointing" in [owner for owner, _ in doubts]
-        for _, doubt in doubts:
-            warn(doubt)
+        self.folder.warned = warn_of_monitors(
+            self.engine.algorithms,
+            self.folder.policy.monitor,
+            self.trainer.metrics,
+            evaluated=self.eval_data is not None,
+        )
         seed_everything(self.trainer.seed)
         model.train()
         self.engine.attach()
