@@ -11,7 +11,7 @@ from .layer_thaw import LayerThaw, thaw_order
 from .layerwise_lr import LayerwiseLR, layer_factors
 from .lisa import LISA, sampled_layers
 from .lora import LoRAInject, inject_lora
-from .lora_modules import lora_forward
+from .lora_forward import lora_forward
 from .presets import fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
 from .train_only import TrainOnly
 
