@@ -25,7 +25,7 @@ from ..engine import (
 from .arguments import check_in_range, check_one_of, check_selectors, check_whole, flag, in_range, one_of, positive
 from .lora_forward import Rows
 from .lora_modules import adapter_names, is_adapted
-from .lora_op import MAX_RANK, check_site, scaling_of
+from .lora_op import CONVOLUTIONS, MAX_RANK, check_site, scaling_of
 from .lora_targets import Target, by_pattern, check_target, lora_sites, lora_targets, modules_matching
 
 TrainHead: TypeAlias = bool | Literal["auto"]
@@ -291,9 +291,9 @@ def _goes_on(model: nn.Module, name: str, plan: _Plan) -> bool:
         return False
     if module.lora_merged:
         raise SurgeryError(f"the adapter of {name!r} is merged and cannot train. Write unmerge_lora(model) first.")
-    ranks = {module.get_parameter(part).shape[1] for part in adapter_names(module) if part.startswith("lora_B")}
-    if _is_convolution(module):
-        ranks = {module.lora_A.shape[0]}
+    across = 0 if isinstance(module, CONVOLUTIONS) else 1
+    part = "lora_A" if across == 0 else "lora_B"
+    ranks = {module.get_parameter(each).shape[across] for each in adapter_names(module) if each.startswith(part)}
     alike = math.isclose(module.lora_scaling, plan.scaling, rel_tol=1e-9) and module.lora_dropout == plan.dropout
     if ranks == {plan.rank} and alike and _listed(getattr(module, "lora_rows", None)) == _listed(plan.rows):
         return True
@@ -301,10 +301,6 @@ def _goes_on(model: nn.Module, name: str, plan: _Plan) -> bool:
         f"{name!r} carries an adapter of rank {min(ranks)} already, alpha / rank {module.lora_scaling:g}, dropout "
         f"{module.lora_dropout:g}. Write the same values to go on training it, or choose other targets."
     )
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def _listed(rows: Rows | None) -> list[list[int]] | None:

@@ -19,7 +19,7 @@ from .lora_modules import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoR
 
 MAX_RANK = 2**16  # above the width of any layer that there is
 _HALF = (torch.float16, torch.bfloat16)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What takes an adapter, and what it becomes.
 KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: LoRALinear,
@@ -172,7 +172,7 @@ def check_site(
             f"the embedding {name!r} has max_norm={module.max_norm:g}: its forward rewrites the weight that an adapter is to "
             "leave alone. Choose other targets."
         )
-    if isinstance(module, _CONVOLUTIONS) and rank % module.groups:
+    if isinstance(module, CONVOLUTIONS) and rank % module.groups:
         raise SurgeryError(
             f"{name!r} has {module.groups} groups, of which {rank} is no multiple. Write a rank that is, such as "
             f"rank={{{name!r}: {module.groups}, '*': {rank}}}, or choose other targets."
@@ -260,7 +260,7 @@ def _adapter(
     module: nn.Module, rank: int, generator: torch.Generator, rows: Rows | None, dense: bool
 ) -> dict[str, nn.Parameter]:
     weight: Tensor = module.weight  # type: ignore[assignment]  # checked: it has one
-    if isinstance(module, _CONVOLUTIONS):
+    if isinstance(module, CONVOLUTIONS):
         channels = weight.shape[1] * (module.groups if dense else 1)
         up = (len(weight), rank // module.groups, *(1 for _ in module.kernel_size))
         return _pair(weight, (rank, channels, *module.kernel_size), up, generator)
@@ -310,6 +310,7 @@ def _switches(model: nn.Module, module: nn.Module) -> list[Attachment]:
 
 
 __all__ = [
+    "CONVOLUTIONS",
     "KINDS",
     "MAX_RANK",
     "check_class",
