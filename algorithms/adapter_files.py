@@ -32,7 +32,8 @@ _UNKNOWN = (
     "use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 # peft (0.21) adds what the adapter of an nn.MultiheadAttention's output projection adds twice, in its forward as in its
-# merge: both the attention's `merge` and that of `out_proj` do. So in its files lora_B is half of what acts.
+# merge: both the attention's `merge` and that of `out_proj` do. So in its files lora_B is half of what acts. (Its
+# gradients count one of the two.)
 _TWICE = 2.0
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 

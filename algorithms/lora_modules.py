@@ -141,13 +141,14 @@ class LoRAConvolution(Adapted):
         spatial = len(self.stride)
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
         sides = self._reversed_padding_repeated_twice
-        before, after = sides[-2::-2], sides[::-2]
+        both = [min(sides[place : place + 2]) for place in range(len(sides) - 2, -1, -2)]
         if self.padding_mode != "zeros":
-            batched, before = F.pad(batched, sides, mode=self.padding_mode), [0] * spatial
-        elif before != after:  # padding="same" beside an even kernel
-            batched, before = F.pad(batched, sides), [0] * spatial
+            batched, both = F.pad(batched, sides, mode=self.padding_mode), [0] * spatial
+        else:  # padding="same" beside an even kernel: the larger side's excess first, as torch does
+            excess = [side - min(sides[place // 2 * 2 : place // 2 * 2 + 2]) for place, side in enumerate(sides)]
+            batched = F.pad(batched, excess) if any(excess) else batched
         y = lora_convolution(
-            batched, self.weight, self.bias, self.lora_A, self.lora_B, stride=self.stride, padding=before,
+            batched, self.weight, self.bias, self.lora_A, self.lora_B, stride=self.stride, padding=both,
             dilation=self.dilation, groups=self.groups, **self.lora_settings(),
         )  # fmt: skip
         return y if batched.dim() == x.dim() else y.squeeze(0)
