@@ -151,30 +151,28 @@ def drop(x: Tensor, p: float, seed: int) -> Tensor:
         >>> torch.equal(drop(x, 0.25, seed=1), drop(x, 0.25, seed=1)), round(drop(x, 0.25, seed=1).mean().item(), 1)
         (True, 0.8)
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
     if x.device.type != "cpu":
+        generator = torch.Generator(x.device).manual_seed(seed)
         return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator)
-    size, shape = x.numel(), x.shape
-    return x.reshape(-1).index_fill(0, _dropped(size, p, generator), 0).view(shape)
+    return x.reshape(-1).index_fill(0, _dropped(x.numel(), p, seed), 0).view(x.shape)
 
 
-def _dropped(size: int, p: float, generator: torch.Generator) -> Tensor:
+def _dropped(size: int, p: float, seed: int) -> Tensor:
     """Return which of ``size`` elements are dropped, in order."""
+    generator = torch.Generator().manual_seed(seed)
     expected = size * p
     count = int(expected + 6 * math.sqrt(expected * (1 - p))) + 8
-    found, last = list[Tensor](), -1
+    rate = -1 / max(-math.log1p(-p), 1e-30)
+    found, last = list[Tensor](), -1.0
     while True:
-        # 1 - u lies in (0, 1], so its logarithm is finite.
-        uniform = torch.rand(count, generator=generator)
-        gaps = uniform.neg_().log1p_().div_(math.log1p(-p)).floor_().clamp_(max=2.0**62).long()
-        places = gaps.add_(1).cumsum_(0).add_(last)
-        # A gap far beyond the end could overflow the sum behind it; what is negative lies beyond the end as well.
-        inside = (places < size) & (places >= 0)
-        end = int(inside.long().cumprod_(0).sum()) if not bool(inside.all()) else count
-        found.append(places[:end])
+        # 1 - u lies in (0, 1], so its logarithm is finite. In float64 places are exact far beyond any tensor's size.
+        gaps = torch.rand(count, generator=generator).neg_().log1p_().mul_(rate).floor_().add_(1)
+        places = gaps.cumsum(0, dtype=torch.float64).add_(last)
+        end = int(torch.searchsorted(places, size))
+        found.append(places[:end].long())
         if end < count:
             return torch.cat(found) if len(found) > 1 else found[0]
-        last = int(places[-1])
+        last = float(places[-1])
 
 
 @attrs.frozen
@@ -195,6 +193,18 @@ class _Plan:
     def dropped(self, x: Tensor) -> Tensor:
         """Return ``x`` with the same elements dropped each time."""
         return drop(x, self.p, self.seed) if self.p > 0 else x
+
+    def added(self, base: Tensor, back: Tensor, down: Tensor) -> Tensor:
+        """Return ``base + dropped(back @ down)``; ``base`` is nobody else's, and written where no graph is recorded."""
+        if torch.is_grad_enabled():
+            return base + self.dropped(back @ down)
+        if self.p > 0 and base.device.type == "cpu":  # all is added, and what was dropped put back
+            flat, places = base.view(-1), _dropped(base.numel(), self.p, self.seed)
+            before = flat[places]
+            base.addmm_(back, down)
+            flat.index_put_((places,), before)
+            return base
+        return base.addmm_(back, down) if self.p == 0 else base.add_(self.dropped(back @ down))
 
     def slices(self, rank: int) -> list[tuple[slice, slice, slice]]:
         """Return for each slice: its outputs, its part of the hidden features, its rows of B."""
@@ -256,10 +266,7 @@ class _LowRank(torch.autograd.Function):
         into_x = into_up = None
         if wants_x:
             base = push @ (weight.t() if plan.transposed else weight)
-            if plan.p > 0:
-                into_x = base + plan.dropped(back @ down)
-            else:  # nobody else has seen it: accumulate in place where no graph is recorded
-                into_x = torch.addmm(base, back, down) if torch.is_grad_enabled() else base.addmm_(back, down)
+            into_x = plan.added(base, back, down)
             into_x = into_x.view(x.shape)
         if wants_up:
             parts = [(push[:, out], hidden[:, part]) for out, part, _ in slices] or [(push, hidden)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,7 +39,7 @@ def stepper(way: str, device: torch.device) -> Callable[[], None]:
         inject_lora(ledger, "all-linear", rank=8, alpha=16, dropout=dropout)
         optimizer: Any = ledger.optimizers[0]
     elif way.startswith("peft"):
-        import peft  # pyright: ignore[reportMissingImports]  # optional
+        peft: Any = import_module("peft")
 
         settings = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear")
         model = peft.get_peft_model(model, settings)
@@ -76,7 +77,11 @@ def adapting(rounds: int, device: torch.device) -> list[Row]:
         for (mine, other), bar in bars.items()
         if mine in timings and other in timings
     ]
-    grown = {way: growth(way, max(1, rounds // 5)) for way in ways()} if device.type == "cpu" else {}
+    grown = (
+        {way: growth(way, max(1, rounds // 5)) for way in ways()}
+        if device.type == "cpu" and sys.platform == "linux"
+        else {}
+    )
     note = "; ".join(f"{way} {value:.0f} MB" for way, value in grown.items())
     for mine, other in (("ours", "peft"), ("ours, dropout", "peft, dropout"), ("ours", "full")):
         if mine in grown and other in grown:
@@ -86,14 +91,17 @@ def adapting(rounds: int, device: torch.device) -> list[Row]:
 
 
 SCRIPT = """
-import resource, torch
+import re, torch
+from pathlib import Path
 from benchmarks.adapters import stepper
 torch.set_num_threads(1)
 step = stepper({way!r}, torch.device("cpu"))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+kib = lambda what: int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = kib("VmRSS")
 for _ in range(3):
     step()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((kib("VmHWM") - before) / 1024)
 """
 
 
