@@ -84,7 +84,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
             "save_adapter: the model has no adapters. Write Trainer(algorithms=[LoRAInject()]), or inject_lora(ledger)."
         )
     _warn_of_convolutions(cast("dict[str, nn.Module]", modules))
-    saved = {name: _written(name, cast("Any", module)) for name, module in modules.items()}
+    saved = {name: _written(name, cast("nn.Module", module)) for name, module in modules.items()}
     tensors: dict[str, Tensor] = {}
     for name, each in saved.items():
         path = _path_in_peft(model, name)
@@ -161,9 +161,10 @@ def load_adapter(
 # -- saving ----------------------------------------------------------------------------------------------------------
 
 
-def _written(name: str, module: Any) -> _Saved:
+def _written(name: str, layer: nn.Module) -> _Saved:
     """Return an adapter as peft would have it."""
-    if isinstance(module, nn.MultiheadAttention) and not module._qkv_same_embed_dim:
+    module = cast("Any", layer)
+    if isinstance(layer, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
         raise SurgeryError(
             f"{name!r} has separate projections (kdim, vdim), for whose adapters peft's format has no place. Merge them "
             "instead: merge_lora(model)."
@@ -172,9 +173,9 @@ def _written(name: str, module: Any) -> _Saved:
     rank = down.shape[0]
     if (rows := getattr(module, "lora_rows", None)) is not None:
         up = spread(up, rows, output_width(module))
-    if isinstance(module, CONVOLUTIONS) and down.shape[1] != module.in_channels:
-        down = _dense(down, module.groups)
-    return _Saved(down, up, rank, module.lora_scaling * rank, isinstance(module, nn.Embedding))
+    if isinstance(layer, CONVOLUTIONS) and down.shape[1] != layer.in_channels:
+        down = _dense(down, layer.groups)
+    return _Saved(down, up, rank, module.lora_scaling * rank, isinstance(layer, nn.Embedding))
 
 
 def _dense(down: Tensor, groups: int) -> Tensor:

@@ -291,7 +291,7 @@ def _goes_on(model: nn.Module, name: str, plan: _Plan) -> bool:
         return False
     if module.lora_merged:
         raise SurgeryError(f"the adapter of {name!r} is merged and cannot train. Write unmerge_lora(model) first.")
-    across = 0 if isinstance(module, CONVOLUTIONS) else 1
+    across = 0 if isinstance(model.get_submodule(name), CONVOLUTIONS) else 1
     part = "lora_A" if across == 0 else "lora_B"
     ranks = {module.get_parameter(each).shape[across] for each in adapter_names(module) if each.startswith(part)}
     alike = math.isclose(module.lora_scaling, plan.scaling, rel_tol=1e-9) and module.lora_dropout == plan.dropout
