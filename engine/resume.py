@@ -97,7 +97,7 @@ def _optimizers(ledger: Mapping[str, Any]) -> str:
 
 def _frozen_by_user(ledger: Mapping[str, Any]) -> frozenset[str]:
     """Return what was frozen before the fit."""
-    return frozenset(name for *_, names in ledger["holds"]["held"].get("user", ()) for name in names)
+    return frozenset(ledger["given_frozen"])
 
 
 def _options(home: Mapping[str, Any]) -> dict[str, Json]:
