@@ -239,6 +239,10 @@ class EMA(Algorithm):
         self.updates, self._last, self._periods = saved["updates"], saved["last"], saved["periods"]
         self._version = None
 
+    @override
+    def evaluated_weights(self) -> Mapping[str, Tensor]:
+        return self.average
+
     # -- averaging ---------------------------------------------------------------------------------------------
 
     def _follow(self, state: State) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any, Final
 
+import torch
 from attrs import Factory, define, frozen
 from torch import nn
 
-from .errors import SurgeryError
-from .surgery import Attachment, JournalEntry
+from .errors import SurgeryError, nearest
+from .surgery import Attachment, JournalEntry, Site, op_named
+from .typing import Json
 
 
 class _Missing(Enum):
@@ -73,6 +77,65 @@ def keep_record(model: nn.Module, record: Record) -> None:
         vars(model)[_RECORD] = record
     else:
         vars(model).pop(_RECORD, None)
+
+
+def build_grafts(
+    model: nn.Module, name: str, op: str, arguments: Mapping[str, Json], *, overrides: Overrides, seed: int
+) -> tuple[Graft, ...]:
+    """Build what a surgery op attaches to the module called ``name``, and put it on.
+
+    Args:
+        model: The model.
+        name: The module's name.
+        op: Name of a registered op.
+        arguments: The op's.
+        overrides: The model's record of attributes that were set.
+        seed: Of the run: what is drawn depends on it, the module and the op alone.
+
+    Raises:
+        SurgeryError: No such module or op, or the op refuses the module. The model is as before.
+    """
+    try:
+        module = model.get_submodule(name)
+    except (AttributeError, TypeError):
+        known = nearest(str(name), [each for each, _ in model.named_modules() if each])
+        raise SurgeryError(f"the model has no module {name!r}. Nearest: {known}.") from None
+    drawn = int.from_bytes(hashlib.sha256(f"{seed}/{name}/{op}".encode()).digest()[:8]) >> 1
+    attachments = tuple(op_named(op)(Site(model, name, module, torch.Generator().manual_seed(drawn)), **arguments))
+    check_grafts(model, attachments, op)
+    return tuple(apply_graft(model, each, overrides) for each in attachments)
+
+
+@contextmanager
+def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[None]:
+    """Attach what a saved journal says to a model that has nothing attached, and take it off again where the block fails.
+
+    Args:
+        model: The model; one with the same journal already is left as it is.
+        journal: Module, op, owner and arguments of each attachment, as the ledger saves them.
+
+    Raises:
+        SurgeryError: Something else is attached to the model, or an op refuses it.
+    """
+    record = record_of(model)
+    wanted = [JournalEntry(module, op, owner, dict(arguments)) for module, op, owner, arguments in journal]
+    here = [entry for entry, _ in record.entries]
+    if here and here != wanted:
+        raise SurgeryError(
+            f"{here[0].op!r} is attached to {here[0].module!r} already. Give the model as it was before the fit."
+        )
+    made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
+    try:
+        for entry in () if here else wanted:
+            grafts = build_grafts(model, entry.module, entry.op, entry.arguments, overrides=record.overrides, seed=0)
+            made.append((entry, grafts))
+        yield
+    except BaseException:
+        for graft in reversed([graft for _, grafts in made for graft in grafts]):
+            undo_graft(model, graft, record.overrides)
+        raise
+    record.entries += made
+    keep_record(model, record)
 
 
 def check_grafts(model: nn.Module, attachments: Sequence[Attachment], op: str) -> None:

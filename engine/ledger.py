@@ -9,22 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
-import torch
-from torch import nn
 from typing_extensions import override
 
 from .books import Books
 from .clock import Time
 from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
 from .events import Event
-from .grafts import Graft, Overrides, apply_graft, check_grafts, keep_record, record_of, undo_graft
+from .grafts import Graft, build_grafts, keep_record, record_of, undo_graft
 from .groups import Origin, options_of
 from .holds import USER, Hold, Holds, Moments
 from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_parameter, check_rates
 from .schedules import Schedule, schedule_from_description
 from .selectors import Selector, covers
-from .surgery import JournalEntry, Site, op_named
+from .surgery import JournalEntry
 from .typing import Json
 
 
@@ -198,7 +196,9 @@ class ParameterLedger(Books):
         try:
             for name in [module_name] if isinstance(module_name, str) else module_name:
                 entry = JournalEntry(name, op, owner, dict(arguments))
-                made.append((entry, self._graft(name, op, arguments, record.overrides)))
+                made.append(
+                    (entry, build_grafts(self.model, name, op, arguments, overrides=record.overrides, seed=self.seed))
+                )
         except BaseException:
             for graft in reversed([graft for _, grafts in made for graft in grafts]):
                 undo_graft(self.model, graft, record.overrides)
@@ -239,6 +239,18 @@ class ParameterLedger(Books):
         self._read_names()
         self.layers.follow(self._parameters, {})
         self._modes.scan()
+        self._regroup()
+
+    def dismiss(self, owner: str) -> None:
+        """Release every hold, factor, schedule and rate of ``owner``; what it attached stays, and so does its training.
+
+        Raises:
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("dismiss", owner)
+        released = self._holds.dismiss(owner)
+        self._place(self._homes)
+        self._join([name for name in self._holds.free(released) if name in self._homes])
         self._regroup()
 
     # -- checking ----------------------------------------------------------------------------------------------
@@ -298,6 +310,7 @@ class ParameterLedger(Books):
         return {
             "parameters": list(self._parameters),
             "trainable": [name for name in self._parameters if name in self._trainable],
+            "trained": sorted(self._trained),
             "holds": self._holds.state_dict(),
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
             "layers": {layer.name: list(layer.parameters) for layer in self.layers},
@@ -332,7 +345,7 @@ class ParameterLedger(Books):
             home.lr, home.given = entry["lr"], dict(entry["given"])
             home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
-        trainable = set(saved["trainable"])
+        trainable, self._trained = set(saved["trainable"]), set(saved["trained"])
         self._leave([name for name in self._parameters if name in self._trainable])
         self._join([name for name in self._parameters if name in trainable])
         self._origins = {name: Origin(Time(time), start) for name, (time, start) in saved["origins"].items()}
@@ -348,27 +361,13 @@ class ParameterLedger(Books):
             group.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._kept = {}
         for optimizer, entry in zip(self.optimizers, saved["optimizers"].values(), strict=True):
-            optimizer.state.update(entry["shared"])
+            for (key, values), device in zip(entry["shared"].items(), entry["shared_on"], strict=True):
+                optimizer.state[key] = self._shared(optimizer, values, device)
             self._kept.update({name: self._placed(name, values) for name, values in entry["kept"].items()})
             for name, values in entry["state"].items():
                 optimizer.state[self._parameters[name]] = self._placed(name, values)
 
     # -- inside ------------------------------------------------------------------------------------------------
-
-    def _graft(self, name: str, op: str, arguments: Mapping[str, Json], overrides: Overrides) -> tuple[Graft, ...]:
-        """Build what ``op`` attaches to one module, and put it on."""
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}/{op}".encode()).digest()[:8]) >> 1
-        site = Site(self.model, name, self._module(name), torch.Generator().manual_seed(seed))
-        attachments = tuple(op_named(op)(site, **arguments))
-        check_grafts(self.model, attachments, op)
-        return tuple(apply_graft(self.model, each, overrides) for each in attachments)
-
-    def _module(self, name: str) -> nn.Module:
-        try:
-            return self.model.get_submodule(name)
-        except (AttributeError, TypeError):
-            known = nearest(str(name), [each for each, _ in self.model.named_modules() if each])
-            raise SurgeryError(f"the model has no module {name!r}. Nearest: {known}.") from None
 
     def _check_open(self, call: str, owner: object) -> None:
         if self.phase is not None and not self.phase.opens_ledger:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .algorithm import Algorithm, as_json
+from .checkpointing import Checkpointing
 from .clock import Time
 from .engine import check_algorithms
 from .errors import ArgumentError
@@ -21,7 +22,6 @@ from .homes import OptimizerLike
 from .meters import Metric, check_metrics
 from .schedules import Schedule, as_schedule, constant
 from .settings import device_of, function_of, interval, loss_function, not_negative, one_of, path_of, whole
-from .store import Checkpointing
 from .tracking import Tracker
 from .typing import Json
 

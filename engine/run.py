@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch import nn
 
 from .checkpoint import capture, restore, seed_everything
+from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, split_batch, to_device
 from .engine import Engine
@@ -29,12 +30,13 @@ from .meters import RunningLoss
 from .monitor import of_evaluation
 from .plan import Plan, Recorder
 from .precision import Precision
+from .pristine import Pristine
 from .progress import progress_for
 from .recipe import Recipe
+from .resume import OnChange
 from .rundir import RunDir
 from .settings import share_of, total_batches
 from .state import State
-from .store import Checkpointing
 
 MAX_SKIPPED = 5
 # Once a batch: a name of the module is found in a fraction of the time that a member of an enum takes.
@@ -59,6 +61,7 @@ class Run:
         optimizer: An optimizer, a factory, or pairs of them.
         layers: The model's layers, if given.
         resume: As for :meth:`Trainer.fit`.
+        on_change: As for :meth:`Trainer.fit`.
     """
 
     def __init__(
@@ -72,8 +75,10 @@ class Run:
         optimizer: OptimizerLike,
         layers: LayerMap | LayerSpec | None,
         resume: bool | str | Path,
+        on_change: OnChange = "refuse",
     ) -> None:
         self.trainer = trainer
+        self._on_change = on_change
         self.history: list[dict[str, float]] = []
         self.progress = progress_for(trainer.progress)
         self.forward = trainer.forward()
@@ -107,6 +112,7 @@ class Run:
         except BaseException:
             self.folder.close()
             raise
+        self._pristine: Pristine | None = None
         self._losses = RunningLoss()
         self._shown: dict[str, float] = {}
         self._evaluated_at: int | None = None
@@ -213,6 +219,7 @@ class Run:
         state.microbatch = state.outputs = state.loss = None
         state.log(values)
         self.engine.emit(Event.EVAL_END)
+        self.folder.note_evaluation(state.metrics)
         self.folder.trackers.log_metrics(state.take_logged(), step=state.clock.batch)
 
     def _do_what_is_due(self, before: Clock) -> None:
@@ -223,7 +230,7 @@ class Run:
         if trainer.log_every.crossed(before, clock):
             self._log_loss()
         self.folder.note(before, clock)
-        times = (trainer.eval_every, trainer.log_every, self.folder.policy.every, self.state.duration)
+        times = (trainer.eval_every, trainer.log_every, *self.folder.policy.times, self.state.duration)
         self._next_due = min(time.not_before(clock) for time in times)
 
     def _end_epoch(self) -> None:
@@ -339,6 +346,8 @@ class Run:
         for limit in self.data.limits:
             log.warning("data order", limit=limit)
         self._warn_unmonitored()
+        if self.folder.policy.frozen == "fingerprint" and self.folder.writes:
+            self._pristine = Pristine(model)
         seed_everything(self.trainer.seed)
         model.train()
         self.engine.attach()
@@ -366,7 +375,14 @@ class Run:
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
         """Put everything back as the checkpoint says; random number generators last."""
         state = self.state
-        extra = restore(tree, self.engine, self.precision, settings=self.settings)
+        extra = restore(
+            tree,
+            self.engine,
+            self.precision,
+            settings=self.settings,
+            pristine=self._pristine,
+            on_change=self._on_change,
+        )
         self.history = list(extra["history"])
         self._losses = RunningLoss(*extra["losses"])
         self._skipped = extra["skipped"]
@@ -378,8 +394,8 @@ class Run:
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
 
     def _save(self) -> None:
-        evaluated = self._evaluated_at is not None
-        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics, evaluated=evaluated)
+        step, metrics = self.state.clock.batch, self.state.metrics
+        self.folder.save(self._capture, step=step, metrics=metrics, evaluated_at=self._evaluated_at)
 
     def _capture(self) -> dict[str, Any]:
         extra = {
@@ -389,7 +405,7 @@ class Run:
             "evaluated_at": self._evaluated_at,
             "timeline": self.recorder.state_dict(self.state.clock),
         }
-        return capture(self.engine, self.precision, settings=self.settings, extra=extra)
+        return capture(self.engine, self.precision, settings=self.settings, extra=extra, pristine=self._pristine)
 
     def __enter__(self) -> Self:
         return self

@@ -34,6 +34,7 @@ TIERS: tuple[frozenset[str], ...] = (
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
         | {"batches", "flops", "randomness", "keyed", "order", "layering", "shift"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
+        | {"checkpointing", "pristine", "weights"}
         | {"comet", "tracking"}
     ),
     frozenset({"evaluation", "foresight", "recipe", "run", "trainer"}),

@@ -18,10 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from thawline.engine.checkpointing import Checkpointing
 from thawline.engine.clock import Time
 from thawline.engine.errors import ArgumentError, CheckpointError, RunDirError
 from thawline.engine.snapshot import MANIFEST, SCHEMA, STATE, TENSORS, _signed, read_checkpoint, read_manifest
-from thawline.engine.store import Checkpointing, CheckpointStore
+from thawline.engine.store import CheckpointStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
