@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -13,14 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .algorithm import Algorithm
 from .clock import Clock
 from .engine import Engine
-from .errors import CheckpointError, ThawlineWarning
+from .errors import CheckpointError, ThawlineError, ThawlineWarning, shorten
 from .precision import Precision
 from .pristine import Pristine
 from .resume import OnChange, changes_of, check_same_run, differences
 
 SCHEMA = 1
+
+
+@contextmanager
+def well_formed() -> Generator[None]:
+    """Raise a CheckpointError for whatever fails inside, where a tree that was read is taken for what :func:`capture` made."""
+    try:
+        yield
+    except ThawlineError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint does not hold what this version of thawline and these algorithms write: {error!r}"
+        ) from error
 
 
 def capture(
@@ -92,12 +107,29 @@ def restore(
         ThawlineWarning: For each setting that differs and may, and for each change of the environment.
     """
     state, migrate = engine.state, on_change == "migrate"
-    _check_fits(tree, engine, settings=settings, pristine=pristine, migrate=migrate)
-    changed = list(differences(tree["settings"], settings, tree["ledger"], state.ledger.state_dict()))
-    if difference := engine.difference(tree["algorithms"]):
-        changed.append(f"resumed with other algorithms: {difference}. What is new starts here, what is gone lets go.")
-    for each in (*changed, *changes_of(tree["environment"], environment(state.model))):
+    with well_formed():
+        _check_fits(tree, engine, settings=settings, pristine=pristine, migrate=migrate)
+        changed = list(differences(tree["settings"], settings, tree["ledger"], state.ledger.state_dict()))
+        if difference := engine.difference(tree["algorithms"]):
+            changed.append(
+                f"resumed with other algorithms: {difference}. What is new starts here, what is gone lets go."
+            )
+        changed += changes_of(tree["environment"], environment(state.model))
+    for each in changed:
         warnings.warn(each, ThawlineWarning, stacklevel=6)
+    with well_formed():
+        new = _load(tree, engine, precision, migrate=migrate)
+    if new:
+        engine.begin(new)
+    state.ledger.apply_lr(state.clock)
+    with well_formed():
+        restore_rng(tree["rng"])
+        return dict(tree["extra"])
+
+
+def _load(tree: Mapping[str, Any], engine: Engine, precision: Precision, *, migrate: bool) -> tuple[Algorithm, ...]:
+    """Put back everything but the random generators; return the algorithms that are new."""
+    state = engine.state
     state.ledger.load_state_dict(tree["ledger"])
     put_weights(state.model, tree["model"], tree["fingerprints"])
     for name, buffer in _passing_buffers(state.model).items():
@@ -105,15 +137,11 @@ def restore(
             buffer.copy_(tree["buffers"][name])
     new = engine.load_state_dict(tree["algorithms"], migrate=migrate)
     precision.load_state_dict(tree["precision"])
-    state.clock = state.ledger.clock = Clock(**tree["clock"])
+    state.clock = state.ledger.clock = _clock_of(tree["clock"])
     state.metrics, state.logged = dict(tree["metrics"]), dict(tree["logged"])
     for owner in engine.gone(tree["algorithms"]):
         state.ledger.dismiss(owner)
-    if new:
-        engine.begin(new)
-    state.ledger.apply_lr(state.clock)
-    restore_rng(tree["rng"])
-    return dict(tree["extra"])
+    return new
 
 
 def _check_fits(
@@ -139,6 +167,14 @@ def _check_fits(
         )
     if tree["fingerprints"]:
         (Pristine(state.model) if pristine is None else pristine).check(tree["fingerprints"])
+
+
+def _clock_of(saved: Mapping[str, Any]) -> Clock:
+    kinds = {name: type(value) for name, value in attrs.asdict(Clock()).items()}
+    sane = all(0 <= value < 10**18 for value in saved.values())
+    if {name: type(value) for name, value in saved.items()} != kinds or not sane:
+        raise CheckpointError(f"the checkpoint's clock is none: {shorten(saved)}")
+    return Clock(**saved)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -175,11 +211,16 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], present: Collec
     Raises:
         CheckpointError: Names or shapes differ.
     """
-    kept = {name: each for name, each in model.state_dict().items() if name in present} if present else {}
     try:
-        model.load_state_dict({**kept, **weights}, strict=True)
+        found = model.load_state_dict(dict(weights), strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint's weights are not this model's: {error}") from error
+    missing = [name for name in found.missing_keys if name not in present]
+    if missing or found.unexpected_keys:
+        raise CheckpointError(
+            f"the checkpoint's weights are not this model's: it lacks {missing[:3]}, and the model has no "
+            f"{found.unexpected_keys[:3]}. Build the model as in the run that was saved."
+        )
 
 
 def environment(model: nn.Module) -> dict[str, Any]:

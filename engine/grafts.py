@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Final
 
@@ -104,38 +103,6 @@ def build_grafts(
     attachments = tuple(op_named(op)(Site(model, name, module, torch.Generator().manual_seed(drawn)), **arguments))
     check_grafts(model, attachments, op)
     return tuple(apply_graft(model, each, overrides) for each in attachments)
-
-
-@contextmanager
-def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[None]:
-    """Attach what a saved journal says to a model that has nothing attached, and take it off again where the block fails.
-
-    Args:
-        model: The model; one with the same journal already is left as it is.
-        journal: Module, op, owner and arguments of each attachment, as the ledger saves them.
-
-    Raises:
-        SurgeryError: Something else is attached to the model, or an op refuses it.
-    """
-    record = record_of(model)
-    wanted = [JournalEntry(module, op, owner, dict(arguments)) for module, op, owner, arguments in journal]
-    here = [entry for entry, _ in record.entries]
-    if here and here != wanted:
-        raise SurgeryError(
-            f"{here[0].op!r} is attached to {here[0].module!r} already. Give the model as it was before the fit."
-        )
-    made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
-    try:
-        for entry in () if here else wanted:
-            grafts = build_grafts(model, entry.module, entry.op, entry.arguments, overrides=record.overrides, seed=0)
-            made.append((entry, grafts))
-        yield
-    except BaseException:
-        for graft in reversed([graft for _, grafts in made for graft in grafts]):
-            undo_graft(model, graft, record.overrides)
-        raise
-    record.entries += made
-    keep_record(model, record)
 
 
 def check_grafts(model: nn.Module, attachments: Sequence[Attachment], op: str) -> None:

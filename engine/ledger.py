@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, Literal
 
+from torch import nn
 from typing_extensions import override
 
 from .books import Books
@@ -419,6 +421,38 @@ class ParameterLedger(Books):
                 f"the optimizer was saved with {len(saved['homes'])} groups of its own and has {len(self._home_list)} now. "
                 "Build it as in the run that was saved."
             )
+
+
+@contextmanager
+def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[None]:
+    """Attach what a saved journal says to a model that has nothing attached, and take it off again where the block fails.
+
+    Args:
+        model: The model; one with the same journal already is left as it is.
+        journal: Module, op, owner and arguments of each attachment, as the ledger saves them.
+
+    Raises:
+        SurgeryError: Something else is attached to the model, or an op refuses it.
+    """
+    record = record_of(model)
+    wanted = [JournalEntry(module, op, owner, dict(arguments)) for module, op, owner, arguments in journal]
+    here = [entry for entry, _ in record.entries]
+    if here and here != wanted:
+        raise SurgeryError(
+            f"{here[0].op!r} is attached to {here[0].module!r} already. Give the model as it was before the fit."
+        )
+    made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
+    try:
+        for entry in () if here else wanted:
+            grafts = build_grafts(model, entry.module, entry.op, entry.arguments, overrides=record.overrides, seed=0)
+            made.append((entry, grafts))
+        yield
+    except BaseException:
+        for graft in reversed([graft for _, grafts in made for graft in grafts]):
+            undo_graft(model, graft, record.overrides)
+        raise
+    record.entries += made
+    keep_record(model, record)
 
 
 def _rate(argument: str, value: object, example: str) -> float:

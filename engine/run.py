@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from .checkpoint import capture, restore, seed_everything
+from .checkpoint import capture, restore, seed_everything, well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, split_batch, to_device
@@ -383,12 +383,14 @@ class Run:
             pristine=self._pristine,
             on_change=self._on_change,
         )
-        self.history = list(extra["history"])
-        self._losses = RunningLoss(*extra["losses"])
-        self._skipped = extra["skipped"]
-        self._evaluated_at = extra["evaluated_at"]
-        state.stop_reason = tree["stop_reason"]
-        self.recorder.load_state_dict(extra["timeline"])
+        with well_formed():
+            self.history = list(extra["history"])
+            self._losses = RunningLoss(*extra["losses"])
+            self._skipped = extra["skipped"]
+            self._evaluated_at = extra["evaluated_at"]
+            state.stop_reason = tree["stop_reason"]
+            moved = {"current": False} if self.engine.difference(tree["algorithms"]) else {}
+            self.recorder.load_state_dict({**extra["timeline"], **moved})
         self.folder.forget_after(state.clock.batch)
         self.progress.message(f"resumed from {path} at epoch {state.clock.epoch}, batch {state.clock.batch}")
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)

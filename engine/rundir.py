@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock
 from .errors import CheckpointError, RunDirError, ThawlineWarning
@@ -148,7 +149,9 @@ class RunDir:
             self.loaded = store.load_newest()
         elif self.loaded is not None:
             if self.loaded[0].resolve().parent == folder.resolve():
-                store.rewind(int(self.loaded[1]["clock"]["batch"]))
+                with well_formed():
+                    step = int(self.loaded[1]["clock"]["batch"])
+                store.rewind(step)
         elif store.holds_run or (folder / "metrics.jsonl").exists():
             raise RunDirError(
                 f"{folder} holds a run already. Continue it: trainer.fit(…, resume=True), or start another one: "

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .checkpoint import SCHEMA, put_weights
+from .checkpoint import SCHEMA, put_weights, well_formed
 from .errors import ArgumentError, CheckpointError
-from .grafts import replayed
+from .ledger import replayed
 from .pristine import Pristine
 from .rundir import load_checkpoint
 from .settings import path_of
@@ -53,12 +53,13 @@ def load_weights(path: str | Path, model: nn.Module, weights: Which = "evaluated
     if not isinstance(model, nn.Module):
         example = "load_weights(result.best, model)"
         raise ArgumentError("load_weights(model=)", got=model, takes="a torch.nn.Module", example=example)
-    if tree["fingerprints"]:
-        Pristine(model).check(tree["fingerprints"])
-    chosen = _chosen(tree, weights)
-    with replayed(model, tree["ledger"]["journal"]):
-        _check_shapes(model, chosen, tree["fingerprints"])
-    put_weights(model, chosen, tree["fingerprints"])
+    with well_formed():
+        if tree["fingerprints"]:
+            Pristine(model).check(tree["fingerprints"])
+        chosen = _chosen(tree, weights)
+        with replayed(model, tree["ledger"]["journal"]):
+            _check_shapes(model, chosen, tree["fingerprints"])
+        put_weights(model, chosen, tree["fingerprints"])
 
 
 def export(path: str | Path, file: str | Path, *, weights: Which = "evaluated", model: nn.Module | None = None) -> Path:
@@ -91,16 +92,10 @@ def export(path: str | Path, file: str | Path, *, weights: Which = "evaluated", 
         ['bias', 'weight']
     """
     tree = _tree(path, weights, f"export({{!r}}, {str(file)!r}, weights={weights!r})")
-    chosen = _chosen(tree, weights)
-    if tree["fingerprints"]:
-        if model is None:
-            raise CheckpointError(
-                f"the checkpoint holds only fingerprints of {len(tree['fingerprints'])} tensors that had not trained. Write: "
-                f"export({str(path)!r}, {str(file)!r}, model=<the model that the run began with>)"
-            )
-        Pristine(model).check(tree["fingerprints"])
-        own = model.state_dict()
-        chosen |= {name: own[name].detach().cpu() for name in tree["fingerprints"] if name in own}
+    with well_formed():
+        chosen = _chosen(tree, weights)
+        if tree["fingerprints"]:
+            chosen |= _brought(tree["fingerprints"], model, call=f"export({str(path)!r}, {str(file)!r}, model=model)")
     target = path_of("export(file=)", file, "export(result.best, 'model.safetensors')")
     _write_new(target, {name: each.contiguous() for name, each in chosen.items()})
     return target
@@ -127,6 +122,17 @@ def _chosen(tree: Mapping[str, Any], weights: Which) -> dict[str, Tensor]:
         return live
     averages = {id(live[name]): each.to(live[name].dtype) for name, each in tree["evaluated"].items() if name in live}
     return {name: averages.get(id(each), each) for name, each in live.items()}
+
+
+def _brought(fingerprints: Mapping[str, str], model: nn.Module | None, *, call: str) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint holds fingerprints of, from the model that the run began with."""
+    if model is None:
+        raise CheckpointError(
+            f"the checkpoint holds only fingerprints of {len(fingerprints)} tensors that had not trained. Give the model that "
+            f"the run began with: {call}"
+        )
+    Pristine(model).check(fingerprints)
+    return {name: each.detach().cpu() for name, each in model.state_dict().items() if name in fingerprints}
 
 
 def _check_shapes(model: nn.Module, weights: Mapping[str, Tensor], present: Mapping[str, str]) -> None:
