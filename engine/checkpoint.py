@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .algorithm import Algorithm
 from .clock import Clock
 from .engine import Engine
-from .errors import CheckpointError, ThawlineError, ThawlineWarning, shorten
+from .errors import CheckpointError, ThawlineError, ThawlineWarning
 from .precision import Precision
 from .pristine import Pristine
 from .resume import OnChange, changes_of, check_same_run, differences
@@ -137,7 +137,7 @@ def _load(tree: Mapping[str, Any], engine: Engine, precision: Precision, *, migr
             buffer.copy_(tree["buffers"][name])
     new = engine.load_state_dict(tree["algorithms"], migrate=migrate)
     precision.load_state_dict(tree["precision"])
-    state.clock = state.ledger.clock = _clock_of(tree["clock"])
+    state.clock = state.ledger.clock = Clock.from_json(tree["clock"])
     state.metrics, state.logged = dict(tree["metrics"]), dict(tree["logged"])
     for owner in engine.gone(tree["algorithms"]):
         state.ledger.dismiss(owner)
@@ -167,14 +167,6 @@ def _check_fits(
         )
     if tree["fingerprints"]:
         (Pristine(state.model) if pristine is None else pristine).check(tree["fingerprints"])
-
-
-def _clock_of(saved: Mapping[str, Any]) -> Clock:
-    kinds = {name: type(value) for name, value in attrs.asdict(Clock()).items()}
-    sane = all(0 <= value < 10**18 for value in saved.values())
-    if {name: type(value) for name, value in saved.items()} != kinds or not sane:
-        raise CheckpointError(f"the checkpoint's clock is none: {shorten(saved)}")
-    return Clock(**saved)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
