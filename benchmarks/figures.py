@@ -18,6 +18,7 @@ from thawline.algorithms.grad_clip import clip_gradients
 from thawline.engine import Algorithm, Engine, Event, ParameterLedger, State, Trainer
 
 from .measure import Row, race, told
+from .saving import adapters, resuming, saving
 
 Figure = Callable[[int, torch.device], list[Row]]
 
@@ -245,4 +246,7 @@ FIGURES: dict[str, Figure] = {
     "freezing": freezing,
     "import": importing,
     "construction": construction,
+    "saving": saving,
+    "adapters": adapters,
+    "resuming": resuming,
 }
