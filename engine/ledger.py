@@ -43,6 +43,7 @@ class ParameterLedger(Books):
         LayerError, OptimizerError, SelectorError: As their docstrings say.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> ledger = ParameterLedger(model, torch.optim.AdamW(model.parameters(), lr=0.1))
         >>> ledger.freeze("blocks[0]", owner="me")
@@ -161,6 +162,7 @@ class ParameterLedger(Books):
             SelectorError: ``select`` matches nothing.
 
         Example:
+            >>> import torch
             >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
             >>> ledger = ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=1.0))
             >>> from thawline.engine import Clock, linear
