@@ -12,7 +12,9 @@ from .layerwise_lr import LayerwiseLR, layer_factors
 from .lisa import LISA, sampled_layers
 from .lora import LoRAInject, inject_lora
 from .lora_modules import lora_forward
-from .presets import fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
+from .phases import Phase, Plateau
+from .presets import chain_thaw, fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
+from .thaw_schedule import ThawSchedule
 from .train_only import TrainOnly
 
 __all__ = [
@@ -27,7 +29,11 @@ __all__ = [
     "LayerThaw",
     "LayerwiseLR",
     "LoRAInject",
+    "Phase",
+    "Plateau",
+    "ThawSchedule",
     "TrainOnly",
+    "chain_thaw",
     "clip_gradients",
     "cycle_order",
     "ema_update",

@@ -123,15 +123,14 @@ class EarlyStop(Algorithm):
         self._since = elapsed if self._since is None else self._since
         if self._exhausted(elapsed - self._since):
             best = "is no number" if self.best is None else f"has not improved on {self.best:.6g}"
-            spent = f"{self.bad} evaluations" if isinstance(self.patience, int) else str(self.patience)
+            spent = self._occasions(self.bad) if isinstance(self.patience, int) else str(self.patience)
             state.stop(f"early stop: {self.monitor} {best} for {spent}")
             log.info("early stop", owner=self.owner, monitor=self.monitor, best=self.best, bad=self.bad)
 
     @override
     def unplanned(self) -> str:
         """Return when it may stop the fit."""
-        occasions = "epochs" if self.monitor.startswith("train/") else "evaluations"
-        spent = f"{self.patience} {occasions}" if isinstance(self.patience, int) else str(self.patience)
+        spent = self._occasions(self.patience) if isinstance(self.patience, int) else str(self.patience)
         return f"may stop the fit when {self.monitor} has not improved for {spent}"
 
     @override
@@ -142,6 +141,10 @@ class EarlyStop(Algorithm):
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.best, self.bad = saved["best"], saved["bad"]
         self._since, self._trainable, self._version = saved["since"], saved["trainable"], None
+
+    def _occasions(self, count: int) -> str:
+        """Return so many of what the metric is looked at after: "1 evaluation", "3 epochs"."""
+        return f"{count} {'epoch' if self.monitor.startswith('train/') else 'evaluation'}{'s' * (count != 1)}"
 
     def _value(self, state: State) -> float:
         value = state.metrics.get(self.monitor)

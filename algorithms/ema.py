@@ -80,7 +80,7 @@ def ema_decay(elapsed: float, half_life: float) -> float:
     return float(0.5 ** (elapsed / half_life))
 
 
-def _half_life(value: str | int | Time | None) -> Time | None:
+def _half_life(value: object) -> Time | None:
     if value is None:
         return None
     example = f"EMA(decay={value!r})" if isinstance(value, float) and 0 < value < 1 else _EXAMPLE
@@ -168,8 +168,8 @@ class EMA(Algorithm):
 
     def __attrs_post_init__(self) -> None:
         if self.decay is not None and self.half_life is not None:
-            got = f"both, {self.half_life} and {self.decay}"
-            raise ArgumentError("EMA(half_life=, decay=)", got=got, takes="one of the two", example=_EXAMPLE)
+            got = {"half_life": str(self.half_life), "decay": self.decay}
+            raise ArgumentError("EMA(half_life=, decay=)", got=got, takes="only one of the two", example=_EXAMPLE)
         if self.decay is None and self.half_life is None:
             self.half_life = _HALF_LIFE
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import attrs
 from typing_extensions import override
 
-from ..engine import Algorithm, ArgumentError, Event, Stage, State, ThawlineWarning, Time, get_logger, register
+from ..engine import Algorithm, ArgumentError, Event, Stage, State, Time, get_logger, register, warn
 from .arguments import check_time
 from .layer_thaw import cannot_fire
+from .train_only import warn_of_frozen_trunk
 
 log = get_logger(__name__)
 _EXAMPLE = "FreezeAt({'stem': '1ep', 'blocks[0]': '0.3dur'})"
@@ -66,12 +66,13 @@ class FreezeAt(Algorithm):
         """Check the selectors, or freeze what is due."""
         if event is Event.FIT_START:
             state.ledger.select(list(self.times))
+            warn_of_frozen_trunk(state, "FreezeAt")
             never = {
                 select: str(time) for select, time in self.times.items() if time.value and cannot_fire(time, state)
             }
             if never:
                 text = f"FreezeAt({never}) freezes nothing: the fit ends after {state.duration}. Write shorter times."
-                warnings.warn(text, ThawlineWarning, stacklevel=2)
+                warn(text)
             return
         due = [each for each, time in self.times.items() if each not in self.frozen and time.reached(state.clock)]
         state.ledger.freeze(due, owner=self.owner)

@@ -170,7 +170,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype | None:
 
 def _check_limits(call: str, max_norm: float | None, value: float | None, example: str) -> None:
     if (max_norm is None) == (value is None):
-        got = "neither" if max_norm is None else f"both, {max_norm} and {value}"
+        got = {"max_norm": max_norm, "value": value}
         raise ArgumentError(f"{call}(max_norm=, value=)", got=got, takes="exactly one of the two", example=example)
     name, limit = ("max_norm", max_norm) if value is None else ("value", value)
     check_in_range(f"{call}({name}=)", limit, above=0, example=example)

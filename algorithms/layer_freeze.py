@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -20,12 +19,13 @@ from ..engine import (
     ParameterLedger,
     Stage,
     State,
-    ThawlineWarning,
     Time,
     get_logger,
     register,
+    warn,
 )
 from .arguments import check_in_range, check_one_of, in_range, one_of
+from .train_only import warn_of_frozen_trunk
 
 Granularity: TypeAlias = Literal["block", "leaf"]
 log = get_logger(__name__)
@@ -201,6 +201,7 @@ class LayerFreeze(Algorithm):
         """Freeze what the law adds."""
         if event is Event.FIT_START:
             self._warn_of_no_effect(state)
+            warn_of_frozen_trunk(state, "LayerFreeze")
             return
         units = self._counted(state)
         share = freeze_share(state.clock.progress, start=self.start, level=self.level)
@@ -235,9 +236,7 @@ class LayerFreeze(Algorithm):
             return
         share = freeze_share(progress, start=self.start, level=self.level)
         if not int(share * (len(self._counted(state)) - 1)):
-            warnings.warn(
+            warn(
                 f"LayerFreeze(start={self.start}, level={self.level}, at={self.at!r}) freezes nothing before the last step "
                 f"of {state.duration}. Write a smaller start, or LayerFreeze(at='batch').",
-                ThawlineWarning,
-                stacklevel=2,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -19,11 +18,11 @@ from ..engine import (
     ParameterLedger,
     Stage,
     State,
-    ThawlineWarning,
     Time,
     get_logger,
     nearest,
     register,
+    warn,
 )
 from .arguments import check_time, flag, one_of, positive, whole
 from .train_only import LEFT_OUT, all_but, warn_of_left_out
@@ -59,7 +58,7 @@ def thaw_order(layers: LayerMap, *, order: Order = "top", stem: bool = True) -> 
     example = f"LayerThaw(order={body[::-1][:2]})"
     for name in order:
         if not layers.names_layer(name):
-            takes = f"layers of this model, such as {nearest(name, layers.names)}"
+            takes = f"layers of this model, such as {nearest(name, [layer.name for layer in layers])}"
             raise ArgumentError("LayerThaw(order=)", got=name, takes=takes, example=example)
     named = [layer.name for text in order for layer in layers[text] if layer.parameters]
     if len(set(named)) < len(named):
@@ -99,17 +98,22 @@ def merged(steps: Iterable[Sequence[str]], idle: Collection[str]) -> tuple[tuple
     return tuple(map(tuple, whole))
 
 
+def share_of_fit(time: Time, state: State) -> float | None:
+    """Return which share of the fit a time is, None where that cannot be known before."""
+    duration, length = state.duration, state.clock.batches_per_epoch
+    if time.unit == "dur":
+        return float(time.value)
+    if time.unit == duration.unit:
+        return time.value / duration.value
+    batches = {"ba": 1, "ep": length}
+    if length and time.unit in batches and duration.unit in batches:
+        return (time.value * batches[time.unit]) / (duration.value * batches[duration.unit])
+    return None
+
+
 def cannot_fire(every: Time, state: State) -> bool:
     """Return whether the fit is known to end before ``every`` has passed once."""
-    duration, length = state.duration, state.clock.batches_per_epoch
-    if every.unit == "dur":
-        return every.value >= 1
-    if every.unit == duration.unit:
-        return every.value >= duration.value
-    batches = {"ba": 1, "ep": length}
-    if length and every.unit in batches and duration.unit in batches:
-        return every.value * batches[every.unit] >= duration.value * batches[duration.unit]
-    return False
+    return (share_of_fit(every, state) or 0.0) >= 1
 
 
 def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
@@ -164,7 +168,7 @@ class LayerThaw(Algorithm):
         ArgumentError: An argument of the wrong type or out of range.
 
     Warns:
-        ThawlineWarning: At the start of a fit in which nothing can be released.
+        ThawlineWarning: At the start of a fit in which nothing can be released, or no warmup ends.
 
     Source: Howard and Ruder, ULMFiT, arXiv:1801.06146, section 3.3; lr_scale=1/2.6 is theirs.
 
@@ -234,11 +238,9 @@ class LayerThaw(Algorithm):
         if held := all_but(layers, started):
             state.ledger.freeze(held, owner=self.owner, moments=self.moments)
         if self.lr_scale > 1.0 and self.order == "top":
-            warnings.warn(
+            warn(
                 f"LayerThaw(lr_scale={self.lr_scale:g}) trains each released layer faster than the one above it. ULMFiT "
                 f"divides by 2.6. Write LayerThaw(lr_scale={1 / self.lr_scale:.3g}).",
-                ThawlineWarning,
-                stacklevel=2,
             )
 
     def _begin(self, state: State) -> None:
@@ -266,10 +268,13 @@ class LayerThaw(Algorithm):
         waiting = [name for names in parts.values() for name in names]
         warn_of_left_out(ledger, waiting, "LayerThaw")
         if why := self._why_idle(state, waiting):
-            warnings.warn(
+            warn(
                 f"LayerThaw(every='{self.every}', start={self.start!r}) releases nothing: {why}",
-                ThawlineWarning,
-                stacklevel=2,
+            )
+        elif self.warmup is not None and cannot_fire(self.warmup, state):
+            warn(
+                f"LayerThaw(warmup='{self.warmup}') is not over when the fit ends after {state.duration}: no released layer "
+                "reaches its rate. An int is epochs. Write a shorter one, such as LayerThaw(warmup='50ba')."
             )
 
     def _can_train(self, ledger: ParameterLedger, name: str) -> bool:
@@ -298,7 +303,8 @@ class LayerThaw(Algorithm):
             if state.ledger.left_out.issuperset(waiting):
                 return f"{LEFT_OUT}."
             return "all of it was frozen before the fit, and stays so. Write model.requires_grad_(True) before the fit."
-        return f"all else is held by {', '.join(sorted(owners))}, who release nothing. Write a larger start=, or leave one out."
+        verb = "releases" if len(owners) == 1 else "release"
+        return f"all else is held by {', '.join(sorted(owners))}, which {verb} nothing. Write a larger start=, or leave one out."
 
     def _selector(self, layers: LayerMap) -> list[str]:
         """Return selectors of what trains from the beginning."""

@@ -23,6 +23,7 @@ from ..engine import (
     get_logger,
     nearest,
     register,
+    warn,
 )
 from .arguments import check_in_range, check_one_of, check_whole, in_range, one_of, positive, whole
 from .lora_modules import MAX_RANK, check_site, is_adapted
@@ -60,6 +61,7 @@ ATTENTION_NAMES = frozenset(
     | {"query_proj", "key_proj", "value_proj", "to_q", "to_k", "to_v", "in_proj", "out_proj", "o_proj"}
     | {"qkv", "qkv_proj", "query_key_value", "Wqkv", "to_qkv", "c_attn"}
 )
+DEFAULT_RANK = 8
 _WORDS = ("attention", "all-linear", "auto")
 _PRETRAINED_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 
@@ -68,7 +70,7 @@ def inject_lora(
     ledger: ParameterLedger,
     target: Target = "auto",
     *,
-    rank: int = 8,
+    rank: int = DEFAULT_RANK,
     alpha: float = 16,
     dropout: float = 0.0,
     lr: float | None = None,
@@ -119,6 +121,7 @@ def inject_lora(
     adapted = _adapters(model)
     base = [name for name in ledger.parameters if name not in adapted]
     if fresh:
+        _warn_of_rank(model, fresh, rank)
         ledger.attach(fresh, "lora", owner=owner, rank=rank, alpha=alpha, dropout=dropout)
     if (not _has_pretrained_head(model)) if train_head == "auto" else train_head:
         head = frozenset(ledger.layers.head.parameters)
@@ -185,6 +188,19 @@ def lora_targets(model: nn.Module, layers: LayerMap, target: Target = "auto") ->
     return tuple(usual or attention or body) or _matched(model, _known(model), "LoRAInject(target='auto')")
 
 
+def _warn_of_rank(model: nn.Module, names: Sequence[str], rank: int) -> None:
+    """Warn where a rank that somebody chose is above what a change of the weight can have."""
+    for name in names if rank != DEFAULT_RANK else ():
+        weight = getattr(model.get_submodule(name), "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and rank > min(weight.shape):
+            shape = " x ".join(map(str, weight.shape))
+            warn(
+                f"an adapter of rank {rank} at {name!r}, which is {shape}, is larger than the weight itself: no change of "
+                f"it has a rank above {min(weight.shape)}. Write LoRAInject(rank={max(1, min(weight.shape) // 4)})."
+            )
+            return
+
+
 def _check_target(argument: str, value: object, example: str) -> None:
     parts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
     if not parts or not all(isinstance(each, str) and each for each in parts):
@@ -218,6 +234,9 @@ class LoRAInject(Algorithm):
     Raises:
         ArgumentError: An argument of the wrong type or out of range.
 
+    Warns:
+        ThawlineWarning: At the start of a fit, a rank above the smaller side of a target's weight.
+
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685.
 
     Example:
@@ -231,7 +250,7 @@ class LoRAInject(Algorithm):
     events = frozenset({Event.FIT_START})
     stage: ClassVar[Stage] = Stage.SURGERY
 
-    rank: int = attrs.field(default=8, validator=whole(at_least=1, at_most=MAX_RANK))
+    rank: int = attrs.field(default=DEFAULT_RANK, validator=whole(at_least=1, at_most=MAX_RANK))
     alpha: float = attrs.field(default=16, validator=positive())
     target: Target = attrs.field(default="auto", validator=_check_field)
     dropout: float = attrs.field(default=0.0, validator=in_range(at_least=0, below=1))

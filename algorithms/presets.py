@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from ..engine import Algorithm, ArgumentError, Time
+from torch import nn
+
+from ..engine import Algorithm, ArgumentError, LayerMap, Time
 from .arguments import check_in_range, check_whole
 from .layer_thaw import LayerThaw
 from .layerwise_lr import LayerwiseLR
 from .lora import LoRAInject
+from .phases import Phase, Plateau
+from .thaw_schedule import ThawSchedule
 from .train_only import TrainOnly
 
 
@@ -221,6 +225,37 @@ def lp_ft(probe: Time | str | int = "0.5dur", *, lr_scale: float = 0.1) -> list[
         'together'
     """
     return [LayerThaw(probe, order="together", lr_scale=lr_scale)]
+
+
+def chain_thaw(model: nn.Module | LayerMap, until: Time | Plateau | str | int = 1) -> list[Algorithm]:
+    """Train the head, then each layer by itself from the input to the head, then everything to the end of the fit.
+
+    Args:
+        model: The model, or its layers: there is a phase for each of them.
+        until: How long each phase is, or a :class:`Plateau` that ends it, such as ``Plateau("eval/loss", patience=2)``.
+
+    Raises:
+        ArgumentError: An argument of the wrong type or out of range.
+        LayerError: The model cannot be split into layers.
+
+    Source: Felbo et al., Using Millions of Emoji Occurrences to Learn Any-Domain Representations, arXiv:1708.00524.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> [phase.thaw for phase in chain_thaw(model, "2ep")[0].phases]
+        [('head',), ('blocks[0]',), ('blocks[1]',), ('head', 'blocks[0]')]
+    """
+    if not isinstance(model, (nn.Module, LayerMap)):
+        takes = "a torch.nn.Module or its LayerMap"
+        raise ArgumentError("chain_thaw(model=)", got=model, takes=takes, example="chain_thaw(model, until=1)")
+    layers = model if isinstance(model, LayerMap) else LayerMap(model)
+    below = [layer.name for layer in layers if layer.name != "head"]
+    phases, last = [Phase(thaw="head", until=until)], "head"
+    for name in below:
+        phases.append(Phase(thaw=name, freeze=last, until=until))
+        last = name
+    rest = ["head", *below[:-1]] if below else ["head"]
+    return [ThawSchedule([*phases, Phase(thaw=rest)] if below else [Phase(thaw=rest)])]
 
 
 def _rates(preset: str, before: str = "", /, **rates: tuple[str, float | None]) -> dict[str, float]:

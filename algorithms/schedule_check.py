@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..engine import LayerMap, ParameterLedger, ScheduleError, SelectorError, Time
+from ..engine import LayerMap, ParameterLedger, ScheduleError, SelectorError, State, Time
+from .layer_thaw import share_of_fit
 from .phases import Phase
 
 
@@ -72,6 +73,25 @@ def check_phases(phases: Sequence[Phase], ledger: ParameterLedger) -> tuple[str,
     if faults:
         raise ScheduleError("the schedule", faults)
     return tuple(name for name in ledger.parameters if name not in named)
+
+
+def never_begin(phases: Sequence[Phase], count: int, state: State) -> list[str]:
+    """Return the names of the phases whose begin is known to lie at the end of the fit or after it.
+
+    Args:
+        phases: Those of one round.
+        count: How many begin, in all rounds.
+        state: The state at the start of the fit.
+    """
+    late: list[str] = []
+    begin = 0.0
+    for place in range(count):
+        phase = phases[place % len(phases)]
+        if begin >= 1 - 1e-9:  # shares are floats: ten times 0.1 is a little less than 1
+            late.append(f"{phase.name}" + f" of round {place // len(phases) + 1}" * (place >= len(phases)))
+        if isinstance(phase.until, Time):
+            begin += share_of_fit(phase.until, state) or 0.0
+    return late
 
 
 def _names(selector: str, ledger: ParameterLedger, place: str, faults: list[tuple[str, str, str]]) -> tuple[str, ...]:

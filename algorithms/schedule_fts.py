@@ -11,7 +11,7 @@ from typing import Any, Literal
 import attrs
 from torch import nn
 
-from ..engine import ThawlineWarning, Time, nearest
+from ..engine import Time, nearest, warn
 from .phases import Phase, Plateau
 from .schedule_tree import Faults, Item, read_tree
 
@@ -84,7 +84,7 @@ def phases_from_fts(
         more = f" and {len(left) - 3} more" * (len(left) > 3)
         notes.append(f"no phase names {', '.join(left[:3])}{more}: they stay frozen. Name them where they shall thaw.")
     for note in notes:
-        warnings.warn(f"{name}: {note}", ThawlineWarning, stacklevel=2)
+        warn(f"{name}: {note}")
     return tuple(phase for phase in phases if phase is not None)
 
 

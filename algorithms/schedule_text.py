@@ -98,7 +98,7 @@ def write_phases(options: Mapping[str, Json], phases: Sequence[Phase]) -> str:
         if key not in _OPTIONS or key == "phases":
             names = nearest(key, [each for each in _OPTIONS if each != "phases"])
             raise ArgumentError("write_phases(options=)", got=key, takes=f"options such as {names}", example="{}")
-    data = {**options, "phases": [_as_data(phase) for phase in phases]}
+    data = {**options, "phases": [as_data(phase) for phase in phases]}
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=100)
     return text
 
@@ -115,7 +115,12 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _as_data(phase: Phase) -> dict[str, Json]:
+def as_data(phase: Phase) -> dict[str, Json]:
+    """Return a phase as :func:`read_phases` takes it, without what has its default.
+
+    Raises:
+        ArgumentError: It ends by a function.
+    """
     data: dict[str, Json] = {}
     for field in attrs.fields(Phase):
         value = getattr(phase, field.name)

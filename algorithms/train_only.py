@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import ClassVar
 
@@ -20,8 +19,8 @@ from ..engine import (
     ParameterLedger,
     Stage,
     State,
-    ThawlineWarning,
     register,
+    warn,
 )
 from .arguments import check_selectors
 
@@ -63,10 +62,18 @@ def warn_of_left_out(ledger: ParameterLedger, names: Collection[str], who: str) 
     """Warn where ``who`` is to train some of what the optimizer instance of the fit does not hold, but not all of it."""
     missing = [name for name in names if name in ledger.left_out]
     if missing and len(missing) < len(names):
-        warnings.warn(
+        warn(
             f"{who} is to train {len(names)} parameters, and {len(missing)} (first {missing[0]!r}) cannot: {LEFT_OUT}.",
-            ThawlineWarning,
-            stacklevel=3,
+        )
+
+
+def warn_of_frozen_trunk(state: State, who: str) -> None:
+    """Warn where everything below the head was frozen before the fit, so that ``who`` has nothing to act on."""
+    below = [name for layer in state.layers if layer.name != "head" for name in layer.parameters]
+    if below and all("user" in state.ledger.owners(name) for name in below):
+        warn(
+            f"{who} has nothing to act on: all {len(below)} parameters below the head were frozen before the fit, and stay "
+            "so. Write model.requires_grad_(True) before the fit."
         )
 
 
@@ -132,10 +139,16 @@ class TrainOnly(Algorithm):
                 ledger.set_lr(select, lr, owner=self.owner)
         warn_of_left_out(ledger, chosen, "TrainOnly")
         for doubt in self._doubts(ledger, frozenset(chosen)):
-            warnings.warn(doubt, ThawlineWarning, stacklevel=2)
+            warn(doubt)
 
     def _doubts(self, ledger: ParameterLedger, chosen: frozenset[str]) -> Iterator[str]:
         """Yield what was asked for and cannot have been meant."""
+        frozen = [name for name in chosen if "user" in ledger.owners(name) and name not in ledger.left_out]
+        if frozen:
+            yield (
+                f"TrainOnly({list(self.select)}) selects {len(frozen)} parameters (first {min(frozen)!r}) that were frozen "
+                "before the fit, and stay so. Write model.requires_grad_(True) before the fit."
+            )
         trains = {name for name in chosen if "user" not in ledger.owners(name)}
         for select, lr in self.lr.items():
             if trains.isdisjoint(ledger.select(select)):

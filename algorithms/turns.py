@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,12 +15,12 @@ from ..engine import (
     LayerMap,
     Stage,
     State,
-    ThawlineWarning,
     Time,
     derive_seed,
     get_logger,
+    warn,
 )
-from .train_only import all_but, rest_of
+from .train_only import all_but, rest_of, warn_of_frozen_trunk
 
 log = get_logger(__name__)
 
@@ -116,14 +115,20 @@ class Turns(Algorithm):
                 f"{name} needs layers to take turns, and {list(self.always)} leaves none:\n{state.layers}\nPass them: "
                 "trainer.fit(…, layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'})"
             )
+        kinds = {each.__name__ for each in Turns.__subclasses__()}
+        owners = {owner for each in candidates for owner in state.ledger.owners(state.layers.parameters(each)[0])}
+        if others := sorted(owner for owner in owners - {self.owner} if owner.partition("#")[0] in kinds):
+            warn(
+                f"{self.owner} and {', '.join(others)} each hold what the other releases: a layer trains only where their "
+                "turns meet. Leave one out."
+            )
         self.active = ()
+        warn_of_frozen_trunk(state, name)
         state.ledger.freeze(all_but(state.layers, kept), owner=self.owner)
         if why := self.idle(candidates, state):
-            warnings.warn(
+            warn(
                 f"{name}(every='{self.every}') {why}: the fit ends after {state.duration}. "
                 f"Write a shorter interval, such as {name}(every='0.02dur').",
-                ThawlineWarning,
-                stacklevel=2,
             )
 
     def _kept(self, state: State) -> frozenset[str]:

@@ -16,6 +16,7 @@ from .errors import (
     MissingExtraError,
     NonFiniteError,
     OptimizerError,
+    OutOfMemoryError,
     RunDirError,
     ScheduleError,
     SelectorError,
@@ -23,8 +24,10 @@ from .errors import (
     ThawlineError,
     ThawlineWarning,
     nearest,
+    warn,
 )
 from .events import Event
+from .functions import on
 from .groups import Group
 from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
@@ -80,6 +83,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OptimizerError",
+    "OutOfMemoryError",
     "ParameterLedger",
     "Plan",
     "RunDirError",
@@ -109,6 +113,7 @@ __all__ = [
     "linear",
     "load_weights",
     "nearest",
+    "on",
     "one_cycle",
     "polynomial",
     "register",
@@ -117,5 +122,6 @@ __all__ = [
     "repeat",
     "surgery_op",
     "warmup",
+    "warn",
     "wsd",
 ]

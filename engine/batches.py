@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, DataError, shorten
+from .errors import ArgumentError, DataError, shorten, with_article
 
 IGNORED_LABEL = -100
 """The label that torch's losses leave out."""
 _TARGETS = ("labels", "targets")
+
+
+class Fetched(NamedTuple):
+    """One batch of a loader.
+
+    Args:
+        batch: What the loader yields.
+        sample_ids: What the sampler called its samples, where it is known and they are whole numbers.
+        samples: How many samples it was made of.
+    """
+
+    batch: Any
+    sample_ids: tuple[int, ...] | None
+    samples: int
 
 
 def batch_size_of(batch: Any) -> int:
@@ -46,6 +60,14 @@ def batch_size_of(batch: Any) -> int:
         f"dimension, got {shorten(batch)}. Write: a collate_fn that returns a tensor, or a tuple, list or mapping of "
         "tensors with the samples along dimension 0."
     )
+
+
+def samples_in(batch: Any) -> int:
+    """Return the samples in a batch; one of a kind that only the user's ``forward_fn`` understands counts as one."""
+    try:
+        return batch_size_of(batch)
+    except DataError:
+        return 1
 
 
 def split_batch(batch: Any, size: int) -> list[Any]:
@@ -128,7 +150,7 @@ def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
 
 def _too_deep(batch: Any) -> DataError:
     return DataError(
-        f"a batch, a {type(batch).__name__}, is nested deeper than Python can follow, or holds itself. "
+        f"a batch, {with_article(type(batch).__name__)}, is nested deeper than Python can follow, or holds itself. "
         "Write: a collate_fn that returns a tensor, or a tuple, list or mapping of tensors."
     )
 
@@ -173,16 +195,20 @@ def forward_arguments(batch: Any, keep_labels: bool) -> tuple[tuple[Any, ...], d
     return (batch,), {}, None
 
 
-def count_weight(batch: Any, targets: Any, shift: bool = False) -> float:
+def count_weight(
+    batch: Any, targets: Any, shift: bool = False, *, ignored: int = IGNORED_LABEL, weight: Tensor | None = None
+) -> float:
     """Return how much a microbatch counts in its batch, so that cutting a batch does not change its gradient.
 
     Args:
         batch: The microbatch.
-        targets: Its targets. Integer ones count where they are not -100, which losses ignore.
+        targets: Its targets. Integer ones count where they are not ``ignored``.
         shift: Leave out the first label of each row: causal language models predict the next token.
+        ignored: The label that the loss leaves out.
+        weight: The weight of each class, of shape (classes,), where the loss is a mean over weights.
 
     Returns:
-        What the loss is a mean over: the labels that count, else the samples.
+        What the loss is a mean over: the labels that count, or the sum of their classes' weights; else the samples.
 
     Example:
         >>> count_weight(None, torch.tensor([[5, -100, 7]])), count_weight(torch.zeros(4, 2), None)
@@ -190,7 +216,10 @@ def count_weight(batch: Any, targets: Any, shift: bool = False) -> float:
     """
     if isinstance(targets, Tensor) and _is_integer(targets):
         counted = targets[..., 1:] if shift and targets.ndim else targets
-        return float((counted != IGNORED_LABEL).sum().item())
+        kept = counted != ignored
+        if weight is not None:
+            return float(weight.to(targets.device)[counted[kept].long()].sum().item())
+        return float(kept.sum().item())
     return float(batch_size_of(batch))
 
 

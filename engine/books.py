@@ -17,7 +17,7 @@ from .events import Event
 from .footprint import Template, state_template, template_bytes
 from .grafts import record_of
 from .groups import Group, Origin, Slot, derive_groups, groups_of_layers, name_groups, view_groups
-from .holds import USER, Hold, Holds, Rate
+from .holds import USER, Hold, Holds
 from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
 from .layers import LayerMap, LayerSpec
 from .log import get_logger
@@ -248,6 +248,7 @@ class Books:
             home.template["params"] = [self._parameters[name] for name in names]
             if "param_names" in home.template:
                 home.template["param_names"] = names
+            home.template.update(home.replaced)
             if home.lr is not None:
                 set_lr(home.template, home.lr)
 
@@ -333,26 +334,29 @@ class Books:
                 self.optimizers[home.optimizer].state[parameter] = state
 
     def _replace(self, names: Sequence[str]) -> None:
-        if names:
-            self._place(names)
+        self._place(names)
+        if not self._trainable.isdisjoint(names):
             self._regroup()
 
     def _place(self, names: Iterable[str]) -> None:
-        """Find the slot of each name from its home, rate, factors and origin."""
+        """Find the slot of each name from its home, settings, factors and origin."""
         interned, holds = self._interned, self._holds
         for name in names:
             home = self._homes.get(name)
             if home is None:
                 continue
-            rate: Rate | None = holds.rates.get(name) if holds.rates else None
-            base = home.lr if rate is None else rate.lr
+            base, course = home.lr, None
+            options: tuple[tuple[str, float], ...] = ()
+            if holds.settings:
+                values = holds.set_for(name)
+                base, course = values.pop("lr", base), values.pop("schedule", None)
+                options = home.take(values)
             scale = holds.factor(name) if holds.factors else 1.0
             origin = self._origins.get(name) if self._origins else None
-            schedules = holds.schedules_of(name) if holds.schedules else ()
-            key = (home.index, base, scale, origin, schedules)
+            key = (home.index, base, scale, origin, course, options)
             slot = interned.get(key)
             if slot is None:
-                slot = interned[key] = Slot(home, base, scale, origin, schedules)
+                slot = interned[key] = Slot(home, base, scale, origin, course, options)
             self._slots[name] = slot
 
     def _regroup(self) -> None:
@@ -372,6 +376,8 @@ class Books:
             group["params"] = list(map(self._parameters.__getitem__, self._members[slot]))
             if "param_names" in group:
                 group["param_names"] = list(self._members[slot])
+            if slot.home.replaced:
+                group.update(slot.set_options)
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
         self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
@@ -385,7 +391,7 @@ class Books:
 
     def _group_names(self) -> tuple[str, ...]:
         if self._names is None:
-            self._names = name_groups(self._live, self._members, self.layers)
+            self._names = name_groups(self._live, self._members, self.layers, self.optimizers)
         return self._names
 
     def _write_lr(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import warnings
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from .algorithm import Algorithm
 from .clock import Clock
 from .engine import Engine
-from .errors import CheckpointError, ThawlineError, ThawlineWarning
+from .errors import CheckpointError, ThawlineError, warn, with_article
 from .precision import Precision
 from .pristine import Pristine
 from .resume import OnChange, changes_of, check_same_run, differences
@@ -116,7 +115,7 @@ def restore(
             )
         changed += changes_of(tree["environment"], environment(state.model))
     for each in changed:
-        warnings.warn(each, ThawlineWarning, stacklevel=6)
+        warn(each)
     with well_formed():
         new = _load(tree, engine, precision, migrate=migrate)
     if new:
@@ -179,7 +178,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
-                f"{name!r} in the model's state dict is a {type(value).__name__}, and checkpoints hold tensors. "
+                f"{name!r} in the model's state dict is {with_article(type(value).__name__)}, and checkpoints hold tensors. "
                 "Keep it in a buffer, or derive it from the model's arguments."
             )
         weights[name] = value.detach()

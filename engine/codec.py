@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from attrs import Factory, define
 
-from .errors import CheckpointError, shorten
+from .errors import CheckpointError, shorten, with_article
 from .tensorfile import DTYPES, MAX_RANK, bytes_of, shape_of
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class _Encoder:
         for key in value:
             if not _is_key(key):
                 raise CheckpointError(
-                    f"{_where(place)} cannot be saved: the key {shorten(key)} is a {_name(key)}, keys are None, bool, int, "
+                    f"{_where(place)} cannot be saved: the key {shorten(key)} is {with_article(_name(key))}, keys are None, bool, int, "
                     "float, str or tuples of them. Write: {str(key): value for key, value in …}"
                 )
         if all(type(key) is str and not key.startswith("$") and _is_text(key) for key in value):
@@ -184,7 +184,9 @@ class _Encoder:
             return {"$dtype": str(value).removeprefix("torch.")}
         if isinstance(value, torch.device):
             return {"$device": str(value)}
-        raise CheckpointError(f"{_where(place)} cannot be saved: it is a {_name(value)}. A checkpoint takes {_KINDS}.")
+        raise CheckpointError(
+            f"{_where(place)} cannot be saved: it is {with_article(_name(value))}. A checkpoint takes {_KINDS}."
+        )
 
     def _tensor(self, value: Tensor, place: Place) -> Json:
         if reason := _refuse(value):
@@ -218,7 +220,7 @@ class _Encoder:
 def _refuse(tensor: Tensor) -> str | None:
     """Say why ``tensor`` cannot be stored as the bytes of one dense block, None if it can."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return f"a {_name(tensor)}"
+        return with_article(_name(tensor))
     if tensor.is_nested or tensor.layout is not torch.strided:
         return "sparse or nested"
     if tensor.is_meta:

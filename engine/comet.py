@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, field
 from typing_extensions import override
 
-from .errors import ArgumentError, MissingExtraError
+from .errors import ArgumentError, MissingExtraError, warn
 from .log import get_logger, jsonable
 
 if TYPE_CHECKING:
@@ -200,7 +200,9 @@ class CometTracker:
             self._reported = True
             text = f"{type(error).__name__}: {error}"
             # The exception may carry the key, so neither it nor its traceback is logged.
-            log.warning("Comet failed; the run goes on", error=self._console.redact(text) if self._console else text)
+            text = self._console.redact(text) if self._console else text
+            log.warning("Comet failed; the run goes on", error=text)
+            warn(f"Comet failed, and the run goes on without what it misses: {text}")
 
 
 def _log_config(experiment: CometExperiment, config: Mapping[str, Json]) -> None:

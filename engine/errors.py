@@ -5,6 +5,8 @@ Each message says where it was, what it got, what it takes, and what to write in
 
 from __future__ import annotations
 
+import sys
+import warnings
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,21 @@ class ThawlineError(Exception):
 
 class ThawlineWarning(UserWarning):
     """Something that is allowed and probably not meant, such as a schedule that cannot fire within the fit."""
+
+
+def warn(text: str) -> None:
+    """Warn with a :class:`ThawlineWarning` that points at the line of the user's that led here.
+
+    Frames of thawline, of torch, which may stand between two of thawline, and of generated code are passed over.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, ThawlineWarning, stacklevel=level)
+
+
+def _is_ours(module: object) -> bool:
+    return not isinstance(module, str) or module.partition(".")[0] in ("thawline", "torch", "contextlib")
 
 
 class ArgumentError(ThawlineError, ValueError):
@@ -123,12 +140,16 @@ class NonFiniteError(ThawlineError, ArithmeticError):
     """A loss or gradient norm that is NaN or infinite."""
 
 
+class OutOfMemoryError(ThawlineError, MemoryError):
+    """Memory that runs out with a single sample at a time."""
+
+
 class CheckpointError(ThawlineError):
     """A checkpoint that is damaged, missing, or belongs to another run."""
 
 
 class RunDirError(CheckpointError, FileExistsError):
-    """A run directory that already holds a run."""
+    """A run directory that already holds a run, is in use, or cannot be made."""
 
 
 class MissingExtraError(ThawlineError, ImportError):
@@ -152,6 +173,16 @@ def shorten(value: object, limit: int = 120) -> str:
     except Exception:  # noqa: BLE001 - an error about a value must not fail on showing it: an int of 5000 digits cannot
         text = f"<{type(value).__name__} that cannot be shown>"
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def with_article(noun: str) -> str:
+    """Return ``noun`` with "a" or "an" before it.
+
+    Example:
+        >>> with_article("object"), with_article("Tensor")
+        ('an object', 'a Tensor')
+    """
+    return f"{'an' if noun[:1].lower() in tuple('aeio') else 'a'} {noun}"
 
 
 def nearest(name: str, names: Iterable[str], count: int = 5) -> str:

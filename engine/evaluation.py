@@ -53,8 +53,9 @@ def evaluate(
                 with precision.autocast():
                     outputs = forward.outputs(model, batch)
                     loss = _loss(forward, outputs, batch, needed=not metrics)
-                value = None if loss is None else float(loss)
-                weight = forward.weight(model, batch)
+                value, weight = None if loss is None else float(loss), forward.weight(model, batch)
+                if value is not None and weight and forward.criterion.reduction == "sum":
+                    value /= weight
                 samples = fetched.samples or batch_size_of(batch)
                 meters.update(predictions(outputs), targets_of(batch), loss=value, weight=weight, samples=samples)
                 if emit is not None:

@@ -14,9 +14,10 @@ from .algorithm import Algorithm, Stage
 from .clock import Clock, Time
 from .data import ResumableLoader
 from .engine import Engine, Handler
-from .errors import ArgumentError, DataError
+from .errors import ArgumentError, DataError, with_article
 from .events import Event
 from .flops import FlopCounter, count_flops
+from .forward import stop_frozen
 from .homes import OptimizerLike, over_twins
 from .layering import find_layers
 from .layers import LayerMap, LayerSpec
@@ -24,8 +25,7 @@ from .ledger import ParameterLedger
 from .plan import Plan, Recorder
 from .randomness import Randomness
 from .recipe import Recipe
-from .run import stop_frozen
-from .settings import share_of, total_batches
+from .settings import bound_schedule, total_batches
 from .state import State
 from .twin import meta_twin
 
@@ -74,7 +74,7 @@ class Foresight:
             layers = find_layers(model, self.data, trainer.forward().outputs, next(model.parameters()).device)
         twin, twins = meta_twin(model)
         twin.train()
-        schedule = trainer.schedule.bind(share_of(duration, clock.batches_per_epoch))
+        schedule = bound_schedule(trainer.schedule, duration, clock.batches_per_epoch)
         ledger = ParameterLedger(
             twin, over_twins(optimizer, twins), copy.deepcopy(layers) if isinstance(layers, LayerMap) else layers,
             schedule=schedule, min_lr=trainer.min_lr, seed=trainer.seed,
@@ -224,7 +224,7 @@ def _check_length(duration: Time, length: int | None, *, sizes_known: bool, got:
     if (duration.unit == "ep" and length is None) or (duration.unit == "sp" and not sizes_known):
         what = "batches an epoch" if duration.unit == "ep" else "samples a batch"
         raise ArgumentError(
-            "Trainer.plan(train_loader=)", got=f"a {type(got).__name__} that does not say how many {what} has",
+            "Trainer.plan(train_loader=)", got=f"{with_article(type(got).__name__)} that does not say how many {what} has",
             takes=f"one that does, where the duration is {str(duration)!r}",
             example="trainer.plan(model, train_loader, duration='200ba')",
         )  # fmt: skip

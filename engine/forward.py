@@ -7,12 +7,14 @@ from math import inf
 from typing import Any
 
 import torch
-from attrs import define, field, frozen
+from attrs import Factory, define, field, frozen
 from torch import Tensor, nn
 
+from .criterion import Criterion
 from .data import count_weight, forward_arguments
-from .errors import ArgumentError, DataError, LossError, shorten
+from .errors import ArgumentError, DataError, LedgerError, LossError, shorten, with_article
 from .shift import shifts_labels
+from .state import State
 
 # The commonest batches: read here in a fraction of the time that `forward_arguments` takes.
 _PAIRS = frozenset({tuple, list})
@@ -30,12 +32,13 @@ class Forward:
         loss_fn: ``(outputs, targets) -> scalar``, the mean over the samples; None: ``outputs.loss``,
             ``outputs["loss"]``, or the output itself.
         loss_weight: ``batch -> number`` of what the loss is a mean over; None: the labels that are not
-            ignored (-100), else the samples.
+            ignored (the loss's ``ignore_index``, else -100), weighted by class where the loss is, else the samples.
     """
 
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     loss_weight: Callable[[Any], float] | None = None
+    criterion: Criterion = field(init=False, default=Factory(lambda self: Criterion.of(self.loss_fn), takes_self=True))
 
     def outputs(self, model: nn.Module, batch: Any) -> Any:
         """Return what the model makes of a batch."""
@@ -46,13 +49,13 @@ class Forward:
         args, kwargs, _ = forward_arguments(batch, self.loss_fn is not None)
         try:
             return model(*args, **kwargs)
-        except TypeError as error:
+        except Exception as error:
             if self.loss_fn is None:
                 error.add_note(
                     "Trainer(loss_fn=None) passes the whole batch to the model, which is to return its loss. "
                     "Where the loss is computed outside, write Trainer(loss_fn=torch.nn.functional.cross_entropy)."
                 )
-            elif (advice := _rename(batch)) and targets_of(batch) is None:
+            elif isinstance(error, TypeError) and (advice := _rename(batch)) and targets_of(batch) is None:
                 raise DataError(f"the model does not take this batch: {error}. {advice}") from error
             raise
 
@@ -61,7 +64,8 @@ class Forward:
 
         Raises:
             LossError: There is none, or it is not one number.
-            DataError: ``loss_fn`` fails on a batch without targets.
+            DataError: ``loss_fn`` fails on a batch without targets, or the model computes no loss from a batch without
+                labels.
         """
         loss: Any
         if self.loss_fn is not None:
@@ -70,6 +74,7 @@ class Forward:
                 loss = self.loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
             except Exception as error:
                 if targets is not None:
+                    error.add_note(f"in loss_fn(outputs {_look(predictions(outputs))}, targets {_look(targets)})")
                     raise
                 raise DataError(_without_targets(batch, error)) from error
             if type(loss) is Tensor and not loss.ndim:
@@ -81,6 +86,8 @@ class Forward:
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
             source = "outputs.loss"
         if not isinstance(loss, Tensor) or loss.numel() != 1:
+            if loss is None and source == "outputs.loss" and isinstance(batch, Mapping) and "labels" not in batch:
+                raise DataError(_without_labels(batch))
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else shorten(loss)
             raise LossError(
                 f"the loss takes one number, got {got} from {source}. "
@@ -96,7 +103,8 @@ class Forward:
         """
         if self.loss_weight is not None:
             return _weight(self.loss_weight(batch))
-        return count_weight(batch, targets_of(batch), shift=self.loss_fn is None and shifts_labels(model))
+        said, shift = self.criterion, self.loss_fn is None and shifts_labels(model)
+        return count_weight(batch, targets_of(batch), shift, ignored=said.ignored, weight=said.weight)
 
 
 def _weight(given: Any) -> float:
@@ -115,11 +123,26 @@ def _without_targets(batch: Any, error: Exception) -> str:
     if isinstance(batch, Mapping):
         what = f"a mapping of {', '.join(map(repr, batch)) or 'nothing'}, without 'labels' or 'targets'"
     elif isinstance(batch, (tuple, list)):
-        what = f"a {type(batch).__name__} of one, the model's input"
+        what = f"{with_article(type(batch).__name__)} of one, the model's input"
     else:
-        what = f"a {type(batch).__name__}, the model's input"
+        what = f"{with_article(type(batch).__name__)}, the model's input"
     advice = _rename(batch) or "Write: batches that are (inputs, targets), or mappings with 'labels' or 'targets'."
     return f"loss_fn is given and the batch has no targets: it is {what}. {advice} loss_fn said: {error}"
+
+
+def _without_labels(batch: Mapping[Any, Any]) -> str:
+    advice = _rename(batch) or "Add them to the data set: labels=input_ids for a language model, else one a sample."
+    return (
+        f"the model returned no loss, and the batch, a mapping of {', '.join(map(repr, batch)) or 'nothing'}, has no 'labels' "
+        f"to compute it from. {advice}"
+    )
+
+
+def _look(value: Any) -> str:
+    """Say what a loss was given."""
+    if isinstance(value, Tensor):
+        return f"of shape {tuple(value.shape)}, {value.dtype}"
+    return with_article(type(value).__name__)
 
 
 def _rename(batch: Any) -> str:
@@ -135,6 +158,29 @@ def require_gradient(loss: Tensor) -> None:
             "the loss has no gradient: no trainable parameter had a part in it. Do not detach it, compute it under "
             "no_grad or turn it into a number, and look with ledger.trainable which parameters train."
         )
+
+
+def stop_frozen(state: State) -> None:
+    """Nothing trains: an error at the start of the fit, its end later.
+
+    Raises:
+        LedgerError: At the start.
+    """
+    ledger = state.ledger
+    if state.clock.batch:
+        state.stop("nothing trains any more")
+        return
+    name = next(iter(ledger.parameters))
+    holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
+    advice = "Thaw some: model.requires_grad_(True) before the fit where the user holds them."
+    if ledger.left_out:
+        advice = (
+            f"The optimizer instance holds {len(ledger.parameters) - len(ledger.left_out)} of them. Pass a factory, "
+            "which sees every parameter: optimizer=partial(torch.optim.AdamW, lr=1e-4)."
+        )
+    raise LedgerError(
+        f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). {advice}"
+    )
 
 
 def predictions(outputs: Any) -> Any:

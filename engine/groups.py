@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any
 
 from attrs import define, frozen
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .clock import Clock, Time
 from .homes import MANAGED, Home
-from .layers import LayerMap
+from .layers import LayerMap, stretches
 from .schedules import Schedule
+
+# A group's name has to fit into a table.
+_MOST = 4
 
 
 @frozen(slots=True)
@@ -33,9 +36,28 @@ class Origin:
         )
 
 
+@frozen(slots=True, eq=False)
+class Course:
+    """A schedule of a group's own, in place of the fit's.
+
+    Args:
+        schedule: Progress through the course (0 to 1) to the factor.
+        span: How long the course is; after it the last factor stays.
+        start: When it began, in the unit of ``span``.
+    """
+
+    schedule: Schedule
+    span: Time
+    start: float
+
+    def factor(self, clock: Clock) -> float:
+        """Return the factor at ``clock``."""
+        return self.schedule(min(1.0, max(0.0, (self.span.elapsed(clock) - self.start) / self.span.value)))
+
+
 @define(eq=False, slots=True)
 class Slot:
-    """The parameters that share a home, a base rate, a factor, an origin and schedules of their own: one group.
+    """The parameters that share a home, a base rate, a factor, an origin, a course and set options: one group.
 
     Slots are interned: equal ones are the same object, so that grouping compares identities.
     """
@@ -44,21 +66,25 @@ class Slot:
     base_lr: float | None
     scale: float
     origin: Origin | None
-    schedules: tuple[Schedule, ...] = ()
-
-    def lr(self, factor: float, clock: Clock, floor: float) -> float:
-        """Return ``max(base_lr * scale * factor * warmup * own schedules, floor)``."""
-        assert self.base_lr is not None
-        warm = 1.0 if self.origin is None else self.origin.factor(clock)
-        rate = self.base_lr * self.scale * factor * warm
-        if self.schedules:  # by size, so that the last bit does not depend on who set which
-            rate *= math.prod(sorted(each(clock.progress) for each in self.schedules))
-        return max(rate, floor)
+    course: Course | None = None
+    options: tuple[tuple[str, float], ...] = ()
 
     @property
     def moves(self) -> bool:
-        """Whether the rate changes by more than the schedule of all groups."""
-        return self.origin is not None or bool(self.schedules)
+        """Whether the rate moves with the clock by itself."""
+        return self.origin is not None or self.course is not None
+
+    @property
+    def set_options(self) -> dict[str, float]:
+        """The options that somebody set for parameters of this home: as set for these, else as given."""
+        return {**self.home.replaced, **dict(self.options)}
+
+    def lr(self, factor: float, clock: Clock, floor: float) -> float:
+        """Return ``max(base_lr * scale * factor * warmup, floor)``; the factor is the course's where there is one."""
+        assert self.base_lr is not None
+        warm = 1.0 if self.origin is None else self.origin.factor(clock)
+        shape = factor if self.course is None else self.course.factor(clock)
+        return max(self.base_lr * self.scale * shape * warm, floor)
 
 
 @frozen
@@ -125,15 +151,20 @@ def derive_groups(
 
 
 def name_groups(
-    live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, list[str]], layers: LayerMap
+    live: Mapping[Slot, dict[str, Any]],
+    members: Mapping[Slot, list[str]],
+    layers: LayerMap,
+    optimizers: Sequence[Optimizer],
 ) -> tuple[str, ...]:
-    """Return unique names of the groups, made of the layers they span."""
+    """Return unique names of the groups, made of the layers they span, and of the optimizer where there are several."""
     taken: dict[str, int] = {}
     names = []
     for slot, group in live.items():
         name = _span(members[slot], layers)
         if isinstance(group.get("name"), str):
             name = f"{group['name']}:{name}"
+        if len(optimizers) > 1:
+            name = f"{name} ({type(optimizers[slot.home.optimizer]).__name__})"
         taken[name] = taken.get(name, 0) + 1
         names.append(f"{name}/{taken[name]}" if taken[name] > 1 else name)
     return tuple(names)
@@ -181,7 +212,7 @@ def copied(template: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in template.items()}
 
 
-def _span(names: list[str], layers: LayerMap) -> str:
-    depths = {layers.depth(name) for name in names}
-    first, last = layers.names[min(depths)], layers.names[max(depths)]
-    return first if first == last else f"{first}..{last}"
+def _span(names: Iterable[str], layers: LayerMap) -> str:
+    found = stretches({layers.of(name).name for name in names}, [layer.name for layer in layers])
+    texts = [each[0] if len(each) == 1 else f"{each[0]}..{each[-1]}" for each in found]
+    return "+".join(texts if len(texts) <= _MOST else [*texts[: _MOST - 1], f"{len(texts) - _MOST + 1} more"])

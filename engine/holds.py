@@ -14,10 +14,12 @@ from attrs import field, frozen
 
 from .clock import Time
 from .errors import LedgerError
-from .schedules import Schedule, schedule_from_description
+from .groups import Course
+from .schedules import schedule_from_description
 from .selectors import Selection
 
 Moments: TypeAlias = Literal["drop", "keep"]
+Mode: TypeAlias = Literal["eval", "train"] | None
 USER = "user"
 
 
@@ -27,18 +29,19 @@ class Hold:
 
     Args:
         moments: Whether the optimizer's state is dropped or kept while the parameter is frozen.
-        evaluate: Whether modules that are wholly held so stand in eval mode (no dropout).
+        mode: ``"eval"``: modules that are wholly held so stand in eval mode (no dropout). ``"train"``: normalization
+            layers that everybody holds so stay in train mode.
     """
 
     moments: Moments = "drop"
-    evaluate: bool = False
+    mode: Mode = None
 
 
 @frozen(slots=True)
-class Rate:
-    """An absolute base learning rate and the owner who set it."""
+class Setting:
+    """What one owner set for a parameter: its base rate, its course, or an option of its group."""
 
-    lr: float
+    value: float | Course
     owner: str
 
 
@@ -51,16 +54,14 @@ class Holds:
         standing: Owner to its patterns (layers, globs, modules), the latest last. They go on to cover
             parameters attached later: a Hold freezes them, None does not.
         factors: Owner to its factor on each parameter's learning rate.
-        schedules: Owner to its schedule on each parameter's learning rate.
-        rates: The absolute base rate of each parameter that has one.
+        settings: By kind (``"lr"``, ``"schedule"``, or the name of an option): what was set for which parameter.
         warmups: Warmup asked for by owners who released a parameter, while others still held it.
     """
 
     held: dict[str, dict[str, Hold]] = field(factory=dict)
     standing: dict[str, dict[str, Hold | None]] = field(factory=dict)
     factors: dict[str, dict[str, float]] = field(factory=dict)
-    schedules: dict[str, dict[str, Schedule]] = field(factory=dict)
-    rates: dict[str, Rate] = field(factory=dict)
+    settings: dict[str, dict[str, Setting]] = field(factory=dict)
     warmups: dict[str, dict[str, Time]] = field(factory=dict)
 
     def freeze(self, selection: Selection, owner: str, hold: Hold) -> None:
@@ -92,31 +93,35 @@ class Holds:
         mine.update(dict.fromkeys(selection.names, factor))
         return changed
 
-    def schedule(self, selection: Selection, owner: str, schedule: Schedule) -> list[str]:
-        """Set ``owner``'s schedule; return the names for which that is a change."""
-        mine = self.schedules.setdefault(owner, {})
-        changed = [name for name in selection.names if mine.get(name) != schedule]
-        mine.update(dict.fromkeys(selection.names, schedule))
-        return changed
-
-    def rate(self, selection: Selection, owner: str, lr: float) -> list[str]:
-        """Set the absolute base rate; return the names for which that is a change.
+    def put(self, kind: str, selection: Selection, owner: str, value: float | Course | None) -> list[str]:
+        """Set a value, or with None take back the owner's own; return the names for which that is a change.
 
         Raises:
             LedgerError: Another owner has set it.
         """
-        for name in selection.names:
-            known = self.rates.get(name)
-            if known is not None and known.owner != owner:
-                raise LedgerError(
-                    f"the learning rate of {name!r} was set to {known.lr} by {known.owner!r}, and {owner!r} sets it to "
-                    f"{lr}: one owner a parameter. Let one of them choose other parameters, or write "
-                    f"ledger.scale({name!r}, factor, owner={owner!r}): factors multiply."
-                )
-        rate = Rate(lr, owner)
-        changed = [name for name in selection.names if self.rates.get(name) != rate]
-        self.rates.update(dict.fromkeys(selection.names, rate))
+        table = self.settings.get(kind, {})
+        if value is None:
+            mine = [name for name in selection.names if name in table and table[name].owner == owner]
+            for name in mine:
+                del table[name]
+            return mine
+        self.check_undisputed(kind, selection, owner, value)
+        setting = Setting(value, owner)
+        changed = [name for name in selection.names if table.get(name) != setting]
+        self.settings.setdefault(kind, {}).update(dict.fromkeys(selection.names, setting))
         return changed
+
+    def check_undisputed(self, kind: str, selection: Selection, owner: str, value: float | Course) -> None:
+        """Raise a LedgerError where another owner has set the value."""
+        table = self.settings.get(kind, {})
+        for name in selection.names:
+            known = table.get(name)
+            if known is not None and known.owner != owner:
+                raise LedgerError(_disputed(kind, name, known, owner, value))
+
+    def set_for(self, name: str) -> dict[str, Any]:
+        """Return what was set for the parameter, by kind."""
+        return {kind: table[name].value for kind, table in self.settings.items() if name in table}
 
     def is_held(self, name: str) -> bool:
         """Return whether anybody holds the parameter."""
@@ -139,28 +144,27 @@ class Holds:
 
     def evaluates(self, name: str) -> bool:
         """Return whether somebody holds the parameter with ``mode="eval"``."""
-        return any(name in mine and mine[name].evaluate for mine in self.held.values())
+        return any(name in mine and mine[name].mode == "eval" for mine in self.held.values())
+
+    def tracks(self, name: str) -> bool:
+        """Return whether it is held, and all who hold it do with ``mode="train"``."""
+        modes = [mine[name].mode for mine in self.held.values() if name in mine]
+        return bool(modes) and all(mode == "train" for mode in modes)
 
     def factor(self, name: str) -> float:
         """Return the product of all owners' factors: by size, so that its last bit does not depend on who set which."""
         return math.prod(sorted(mine[name] for mine in self.factors.values() if name in mine), start=1.0)
 
-    def schedules_of(self, name: str) -> tuple[Schedule, ...]:
-        """Return all owners' schedules, in the owners' alphabetical order."""
-        return tuple(mine[name] for _, mine in sorted(self.schedules.items()) if name in mine)
-
     def enroll(self, name: str, beside: str, owner: str, covers: Callable[[str, str], bool]) -> None:
         """Take in a parameter that ``owner`` attached beside another.
 
-        It gets the factors, the schedules and the rate of its neighbor. Other owners' patterns cover it; the attaching
+        It gets the factors and the settings of its neighbor. Other owners' patterns cover it; the attaching
         owner's do not, since it attached it to train it.
         """
-        tables: list[dict[str, Any]] = [*self.factors.values(), *self.schedules.values()]
-        for mine in tables:
-            if beside in mine:
-                mine[name] = mine[beside]
-        if beside in self.rates:
-            self.rates[name] = self.rates[beside]
+        tables: list[dict[str, Any]] = [*self.factors.values(), *self.settings.values()]
+        for table in tables:
+            if beside in table:
+                table[name] = table[beside]
         for other, patterns in self.standing.items():
             hold = None
             for pattern, wish in patterns.items():
@@ -171,8 +175,12 @@ class Holds:
 
     def forget(self, names: Iterable[str]) -> None:
         """Drop everything about parameters that were detached."""
-        owned: list[dict[str, Any]] = [*self.held.values(), *self.factors.values(), *self.schedules.values()]
-        tables: list[dict[str, Any]] = [*owned, self.rates, self.warmups]
+        tables: list[dict[str, Any]] = [
+            *self.held.values(),
+            *self.factors.values(),
+            *self.settings.values(),
+            self.warmups,
+        ]
         for name in names:
             for table in tables:
                 table.pop(name, None)
@@ -182,10 +190,11 @@ class Holds:
     def dismiss(self, owner: str) -> list[str]:
         """Drop all wishes of an owner; return the names that it held."""
         held = list(self.held.pop(owner, {}))
-        for table in (self.standing, self.factors, self.schedules):
+        for table in (self.standing, self.factors):
             table.pop(owner, None)
-        for name in [name for name, rate in self.rates.items() if rate.owner == owner]:
-            del self.rates[name]
+        for settings in self.settings.values():
+            for name in [name for name, setting in settings.items() if setting.owner == owner]:
+                del settings[name]
         for warmups in self.warmups.values():
             warmups.pop(owner, None)
         return held
@@ -203,13 +212,12 @@ class Holds:
             "held": {owner: _by_hold(mine) for owner, mine in self.held.items()},
             "standing": {
                 owner: [
-                    [pattern, None if wish is None else [wish.moments, wish.evaluate]] for pattern, wish in mine.items()
+                    [pattern, None if wish is None else [wish.moments, wish.mode]] for pattern, wish in mine.items()
                 ]
                 for owner, mine in self.standing.items()
             },
             "factors": {owner: dict(mine) for owner, mine in self.factors.items()},
-            "schedules": {owner: _by_schedule(mine) for owner, mine in self.schedules.items()},
-            "rates": {name: [rate.lr, rate.owner] for name, rate in self.rates.items()},
+            "settings": {kind: _by_setting(table) for kind, table in self.settings.items()},
             "warmups": {
                 name: {owner: str(time) for owner, time in each.items()} for name, each in self.warmups.items()
             },
@@ -220,12 +228,8 @@ class Holds:
         """Build from :meth:`state_dict`."""
         held: dict[str, dict[str, Hold]] = {}
         for owner, entries in saved["held"].items():
-            for moments, evaluate, names in entries:
-                held.setdefault(owner, {}).update(dict.fromkeys(names, Hold(moments, evaluate)))
-        schedules: dict[str, dict[str, Schedule]] = {}
-        for owner, entries in saved["schedules"].items():
-            for description, names in entries:
-                schedules.setdefault(owner, {}).update(dict.fromkeys(names, schedule_from_description(description)))
+            for moments, mode, names in entries:
+                held.setdefault(owner, {}).update(dict.fromkeys(names, Hold(moments, mode)))
         return cls(
             held=held,
             standing={
@@ -233,8 +237,14 @@ class Holds:
                 for owner, mine in saved["standing"].items()
             },
             factors={owner: dict(mine) for owner, mine in saved["factors"].items()},
-            schedules=schedules,
-            rates={name: Rate(*rate) for name, rate in saved["rates"].items()},
+            settings={
+                kind: {
+                    name: setting
+                    for value, owner, names in entries
+                    for name, setting in dict.fromkeys(names, Setting(_value(value), owner)).items()
+                }
+                for kind, entries in saved["settings"].items()
+            },
             warmups={name: {owner: Time(t) for owner, t in each.items()} for name, each in saved["warmups"].items()},
         )
 
@@ -243,11 +253,33 @@ def _by_hold(mine: Mapping[str, Hold]) -> list[list[Any]]:
     grouped: dict[Hold, list[str]] = {}
     for name, hold in mine.items():
         grouped.setdefault(hold, []).append(name)
-    return [[hold.moments, hold.evaluate, sorted(names)] for hold, names in grouped.items()]
+    return [[hold.moments, hold.mode, sorted(names)] for hold, names in grouped.items()]
 
 
-def _by_schedule(mine: Mapping[str, Schedule]) -> list[list[Any]]:
-    grouped: dict[Schedule, list[str]] = {}
-    for name, schedule in mine.items():
-        grouped.setdefault(schedule, []).append(name)
-    return [[schedule.describe(), sorted(names)] for schedule, names in grouped.items()]
+def _by_setting(table: Mapping[str, Setting]) -> list[list[Any]]:
+    """Return value, owner and names of each setting; a course is one object for all who share it, before and after."""
+    grouped: dict[Setting, list[str]] = {}
+    for name, setting in table.items():
+        grouped.setdefault(setting, []).append(name)
+    return [[_json(setting.value), setting.owner, names] for setting, names in grouped.items()]
+
+
+def _json(value: float | Course) -> Any:
+    return [value.schedule.describe(), str(value.span), value.start] if isinstance(value, Course) else value
+
+
+def _value(saved: Any) -> float | Course:
+    if not isinstance(saved, (list, tuple)):
+        return float(saved)
+    schedule, span, start = saved
+    return Course(schedule_from_description(schedule), Time(span), start)
+
+
+def _disputed(kind: str, name: str, known: Setting, owner: str, value: float | Course) -> str:
+    what = "learning rate" if kind == "lr" else kind
+    there, here = ("its own" if isinstance(each, Course) else each for each in (known.value, value))
+    text = f"the {what} of {name!r} was set to {there} by {known.owner!r}, and {owner!r} sets it to {here}: one owner a parameter. "
+    text += "Let one of them choose other parameters"
+    return text + (
+        f", or write ledger.scale({name!r}, factor, owner={owner!r}): factors multiply." if kind == "lr" else "."
+    )

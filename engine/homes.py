@@ -12,7 +12,7 @@ from attrs import define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .errors import OptimizerError, SelectorError, shorten
+from .errors import OptimizerError, SelectorError, shorten, with_article
 from .layers import LayerMap
 from .selectors import Selector, resolve
 
@@ -35,21 +35,30 @@ class Home:
         lr: The base learning rate; None where the optimizer's groups have none.
         given: What else the group said when the user made it. Some optimizers count in their groups, so that
             ``options`` moves while this stays.
+        replaced: As the user gave them, the options that an owner has set for some of its parameters.
     """
 
     optimizer: int
     index: int
     template: dict[str, Any]
     lr: float | None
+    replaced: dict[str, float] = field(factory=dict, init=False)
     given: dict[str, Any] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self.given = {key: value for key, value in self.options.items() if key != "lr"}
 
+    def take(self, options: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+        """Return what of ``options`` the groups of this home have, and note what was given in its place."""
+        mine = tuple(sorted((key, value) for key, value in options.items() if key in self.template))
+        for key, _ in mine:
+            self.replaced.setdefault(key, self.template[key])
+        return mine
+
     @property
     def options(self) -> dict[str, Any]:
-        """What the group says besides its parameters."""
-        return {key: value for key, value in self.template.items() if key not in MANAGED}
+        """What the group says besides its parameters, as the user gave it."""
+        return {key: value for key, value in self.template.items() if key not in MANAGED} | self.replaced
 
 
 def settle(
@@ -164,7 +173,7 @@ def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, A
             )
         if not isinstance(values, Mapping):
             raise OptimizerError(
-                f"{kind}.state[{name!r}] is a {type(values).__name__}, and a parameter's state is a dict, so a checkpoint "
+                f"{kind}.state[{name!r}] is {with_article(type(values).__name__)}, and a parameter's state is a dict, so a checkpoint "
                 "cannot hold it. Keep it under a text: optimizer.state[parameter] = {'value': …}"
             )
         state[name] = dict(values)

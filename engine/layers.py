@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import TypeAlias
 
 from attrs import frozen
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from .errors import LayerError, SelectorError, ThawlineWarning, nearest, shorten
+from .errors import LayerError, SelectorError, nearest, shorten, warn
 from .forward_order import forward_order
 from .log import get_logger
 from .splits import ancestors, find_split
@@ -233,7 +233,7 @@ class LayerMap:
         found = _LAYER.fullmatch(text)
         if found is None or not self.names_layer(text):
             raise SelectorError(
-                f"{text!r} names no layer. Layers: {', '.join(self._order)}. Write 'head' or 'blocks[-1]'."
+                f"{text!r} names no layer. Layers: {', '.join(layer.name for layer in self)}. Write 'head' or 'blocks[-1]'."
             )
         blocks = [name for name in self._order if name.startswith("blocks[")]
         if found[1] == "blocks" and not blocks:
@@ -257,11 +257,9 @@ def _found(model: nn.Module, names: tuple[str, ...], forward: Callable[[], objec
     order = None if forward is None else forward_order(model, forward)
     if order is None:
         if split.doubt:
-            warnings.warn(
+            warn(
                 f"{split.doubt}: layers follow the order in which modules are registered. To follow the order of use, "
                 f"write: trainer.fit(…, layers=LayerMap(model, forward=lambda: model(inputs))), or {_EXAMPLE}",
-                ThawlineWarning,
-                stacklevel=3,
             )
         return split.of
     used = find_split(model, order)
@@ -382,3 +380,18 @@ def _globs(layer: str, value: object) -> tuple[str, ...]:
 
 def _matches(name: str, glob: str) -> bool:
     return name.startswith(f"{glob}.") or fnmatchcase(name, glob)
+
+
+def stretches(layers: Collection[str], order: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return layers as stretches without gaps, in depth order.
+
+    Args:
+        layers: Names of some layers.
+        order: The names of all layers that have parameters, in depth order.
+
+    Example:
+        >>> stretches(["a", "b", "d"], ["a", "b", "c", "d"])
+        [('a', 'b'), ('d',)]
+    """
+    groups = groupby(order, key=frozenset(layers).__contains__)
+    return [tuple(names) for inside, names in groups if inside]

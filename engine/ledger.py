@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
-from .books import Books
 from .clock import Time
-from .errors import ArgumentError, LedgerClosedError, LedgerError, SurgeryError, nearest
-from .events import Event
+from .errors import ArgumentError, LedgerError, SurgeryError, nearest
 from .grafts import Graft, build_grafts, keep_record, record_of, undo_graft
 from .groups import Origin, options_of
-from .holds import USER, Hold, Holds, Moments
+from .holds import USER, Hold, Holds, Mode, Moments
 from .homes import home_of_new, names_of, state_by_name
-from .invariants import check_groups, check_parameter, check_rates
-from .schedules import Schedule, schedule_from_description
+from .invariants import check_groups, check_options, check_parameter, check_rates
+from .rates import Rates
 from .selectors import Selector, covers
 from .surgery import JournalEntry
 from .typing import Json
 
 
-class ParameterLedger(Books):
+class ParameterLedger(Rates):
     """What trains, in which group, at which learning rate; who decided it; what was attached.
 
     Args:
@@ -56,9 +53,7 @@ class ParameterLedger(Books):
 
     # -- changing ----------------------------------------------------------------------------------------------
 
-    def freeze(
-        self, select: Selector, *, owner: str, moments: Moments = "drop", mode: Literal["eval"] | None = None
-    ) -> None:
+    def freeze(self, select: Selector, *, owner: str, moments: Moments = "drop", mode: Mode = None) -> None:
         """Add ``owner``'s hold: what anybody holds does not train.
 
         Frozen parameters leave their group, and lose ``.grad`` and the optimizer's state.
@@ -67,7 +62,8 @@ class ParameterLedger(Books):
             select: What to freeze.
             owner: Who holds it; only the same owner's :meth:`thaw` releases this hold.
             moments: ``"keep"`` puts the optimizer's state aside until the parameter trains again.
-            mode: ``"eval"`` also puts modules that are wholly held in eval mode (dropout off).
+            mode: ``"eval"`` also puts modules that are wholly held in eval mode (dropout off); ``"train"`` lets the
+                statistics of frozen normalization layers go on, where all who hold them say so.
 
         Raises:
             SelectorError: ``select`` matches nothing.
@@ -76,20 +72,20 @@ class ParameterLedger(Books):
         self._check_open("freeze", owner)
         if moments not in ("drop", "keep"):
             raise ArgumentError("freeze(moments=)", got=moments, takes="'drop' or 'keep'", example="moments='drop'")
-        if mode not in (None, "eval"):
-            raise ArgumentError("freeze(mode=)", got=mode, takes="None or 'eval'", example="mode='eval'")
+        if mode not in (None, "eval", "train"):
+            raise ArgumentError("freeze(mode=)", got=mode, takes="None, 'eval' or 'train'", example="mode='eval'")
         selection = self._resolve(select)
-        self._holds.freeze(selection, owner, Hold(moments, mode == "eval"))
+        self._holds.freeze(selection, owner, Hold(moments, mode))
         if moments == "drop" and self._kept:
             for name in selection.names:
                 self._kept.pop(name, None)
         leaving = [name for name in selection.names if name in self._trainable]
-        if mode == "eval":
-            self._modes.evaluating = True
+        if mode is not None:
+            self._modes.asked = True
         if leaving:
             self._leave(leaving, keep=moments == "keep")
             self._regroup()
-        elif mode == "eval":
+        elif self._modes.asked:
             self._modes.refresh(self._trainable, self._holds)
 
     def thaw(self, select: Selector, *, owner: str, warmup: Time | str | int | None = None) -> None:
@@ -117,66 +113,8 @@ class ParameterLedger(Books):
         if joining:
             self._join(joining)
             self._regroup()
-        elif released and self._modes.evaluating:
+        elif released and self._modes.asked:
             self._modes.refresh(self._trainable, self._holds)
-
-    def scale(self, select: Selector, factor: float, *, owner: str) -> None:
-        """Set ``owner``'s factor on the learning rate; factors of several owners multiply.
-
-        Args:
-            select: What to scale.
-            factor: Relative to the home rate; setting it again replaces it.
-            owner: Whose factor it is.
-
-        Raises:
-            ArgumentError: The factor is negative or no finite number.
-            SelectorError: ``select`` matches nothing.
-        """
-        self._check_open("scale", owner)
-        value = _rate("scale(factor=)", factor, "factor=0.5")
-        self._replace(self._holds.scale(self._resolve(select), owner, value))
-
-    def set_lr(self, select: Selector, lr: float, *, owner: str) -> None:
-        """Set an absolute base learning rate, which factors and schedule still multiply.
-
-        Raises:
-            LedgerError: Another owner has set one; the message names both.
-            ArgumentError: The rate is negative or no finite number.
-            SelectorError: ``select`` matches nothing.
-        """
-        self._check_open("set_lr", owner)
-        value = _rate("set_lr(lr=)", lr, "lr=1e-3")
-        self._replace(self._holds.rate(self._resolve(select), owner, value))
-
-    def schedule_lr(self, select: Selector, schedule: Schedule, *, owner: str) -> None:
-        """Set ``owner``'s schedule on the learning rate, which multiplies with the others' and with the ledger's own.
-
-        Args:
-            select: What follows it.
-            schedule: Progress of the fit (0 to 1) to a factor: one of :mod:`~thawline.engine.schedules`, whose lengths
-                are shares of the duration. Setting another replaces it; ``constant()`` ends it.
-            owner: Whose schedule it is.
-
-        Raises:
-            ArgumentError: A function of one's own, which a checkpoint could not hold, or lengths in epochs or batches.
-            SelectorError: ``select`` matches nothing.
-
-        Example:
-            >>> import torch
-            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-            >>> ledger = ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=1.0))
-            >>> from thawline.engine import Clock, linear
-            >>> ledger.schedule_lr("blocks[0]", linear(), owner="me")
-            >>> ledger.apply_lr(Clock(progress=0.25))
-            >>> ledger.rates
-            {'blocks[0]': 0.75, 'head': 1.0}
-        """
-        self._check_open("schedule_lr", owner)
-        if not isinstance(schedule, Schedule) or not schedule.bound:
-            takes, example = "a schedule with lengths in shares of the duration", "schedule=warmup(0.1, then=cosine())"
-            raise ArgumentError("ledger.schedule_lr(schedule=)", got=schedule, takes=takes, example=example)
-        schedule_from_description(schedule.describe())
-        self._replace(self._holds.schedule(self._resolve(select), owner, schedule))
 
     def attach(self, module_name: str | Sequence[str], op: str, *, owner: str, **arguments: Json) -> None:
         """Attach what a surgery op builds, and record it.
@@ -257,6 +195,20 @@ class ParameterLedger(Books):
         self._join([name for name in self._holds.free(released) if name in self._homes])
         self._regroup()
 
+    def drop_moments(self, select: Selector, *, owner: str) -> None:
+        """Forget the optimizer's state of parameters whose values were replaced; they go on as if fresh.
+
+        Raises:
+            SelectorError: ``select`` matches nothing.
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("drop_moments", owner)
+        names = [name for name in self._resolve(select).names if name in self._homes]
+        for name in names:
+            self._kept.pop(name, None)
+            self.optimizers[self._homes[name].optimizer].state.pop(self._parameters[name], None)
+        self._restore([name for name in names if name in self._trainable])
+
     # -- checking ----------------------------------------------------------------------------------------------
 
     def verify(self) -> None:
@@ -271,6 +223,7 @@ class ParameterLedger(Books):
             has_state = home is not None and parameter in self.optimizers[home.optimizer].state
             holders = self._holds.owners(name)
             check_parameter(name, parameter, trains=name in self._trainable, holders=holders, has_state=has_state)
+        check_options(self._live, self._members)
         check_rates(self._live, self._members, self._factor, self._rated, self.min_lr)
         if [id(each) for _, each in self.model.named_parameters()] != [id(each) for each in self._parameters.values()]:
             raise LedgerError(
@@ -284,7 +237,10 @@ class ParameterLedger(Books):
             for name, each in self._parameters.items()
         ]
         groups = [
-            [slot.home.index, self._members[slot], None if slot.base_lr is None else float(group["lr"]), slot.scale]
+            [
+                *(slot.home.index, self._members[slot], None if slot.base_lr is None else float(group["lr"])),
+                *(slot.scale, slot.set_options),
+            ]
             for slot, group in self._live.items()
         ]
         journal = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
@@ -318,7 +274,10 @@ class ParameterLedger(Books):
             "holds": self._holds.state_dict(),
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
             "layers": {layer.name: list(layer.parameters) for layer in self.layers},
-            "homes": [{"lr": home.lr, "options": home.options, "given": home.given} for home in self._home_list],
+            "homes": [
+                {"lr": home.lr, "options": home.options, "given": home.given, "replaced": dict(home.replaced)}
+                for home in self._home_list
+            ],
             "home_of": {name: home.index for name, home in self._homes.items()},
             "groups": [
                 {"home": slot.home.index, "parameters": self._members[slot], "options": options_of(group)}
@@ -343,14 +302,18 @@ class ParameterLedger(Books):
             self.attach([module for module, *_ in entries], op, owner=owner, **arguments)
         self._check_same(saved)
         self._holds = Holds.from_state(saved["holds"])
-        self._modes.evaluating = any(hold.evaluate for mine in self._holds.held.values() for hold in mine.values())
+        self._modes.asked = any(hold.mode is not None for mine in self._holds.held.values() for hold in mine.values())
         by_index = {home.index: home for home in self._home_list}
         for home, entry in zip(self._home_list, saved["homes"], strict=True):
-            home.lr, home.given = entry["lr"], dict(entry["given"])
+            home.lr, home.given, home.replaced = entry["lr"], dict(entry["given"]), dict(entry["replaced"])
             home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
         trainable, self._trained = set(saved["trainable"]), set(saved["trained"])
-        self._leave([name for name in self._parameters if name in self._trainable])
+        # A fit that rolls back brings optimizer state of later steps along.
+        self._leave([name for name in self._parameters if name in self._trainable], keep=False)
+        self._kept = {}
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         self._join([name for name in self._parameters if name in trainable])
         self._origins = {name: Origin(Time(time), start) for name, (time, start) in saved["origins"].items()}
         self._interned.clear()
@@ -363,7 +326,6 @@ class ParameterLedger(Books):
                 )
             # Not the rate: it is a function of the clock, and the saved one is that of the step before.
             group.update({key: value for key, value in entry["options"].items() if key != "lr"})
-        self._kept = {}
         for optimizer, entry in zip(self.optimizers, saved["optimizers"].values(), strict=True):
             for (key, values), device in zip(entry["shared"].items(), entry["shared_on"], strict=True):
                 optimizer.state[key] = self._shared(optimizer, values, device)
@@ -372,17 +334,6 @@ class ParameterLedger(Books):
                 optimizer.state[self._parameters[name]] = self._placed(name, values)
 
     # -- inside ------------------------------------------------------------------------------------------------
-
-    def _check_open(self, call: str, owner: object) -> None:
-        if self.phase is not None and not self.phase.opens_ledger:
-            later = Event.BATCH_START if self.phase.name.startswith("EVAL") else Event.BATCH_END
-            raise LedgerClosedError(
-                f"ledger.{call} was called at {self.phase.name}, where the ledger is closed: a change there would tear the "
-                f"step. Keep the decision in the algorithm's state and call it at Event.{later.name}."
-            )
-        if not isinstance(owner, str) or not owner:
-            raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
-        self._acting = owner
 
     def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
         self._read_names()
@@ -455,9 +406,3 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[No
         raise
     record.entries += made
     keep_record(model, record)
-
-
-def _rate(argument: str, value: object, example: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
-        raise ArgumentError(f"ledger.{argument}", got=value, takes="a finite number, 0 or above", example=example)
-    return float(value)

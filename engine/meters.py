@@ -97,7 +97,7 @@ class Meters:
             ArgumentError: A metric function returns something else than one number.
             DataError: A metric fails on a batch without targets.
         """
-        if loss is not None:
+        if loss is not None and weight:  # a mean over nothing, as where every label is ignored, is NaN
             self._loss += loss * weight
             self._weight += weight
         self._samples += samples

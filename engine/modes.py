@@ -15,16 +15,16 @@ class ModeKeeper:
     """Keeps normalization layers, and modules held with ``mode="eval"``, in the mode that follows from what trains.
 
     A normalization layer with running statistics stands in train mode where the model does and any of its
-    parameters trains, so the statistics of a frozen one do not drift. One without parameters follows what
-    stands before it in the same module, else the module around it.
+    parameters trains, so the statistics of a frozen one do not drift, unless all who hold it ask for ``mode="train"``.
+    One without parameters follows what stands before it in the same module, else the module around it.
 
     Args:
         model: The model.
-        evaluating: Whether any hold was ever taken with ``mode="eval"``.
+        asked: Whether any hold was ever taken with a mode.
     """
 
     model: nn.Module
-    evaluating: bool = False
+    asked: bool = False
     _norms: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
     _all: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
     _modes: list[tuple[nn.Module, bool]] = field(init=False, factory=list)
@@ -52,7 +52,8 @@ class ModeKeeper:
     def refresh(self, trainable: AbstractSet[str], holds: Holds) -> None:
         """Derive the modes from the trainable set and the holds, and set them."""
         modes = {module: any(name in trainable for name in names) for module, names in self._norms}
-        if self.evaluating:
+        if self.asked:
+            modes = {module: modes[module] or any(map(holds.tracks, names)) for module, names in self._norms}
             for module, names in self._all:
                 held = bool(names) and all(holds.evaluates(name) for name in names)
                 modes[module] = modes.get(module, True) and not held

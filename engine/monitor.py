@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Literal
 
-from .errors import nearest
+from .errors import nearest, warn
 
 # What is better when larger: a word of the metric's name, such as "accuracy" in "eval/top1_accuracy".
 _LARGER_IS_BETTER = frozenset(
@@ -35,6 +36,71 @@ def direction_of(monitor: str | None, mode: Literal["auto", "min", "max"] = "aut
 def of_evaluation(monitor: object) -> bool:
     """Return whether a metric has a value only after an evaluation."""
     return isinstance(monitor, str) and monitor.startswith("eval/")
+
+
+def warn_of_monitors(
+    algorithms: Iterable[object], saving: str | None, metrics: Iterable[str], *, evaluated: bool
+) -> bool:
+    """Warn at the start of a fit of metrics that will not come.
+
+    Args:
+        algorithms: Those of the fit; one that looks at a metric has its name as ``monitor``.
+        saving: The metric by which checkpoints are judged.
+        metrics: Names of the metrics that an evaluation measures.
+        evaluated: Whether there are evaluations.
+
+    Returns:
+        Whether the metric of the checkpoints is among them.
+    """
+    names = list(metrics)
+    monitors = {getattr(each, "owner", ""): getattr(each, "monitor", None) for each in algorithms}
+    monitors["Checkpointing"] = saving
+    if not evaluated:
+        for doubt in never_measured(monitors, names):
+            warn(doubt)
+        return False
+    # What an algorithm of the user's own logs is not known before.
+    ours = all(type(each).__module__.startswith("thawline.") for each in algorithms)
+    doubts = dict(misspelled(monitors, names)) if ours else {}
+    for doubt in doubts.values():
+        warn(doubt)
+    return "Checkpointing" in doubts
+
+
+def never_measured(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> Iterator[str]:
+    """Yield what waits in vain in a fit without evaluations.
+
+    Args:
+        monitors: By who looks at it, the metric that is looked at, or None.
+        metrics: Names of the metrics that an evaluation would measure.
+    """
+    write = "Write: trainer.fit(model, train_loader, eval_loader, duration=…)"
+    if watching := [owner for owner, monitor in monitors.items() if of_evaluation(monitor)]:
+        verb = "monitors" if len(watching) == 1 else "monitor"
+        yield f"{', '.join(watching)} {verb} an evaluation, and there is no eval_loader: it will never act. {write}"
+    if names := list(metrics):
+        yield f"there is no eval_loader to measure {', '.join(map(repr, names))} on, which metrics= asks for. {write}"
+
+
+def misspelled(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield who looks at a metric that no fit logs by itself, and what to say of it.
+
+    Args:
+        monitors: By who looks at it, the metric that is looked at, or None.
+        metrics: Names of the metrics that an evaluation measures.
+
+    Example:
+        >>> dict(misspelled({"EarlyStop": "val_loss", "Mine": "grad_norm"}, ["accuracy"]))
+        {'EarlyStop': "nothing in this fit logs 'val_loss'. Write: EarlyStop(monitor='eval/loss')"}
+    """
+    known = ["eval/loss", "train/loss", *(f"eval/{name}" for name in metrics)]
+    for owner, monitor in monitors.items():
+        if monitor is None or monitor in known:
+            continue
+        close = get_close_matches(monitor, known, n=1)
+        if close or monitor.startswith(("eval/", "train/")):
+            call = f"{owner.partition('#')[0]}(monitor={nearest(monitor, known, count=1)})"
+            yield owner, f"nothing in this fit logs {monitor!r}. Write: {call}"
 
 
 def missing_metric(monitor: str, logged: Iterable[str], *, call: str) -> str:

@@ -27,8 +27,11 @@ _SECONDS_BETWEEN_DRAWS = 0.2
 class Progress(Protocol):
     """What shows how far a fit is. Every method is safe to call at any time, and none ever raises."""
 
-    def start(self, total_batches: int | None, description: str, *, done: int = 0) -> None:
-        """Begin a fit of ``total_batches`` (None: not known), of which a resumed one has ``done`` some."""
+    def start(self, total_batches: int | None, description: str, *, done: int = 0, epoch: int = 0) -> None:
+        """Begin a fit of ``total_batches`` (None: not known), of which a resumed one has ``done`` some.
+
+        A message follows the end of each ``epoch`` batches, and of the fit, where that is given.
+        """
 
     def update(self, batch: int, metrics: Mapping[str, float]) -> None:
         """Say that ``batch`` batches are done. Cheap enough to be called for each."""
@@ -83,7 +86,7 @@ def _has_rich() -> bool:
 class NoProgress:
     """Shows nothing."""
 
-    def start(self, total_batches: int | None, description: str, *, done: int = 0) -> None:
+    def start(self, total_batches: int | None, description: str, *, done: int = 0, epoch: int = 0) -> None:
         """Do nothing."""
 
     def update(self, batch: int, metrics: Mapping[str, float]) -> None:
@@ -123,21 +126,28 @@ class LineProgress:
     clock: Callable[[], float] = field(default=time.monotonic, kw_only=True, repr=False)
     _run: _Run | None = field(default=None, init=False, repr=False)
     _next: int = field(default=0, init=False, repr=False)
+    _epoch: int = field(default=0, init=False, repr=False)
+    _held: str = field(default="", init=False, repr=False)
 
-    def start(self, total_batches: int | None, description: str, *, done: int = 0) -> None:
+    def start(self, total_batches: int | None, description: str, *, done: int = 0, epoch: int = 0) -> None:
         """Begin a fit."""
         self._run = _Run(total_batches, description, done, self.clock())
         self._next = self._run.next_line(done)
+        self._epoch, self._held = epoch, ""
 
     def update(self, batch: int, metrics: Mapping[str, float]) -> None:
-        """Write a line where one is due."""
+        """Write a line where one is due; at an epoch's end its message is that line."""
         if batch < self._next or self._run is None:
             return
         self._next = self._run.next_line(batch)
+        if self._epoch and (batch % self._epoch == 0 or batch == self._run.total):
+            self._held = f"  {self._run.summary(batch, {}, self.clock())}"
+            return
         self.message(f"{self._run.description}: {self._run.summary(batch, metrics, self.clock())}")
 
     def message(self, text: str) -> None:
         """Write a line."""
+        text, self._held = text + self._held, ""
         stream = sys.stderr if self.stream is None else self.stream
         if stream is not None:  # Python without a console has none
             with suppress(OSError, ValueError):  # a broken pipe or a closed file: a fit does not end for that
@@ -174,7 +184,7 @@ class BarProgress:
     _metrics: Mapping[str, float] = field(factory=dict, init=False, repr=False)
     _next_draw: float = field(default=0.0, init=False, repr=False)
 
-    def start(self, total_batches: int | None, description: str, *, done: int = 0) -> None:
+    def start(self, total_batches: int | None, description: str, *, done: int = 0, epoch: int = 0) -> None:  # noqa: ARG002 - the bar has no lines
         """Begin a fit and show its bar."""
         self.close()
         self._run = _Run(total_batches, description, done, self.clock())

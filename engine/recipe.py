@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from attrs import define, field
+from attrs import Attribute, define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,7 +21,17 @@ from .forward import Forward
 from .homes import OptimizerLike
 from .meters import Metric, check_metrics
 from .schedules import Schedule, as_schedule, constant
-from .settings import device_of, function_of, interval, loss_function, not_negative, one_of, path_of, whole
+from .settings import (
+    device_of,
+    function_of,
+    interval,
+    loss_function,
+    not_negative,
+    one_of,
+    path_of,
+    precision_name,
+    whole,
+)
 from .tracking import Tracker
 from .typing import Json
 
@@ -78,6 +88,15 @@ def _needs_run_dir(recipe: Recipe, _: object, value: Checkpointing | None) -> No
         )  # fmt: skip
 
 
+def _can_roll_back(recipe: Recipe, attribute: Attribute[Any], value: object) -> None:
+    one_of("raise", "skip", "rollback")(recipe, attribute, value)
+    if value == "rollback" and recipe.run_dir is None:
+        raise ArgumentError(
+            "Trainer(on_nonfinite=)", got=value, takes="a run_dir beside 'rollback', with the checkpoint to go back to",
+            example="Trainer(run_dir='runs/first', on_nonfinite='rollback')",
+        )  # fmt: skip
+
+
 def _are_trackers(_: object, __: object, value: object) -> None:
     example = "Trainer(trackers=[CometTracker('my-project')])"
     if isinstance(value, Tracker) or not isinstance(value, Sequence):
@@ -104,7 +123,7 @@ class Recipe:
         default=None, validator=function_of("batch", example="lambda batch: len(batch['labels'])")
     )
     metrics: Mapping[str, Metric] = field(factory=dict, converter=check_metrics)
-    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=one_of("fp32", "bf16", "fp16"))
+    precision: Literal["fp32", "bf16", "fp16"] = field(default="fp32", validator=precision_name)
     microbatch_size: int | None = field(default=None, validator=whole(1, optional=True))
     accumulate: int = field(default=1, validator=whole(1))
     eval_every: Time = field(default=Time("1ep"), converter=_eval_every)
@@ -116,9 +135,19 @@ class Recipe:
     device: torch.device = field(factory=lambda: device_of("auto"), converter=device_of)
     distributed: Literal["auto", False] = field(default="auto", validator=one_of("auto", False))
     compile: bool = field(default=False, validator=one_of(False))
-    on_nonfinite: Literal["raise", "skip"] = field(default="raise", validator=one_of("raise", "skip"))
+    on_nonfinite: Literal["raise", "skip", "rollback"] = field(default="raise", validator=_can_roll_back)
     progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
     debug: bool = field(default=False, validator=one_of(False, True))
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse to cut a batch whose loss is no mean: its parts' losses are not weighed into the whole's."""
+        reduction = self.forward().criterion.reduction
+        if reduction != "mean" and (self.accumulate > 1 or self.microbatch_size is not None):
+            raise ArgumentError(
+                "Trainer(loss_fn=)", got=f"a loss with reduction={reduction!r}",
+                takes="a mean over the batch, where microbatch_size or accumulate cuts it",
+                example="Trainer(loss_fn=torch.nn.CrossEntropyLoss(reduction='mean'), …)",
+            )  # fmt: skip
 
     def forward(self) -> Forward:
         """Return how a batch goes through a model."""

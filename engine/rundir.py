@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .checkpoint import well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock
-from .errors import CheckpointError, RunDirError, ThawlineWarning
+from .errors import CheckpointError, RunDirError, warn
 from .log import get_logger
 from .monitor import missing_metric, of_evaluation
+from .pristine import Pristine
 from .snapshot import read_checkpoint
 from .store import CheckpointStore, checkpoints_in
 from .tracking import JsonlTracker, Tracker, Trackers
@@ -32,7 +34,8 @@ class RunDir:
             directory; False: none.
 
     Raises:
-        RunDirError: The directory holds a run and ``resume`` is False, it is a file, or somebody else writes there.
+        RunDirError: The directory holds a run and ``resume`` is False, is a file or cannot be made, or somebody else
+            writes there.
         CheckpointError: What is to be resumed from is missing or damaged.
     """
 
@@ -41,8 +44,7 @@ class RunDir:
     ) -> None:
         self.policy = policy
         self.due = False
-        self._permanent = False
-        self._warned = False
+        self.warned = self._unwritten = self._permanent = False
         self._best: float | None = None
         self.loaded: tuple[Path, dict[str, Any]] | None = None
         self._store: CheckpointStore | None = None
@@ -61,13 +63,10 @@ class RunDir:
                 raise
             self._best = self._store.best_metric
             self._jsonl = JsonlTracker(folder)
+            if self.loaded is None:  # a run that was cut before its first checkpoint starts anew
+                self._jsonl.truncate_after(-1)
         local = [] if self._jsonl is None else [self._jsonl]
         self.trackers = Trackers([*local, *trackers], run_dir=folder)
-
-    @property
-    def writes(self) -> bool:
-        """Whether there is a directory to save to."""
-        return self._store is not None
 
     @property
     def best(self) -> Path | None:
@@ -78,6 +77,10 @@ class RunDir:
     def last(self) -> Path | None:
         """The newest checkpoint."""
         return None if self._store is None else self._store.latest()
+
+    def pristine(self, model: nn.Module) -> Pristine | None:
+        """Return the model's tensors as they are now, where checkpoints are to hold fingerprints of what stays so."""
+        return Pristine(model) if self._store is not None and self.policy.frozen == "fingerprint" else None
 
     def note(self, before: Clock, after: Clock) -> None:
         """Remember that a checkpoint is due where an interval's end lies between two ticks."""
@@ -97,7 +100,7 @@ class RunDir:
     def save(
         self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: Mapping[str, float], evaluated_at: int | None
     ) -> None:
-        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next batch.
+        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next interval.
 
         Args:
             tree: Returns what to save.
@@ -117,13 +120,17 @@ class RunDir:
         except CheckpointError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
-            self.due = True
-            log.error("checkpoint not written; trying again at the next batch", error=str(error))
+            log.error("checkpoint not written; trying again at the next interval", error=str(error))
+            self._warn_unwritten(error)
         else:
             self._permanent = False
             log.info("checkpoint", path=str(path))
         if monitor is not None and metric is None and evaluated_at is not None:
             self._warn_missing(monitor, metrics)
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest whole checkpoint of this run and what it holds; None where there is none yet."""
+        return None if self._store is None else self._store.load_newest()
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` past ``step``, which a resumed run writes anew."""
@@ -136,13 +143,19 @@ class RunDir:
         if self._store is not None:
             self._store.close()
 
+    def _warn_unwritten(self, error: CheckpointError) -> None:
+        if not self._unwritten:
+            self._unwritten = True
+            text = f"a checkpoint was not written, and the run goes on; the next interval tries again: {error}"
+            warn(text)
+
     def _warn_missing(self, monitor: str, metrics: Mapping[str, float]) -> None:
         """Say once that there will be no best checkpoint; the start of the fit has said so where nothing is evaluated."""
-        if self._warned or (of_evaluation(monitor) and not any(map(of_evaluation, metrics))):
+        if self.warned or (of_evaluation(monitor) and not any(map(of_evaluation, metrics))):
             return
-        self._warned = True
+        self.warned = True
         missing = missing_metric(monitor, metrics, call="Checkpointing(monitor=)")
-        warnings.warn(f"there is no best checkpoint: {missing}", ThawlineWarning, stacklevel=6)
+        warn(f"there is no best checkpoint: {missing}")
 
     def _find_run(self, store: CheckpointStore, folder: Path, *, resume: bool | str | Path) -> None:
         if resume is True:
@@ -163,8 +176,10 @@ def _opened(folder: Path, policy: Checkpointing) -> CheckpointStore:
     try:
         return CheckpointStore(folder, policy.keep, monitor=policy.monitor, mode=policy.mode)
     except CheckpointError as error:
-        if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+        if isinstance(error, RunDirError):
             raise
+        if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+            raise RunDirError(f"{error} Write: Trainer(run_dir='runs/first')") from error
         raise RunDirError(
             f"{folder} is a file, or lies in one, and a run needs a directory. Write: Trainer(run_dir='runs/first')"
         ) from error

@@ -18,6 +18,8 @@ Share: TypeAlias = Callable[[Time], float]
 Length: TypeAlias = float | str | Time
 Argument: TypeAlias = "float | str | Schedule | tuple[Schedule, ...] | tuple[float | str, ...]"
 
+TOLERANCE = 1e-9
+"""What differs by rounding alone: a boundary between schedules, a factor below 0."""
 _LENGTHS = "a share of the duration above 0 and below 1, or a time: '0.1dur', '100ba', '1ep', '5000sp'"
 
 
@@ -49,7 +51,7 @@ class Schedule:
         """Return the factor at ``progress``.
 
         Raises:
-            ArgumentError: The function fails there, or gives no finite number.
+            ArgumentError: The function fails there, or gives no finite number of at least 0.
         """
         try:
             factor = self.function(progress)
@@ -58,14 +60,14 @@ class Schedule:
         except Exception as error:
             raise self._refused(progress, error) from error
         try:
-            if math.isfinite(factor):
-                return factor
+            if math.isfinite(factor) and factor >= -TOLERANCE:
+                return factor if factor >= 0 else 0.0
         except (TypeError, ValueError, OverflowError):  # text, a vector, a whole number beyond floats
             pass
         raise self._refused(progress, factor)
 
     def _refused(self, progress: float, got: object) -> ArgumentError:
-        takes = f"a finite factor at every progress; {self.name} gave another at {progress:g}"
+        takes = f"a finite factor of at least 0 at every progress; {self.name} gave another at {progress:g}"
         return ArgumentError("schedule", got=got, takes=takes, example="Trainer(schedule=cosine(end=0.1))")
 
     @property
@@ -108,7 +110,7 @@ def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Sched
         argument: The argument it was passed as, for the error.
 
     Raises:
-        ArgumentError: It is not callable, or does not give a finite number at progress 0 and 1.
+        ArgumentError: It is not callable, or does not give a finite number of at least 0 at progress 0 and 1.
 
     Example:
         >>> def square_root(progress):
@@ -118,7 +120,7 @@ def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Sched
     """
     if isinstance(given, Schedule):
         return given
-    takes = "a schedule, or a function from progress (0 to 1) to a finite factor"
+    takes = "a schedule, or a function from progress (0 to 1) to a finite factor of at least 0"
     example = argument.replace("=)", "=cosine(end=0.1))")
     if not callable(given) or isinstance(given, type):
         raise ArgumentError(argument, got=given, takes=takes, example=example)
@@ -126,7 +128,7 @@ def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Sched
     for progress in (0.0, 1.0):
         try:
             value = function(progress)
-            finite = not isinstance(value, bool) and math.isfinite(value)
+            finite = not isinstance(value, bool) and math.isfinite(value) and value >= -TOLERANCE
         except Exception as error:
             raise ArgumentError(argument, got=given, takes=takes, example=example) from error
         if not finite:

@@ -11,6 +11,7 @@ from .clock import Time
 from .curves import constant, cosine, inverse_sqrt, linear, polynomial
 from .errors import ArgumentError
 from .schedule import (
+    TOLERANCE,
     Argument,
     Length,
     Schedule,
@@ -40,8 +41,6 @@ __all__ = [
     "wsd",
 ]
 
-# Step k of n stands at k / n, and a boundary at a quotient of others: what differs by rounding alone is the same place.
-TOLERANCE = 1e-9
 _DEEPEST = 32  # descriptions come out of files, and a file must not exhaust the stack
 
 
@@ -49,13 +48,16 @@ def warmup(length: Length, then: Schedule | Callable[[float], float] | None = No
     """Return a straight rise from ``start`` to where ``then`` begins, followed by ``then`` over what is left.
 
     Args:
-        length: Share of the duration, above 0 and below 1, or a time such as "0.1dur", "100ba", "1ep", "5000sp".
-            One that is longer than the fit is allowed, and rises all along.
+        length: Share of the duration, above 0 and below 1, or a time such as "0.1dur", "100ba", "1ep", "5000sp"; an
+            int is epochs. One that is longer than the fit rises all along.
         then: The schedule that follows, with the remaining progress rescaled to 0..1; default ``constant()``.
         start: Factor at progress 0, at least 0.
 
     Raises:
         ArgumentError: A length that is none of these, or a factor that is not a finite number of at least 0.
+
+    Warns:
+        ThawlineWarning: At the start of a fit that ends before the rise.
 
     Example:
         >>> schedule = warmup("0.5dur", then=linear())

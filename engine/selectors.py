@@ -94,9 +94,10 @@ def _one(
         found = [name for name in parameters if fnmatchcase(name, text)]
         found += [true for alias, true in aliases.items() if fnmatchcase(alias, text)]
     if not found:
+        there = [layer.name for layer in layers]
         raise SelectorError(
-            f"the selector {text!r} matches nothing. Nearest names: {nearest(text, [*layers.names, *parameters])}. "
-            f"Layers: {', '.join(layers.names)}. Write a layer, one of these names, or a glob such as '*.bias'."
+            f"the selector {text!r} matches nothing. Nearest names: {nearest(text, [*there, *parameters])}. "
+            f"Layers: {', '.join(there)}. Write a layer, one of these names, or a glob such as '*.bias'."
         )
     return Selection(tuple(dict.fromkeys(found)), (text,))
 

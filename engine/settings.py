@@ -14,7 +14,8 @@ from attrs import Attribute
 from torch import nn
 
 from .clock import LONGEST, Clock, Time
-from .errors import ArgumentError, DistributedError
+from .errors import ArgumentError, DistributedError, warn
+from .schedule import Schedule
 
 Validator = Callable[[Any, "Attribute[Any]", Any], None]
 
@@ -24,10 +25,28 @@ def one_of(*values: object) -> Validator:
 
     def check(_: object, attribute: Attribute[Any], value: object) -> None:
         if not any(value is each or (type(value) is type(each) and value == each) for each in values):
-            takes = ", ".join(repr(each) for each in values)
-            raise _wrong(attribute.name, value, f"one of {takes}", f"{attribute.name}={values[0]!r}")
+            listed = [repr(each) for each in values]
+            takes = f"one of {', '.join(listed)}" if len(listed) > 2 else " or ".join(listed)
+            takes = takes if len(listed) > 1 else f"only {takes} in this version"
+            raise _wrong(attribute.name, value, takes, f"{attribute.name}={values[0]!r}")
 
     return check
+
+
+_PRECISIONS = {
+    "fp32": ("float32", "float", "full", "32", "32-true"),
+    "bf16": ("bfloat16", "bf16-mixed", "bf16-true", "amp_bf16"),
+    "fp16": ("float16", "half", "16", "16-mixed", "16-true", "amp_fp16", "mixed"),
+}
+
+
+def precision_name(_: object, attribute: Attribute[Any], value: object) -> None:
+    """Validate the name of a precision; another name of one, or torch's dtype, says which to write."""
+    if isinstance(value, str) and value in _PRECISIONS:
+        return
+    text = str(value).lower().removeprefix("torch.")
+    meant = next((name for name, others in _PRECISIONS.items() if text == name or text in others), "bf16")
+    raise _wrong(attribute.name, value, f"one of {', '.join(map(repr, _PRECISIONS))}", f"{attribute.name}={meant!r}")
 
 
 def whole(minimum: int, *, maximum: int = sys.maxsize, optional: bool = False) -> Validator:
@@ -207,6 +226,25 @@ def share_of(duration: Time, batches_per_epoch: int) -> Callable[[Time], float]:
         raise _wrong("schedule", str(time), f"times that can be related to the duration {duration}", "warmup('0.1dur')")
 
     return share
+
+
+def bound_schedule(schedule: Schedule, duration: Time, batches_per_epoch: int) -> Schedule:
+    """Return the schedule with its times turned into shares of the duration.
+
+    Raises:
+        ArgumentError: A time of it cannot be related to the duration.
+
+    Warns:
+        ThawlineWarning: It begins with a warmup that the fit ends within.
+    """
+    share = share_of(duration, batches_per_epoch)
+    bound, length = schedule.bind(share), schedule.arguments.get("length")
+    if schedule.name == "warmup" and isinstance(length, str) and share(Time(length)) >= 1:
+        warn(
+            f"warmup({length!r}) is not over when the fit ends after {duration}, so the full rate is never reached. An int "
+            "is epochs: write warmup('100ba') for batches, or warmup('0.1dur') for a share of the fit."
+        )
+    return bound
 
 
 def total_batches(duration: Time, clock: Clock) -> int | None:

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Protocol, runtime_checkable
 from attrs import define, field
 
 from .comet import CometTracker
-from .errors import ArgumentError
+from .errors import ArgumentError, warn
 from .log import get_logger, jsonable
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _trackers(trackers: Iterable[Tracker]) -> tuple[Tracker, ...]:
 
 @define(eq=False)
 class Trackers:
-    """Several trackers as one that never fails: what one of them raises is logged once, and the run goes on.
+    """Several trackers as one that never fails: what one of them raises is said once, and the run goes on.
 
     Only ``Exception`` is survived: KeyboardInterrupt and SystemExit pass through. Each ``close`` runs in a thread
     of its own and is left behind after ``close_timeout``, since a tracker may wait for a server that is gone.
@@ -256,14 +256,20 @@ class Trackers:
     Raises:
         ArgumentError: Something in ``trackers`` is no :class:`Tracker`, or the timeout is not above 0.
 
+    Warns:
+        ThawlineWarning: At the first failure of each tracker.
+
     Example:
+        >>> import warnings
         >>> class Broken(MemoryTracker):
         ...     def log_metrics(self, metrics, *, step):
         ...         raise ConnectionError("server is gone")
         >>> trackers = Trackers([Broken(), memory := MemoryTracker()])
-        >>> trackers.log_metrics({"loss": 0.5}, step=1)
-        >>> memory.metrics
-        [(1, {'loss': 0.5})]
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     trackers.log_metrics({"loss": 0.5}, step=1)
+        >>> memory.metrics, len(caught)
+        ([(1, {'loss': 0.5})], 1)
     """
 
     trackers: tuple[Tracker, ...] = field(default=(), converter=_trackers)
@@ -309,9 +315,9 @@ class Trackers:
                 failures = self._failures[id(tracker)] = self._failures.get(id(tracker), 0) + 1
                 if failures == 1:
                     text = f"{type(error).__name__}: {error}"
-                    log.warning(
-                        "tracker failed; the run goes on", tracker=type(tracker).__name__, call=method, error=text
-                    )
+                    name = type(tracker).__name__
+                    log.warning("tracker failed; the run goes on", tracker=name, call=method, error=text)
+                    warn(f"the tracker {name} failed in {method}, and the run goes on without what it misses: {text}")
 
 
 def _within(call: Callable[[], None], seconds: float) -> None:

@@ -34,7 +34,7 @@ class FitResult:
             learning rate), ``lr/<layer>`` (the highest in each layer, 0.0 while it is frozen), ``trainable`` (number of
             scalars) and what algorithms logged.
         metrics: The latest value of everything logged.
-        stop_reason: Why the fit ended: ``"duration"``, or what an algorithm gave to ``state.stop``.
+        stop_reason: Why the fit ended: ``"duration"``, ``"signal"``, or what an algorithm gave to ``state.stop``.
         clock: Where it ended.
         timeline: What trained when, at which learning rate.
         best: The checkpoint with the best monitored metric, if any.
@@ -76,7 +76,8 @@ class Trainer(Recipe):
         device: ``"auto"``, or a torch device.
         distributed: ``"auto"`` or False; several processes are refused for now.
         compile: False.
-        on_nonfinite: ``"raise"``, or ``"skip"``: no step, and raise after five in a row.
+        on_nonfinite: ``"raise"``, ``"skip"``: no step, and raise after five in a row, or ``"rollback"``: back to the
+            last checkpoint, and the batch is skipped the second time; needs ``run_dir``.
         progress: ``"auto"``, True or False.
         debug: Verify the ledger after each algorithm's turn; slow.
 
@@ -126,13 +127,16 @@ class Trainer(Recipe):
 
         Raises:
             ArgumentError: A wrong argument.
-            RunDirError: ``run_dir`` holds a run, or another process writes there.
+            RunDirError: ``run_dir`` holds a run, cannot be made, or another process writes there.
             CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
                 min_lr, seed, accumulate or layers differ.
-            DataError, LossError, LedgerError, NonFiniteError: As their docstrings say.
+            DataError, LossError, LedgerError, NonFiniteError, OutOfMemoryError: As their docstrings say.
+
+        SIGTERM, SIGINT or SIGUSR1 end the fit before the next step, with a checkpoint where there is a ``run_dir``; a
+        second one acts as it would have.
 
         Warns:
-            ThawlineWarning: On resume, for each other setting that differs: the Trainer's is used as given, the
+            ThawlineWarning: Memory ran out and smaller microbatches go on; a checkpoint could not be written. On resume, for each other setting that differs: the Trainer's is used as given, the
                 optimizer's options are kept as saved.
         """
         if self.distributed == "auto":
@@ -170,6 +174,7 @@ class Trainer(Recipe):
         self,
         model: nn.Module,
         train_loader: Iterable[Any],
+        eval_loader: Iterable[Any] | None = None,  # noqa: ARG002 - so that a call of fit is one of plan
         *,
         duration: Time | str | int,
         optimizer: OptimizerLike | None = None,
@@ -185,6 +190,7 @@ class Trainer(Recipe):
         Args:
             model: The model.
             train_loader: As for :meth:`fit`; one that says how many batches it has, or a duration in batches.
+            eval_loader: Not looked at: a plan evaluates nothing.
             duration: As for :meth:`fit`.
             optimizer: As for :meth:`fit`.
             layers: As for :meth:`fit`.
@@ -237,3 +243,9 @@ def _check_module(call: str, model: object) -> None:
         raise ArgumentError(
             f"Trainer.{call}(model=)", got=model, takes="a torch.nn.Module", example=f"trainer.{call}(model, loader)"
         )
+    if call != "evaluate" and hasattr(model, "_orig_mod"):
+        raise ArgumentError(
+            f"Trainer.{call}(model=)", got=type(model).__name__,
+            takes="the plain module: what torch.compile returns has other parameter names, which checkpoints would keep",
+            example=f"trainer.{call}(model._orig_mod, …)",
+        )  # fmt: skip

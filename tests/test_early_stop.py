@@ -14,7 +14,18 @@ from torch.nn.functional import cross_entropy
 
 from helpers import loader, mlp
 from thawline.algorithms.early_stop import EarlyStop, improved
-from thawline.engine import Algorithm, ArgumentError, Clock, Engine, Event, ParameterLedger, State, Time, Trainer
+from thawline.engine import (
+    Algorithm,
+    ArgumentError,
+    Clock,
+    Engine,
+    Event,
+    ParameterLedger,
+    State,
+    ThawlineWarning,
+    Time,
+    Trainer,
+)
 
 NAN, INF = math.nan, math.inf
 VALUES = st.floats(-3, 3).map(lambda value: round(value, 1)) | st.sampled_from([NAN, INF, -INF])
@@ -156,7 +167,9 @@ def test_the_direction_follows_from_the_name_unless_said(monitor: str, direction
 def test_a_monitor_that_nobody_logs_is_refused_at_the_first_evaluation() -> None:
     """The error lists what was logged and writes the call with the nearest name."""
     trainer = Trainer(algorithms=[EarlyStop("eval/los", patience=2)], loss_fn=cross_entropy, progress=False)
-    with pytest.raises(ArgumentError, match=r"'eval/loss'.*Write: EarlyStop\('eval/loss', patience=2\)"):
+    said = r"nothing in this fit logs 'eval/los'. Write: EarlyStop\(monitor='eval/loss'\)"
+    refused = r"'eval/loss'.*Write: EarlyStop\('eval/loss', patience=2\)"
+    with pytest.warns(ThawlineWarning, match=said), pytest.raises(ArgumentError, match=refused):
         trainer.fit(mlp(), loader(), loader(), duration="2ep")
     run = Run(EarlyStop("eval/loss"))
     with pytest.raises(ArgumentError, match="none was"):
@@ -229,3 +242,11 @@ def test_it_is_described_and_rebuilt(patience: Any) -> None:
     assert isinstance(again, EarlyStop)
     assert again.describe() == stop.describe()
     assert again.patience == stop.patience
+
+
+@pytest.mark.parametrize(
+    ("monitor", "patience", "spent"), [("eval/loss", 1, "1 evaluation"), ("train/loss", 1, "1 epoch")]
+)
+def test_one_is_no_plural(monitor: str, patience: int, spent: str) -> None:
+    """In what it may do."""
+    assert EarlyStop(monitor, patience=patience).unplanned().endswith(f"not improved for {spent}")

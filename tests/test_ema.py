@@ -641,7 +641,7 @@ def test_a_second_fit_starts_afresh() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"half_life": "1ep", "decay": 0.9}, "one of the two"),
+        ({"half_life": "1ep", "decay": 0.9}, "only one of the two, got {'half_life': '1ep', 'decay': 0.9}"),
         ({"half_life": "0ba"}, "EMA(half_life=) takes a time above zero"),
         ({"half_life": "long"}, "got 'long'"),
         ({"half_life": 0.5}, "got 0.5. Write: EMA(decay=0.5)"),

@@ -109,3 +109,47 @@ def test_batches_of_arrays_train_as_batches_of_tensors() -> None:
         finals.append(weights(net))
     assert same_weights(finals[0], finals[1])
     assert same_weights(finals[0], finals[2])
+
+
+class Output(nn.Module):
+    """Returns a loss only where it is given labels, as the models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Any]:
+        """Return loss and logits."""
+        logits = self.layer(x)
+        return {"loss": None if labels is None else cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_batch_without_labels_for_a_model_that_computes_the_loss_says_so() -> None:
+    """Not that a loss_fn is missing: it would miss the labels as well."""
+    with pytest.raises(DataError, match=r"a mapping of 'x', has no 'labels'.*labels=input_ids for a language model"):
+        Trainer(progress=False).fit(Output(), [{"x": X}], duration=1)
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, RuntimeError])
+def test_a_model_that_fails_on_the_whole_batch_is_explained(error: type[Exception]) -> None:
+    """Whatever it raises: it was given the targets as well."""
+
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            raise error("on purpose")
+
+    with pytest.raises(error) as caught:
+        Trainer(progress=False).fit(Fails(), [(X, Y)], duration=1)
+    assert "passes the whole batch to the model" in caught.value.__notes__[0]
+
+
+def test_a_loss_that_fails_says_what_it_was_given() -> None:
+    """Shapes and dtypes of both; the error stays torch's own."""
+    with pytest.raises(Exception, match="batch_size") as caught:
+        Trainer_().fit(mlp(), [(X, Y[:5])], duration=1)
+    note = "in loss_fn(outputs of shape (8, 2), torch.float32, targets of shape (5,), torch.int64)"
+    assert note in caught.value.__notes__

@@ -220,8 +220,8 @@ def test_a_sparse_gradient_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "exactly one of the two, got 'neither'"),
-        ({"max_norm": 1.0, "value": 1.0}, "exactly one of the two, got 'both"),
+        ({}, "exactly one of the two, got {'max_norm': None, 'value': None}"),
+        ({"max_norm": 1.0, "value": 1.0}, "exactly one of the two, got {'max_norm': 1.0, 'value': 1.0}"),
         ({"max_norm": 0.0}, "got 0.0"),
         ({"max_norm": -1}, "above 0"),
         ({"max_norm": 10**400}, "above 0"),

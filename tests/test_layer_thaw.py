@@ -517,3 +517,19 @@ def test_its_text_is_its_arguments() -> None:
     thaw = LayerThaw(2)
     timeline(thaw)
     assert repr(thaw) == repr(LayerThaw(2))
+
+
+def test_a_warmup_beyond_the_fit_warns() -> None:
+    """50 is epochs; the warning points at the call of fit."""
+    trainer = Trainer(algorithms=[LayerThaw(warmup=50)], loss_fn=nn.functional.cross_entropy, progress=False)
+    with pytest.warns(ThawlineWarning, match=r"LayerThaw\(warmup='50ep'\) is not over .* after 3ep") as said:
+        trainer.fit(mlp(), loader(), duration=3)
+    assert [each.filename for each in said] == [__file__]
+
+
+def test_a_misspelled_start_is_answered_with_layers_that_there_are() -> None:
+    """A model of two blocks and a head has no stem."""
+    trainer = Trainer(algorithms=[LayerThaw(start="haed")], loss_fn=nn.functional.cross_entropy, progress=False)
+    with pytest.raises(SelectorError, match=r"Layers: blocks\[0\], blocks\[1\], head\. ") as caught:
+        trainer.fit(mlp(), loader(), duration=3)
+    assert "stem" not in str(caught.value)

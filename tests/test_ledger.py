@@ -28,6 +28,7 @@ from thawline.engine import (
     SurgeryError,
     Time,
     linear,
+    warmup,
 )
 
 OWNERS = ("a", "b", "c")
@@ -44,12 +45,18 @@ class Oracle:
         self.rules: dict[str, list[tuple[Any, bool]]] = {owner: [] for owner in OWNERS}
         self.scales: dict[str, dict[str, float]] = {owner: {} for owner in OWNERS}
         self.rates: dict[str, float] = {}
+        self.decays: dict[str, float] = {}
+        self.courses: dict[str, tuple[float, int]] = {}
+        self.given = {name: group.options["weight_decay"] for group in ledger.groups for name in group.parameters}
         self.attached: dict[str, str] = {}
 
     def trainable(self) -> set[str]:
         return {name for name in self.names if not any(name in mine for mine in self.holds.values())}
 
-    def lr(self, name: str, factor: float) -> float:
+    def lr(self, name: str, factor: float, batch: int) -> float:
+        if name in self.courses:
+            end, start = self.courses[name]
+            factor = 1 + (end - 1) * min(1.0, (batch - start) / 7)
         value = self.rates.get(name, self.base[name])
         for owner in OWNERS:
             value *= self.scales[owner].get(name, 1.0)
@@ -58,7 +65,21 @@ class Oracle:
 
 operations = st.lists(
     st.tuples(
-        st.sampled_from(["freeze", "thaw", "freeze", "thaw", "scale", "set_lr", "attach", "detach", "step"]),
+        st.sampled_from(
+            (
+                "freeze",
+                "thaw",
+                "freeze",
+                "thaw",
+                "scale",
+                "set_lr",
+                "set_options",
+                "set_schedule",
+                "attach",
+                "detach",
+                "step",
+            )
+        ),
         st.sampled_from(OWNERS),
         st.integers(0, 10_000),
         st.sampled_from([0.5, 0.25, 2.0, 1.0]),
@@ -119,8 +140,14 @@ def test_random_operations_agree_with_the_oracle(model: str, optimizer: str, pla
             ledger.scale(selector, factor, owner=owner)
             oracle.scales[owner].update(dict.fromkeys(names, factor))
         elif what == "set_lr":
-            ledger.set_lr(selector, factor, owner="a")
-            oracle.rates.update(dict.fromkeys(names, factor))
+            ledger.set_lr(selector, None if flag else factor, owner="a")
+            put(oracle.rates, names, None if flag else factor)
+        elif what == "set_options":
+            ledger.set_options(selector, weight_decay=None if flag else factor, owner="b")
+            put(oracle.decays, names, None if flag else factor)
+        elif what == "set_schedule":
+            ledger.set_schedule(selector, None if flag else linear(factor), span="7ba", owner="c")
+            put(oracle.courses, names, None if flag else (factor, ledger.clock.batch))
         elif what == "attach":
             weights = [name for name in ledger.parameters if name.endswith(".weight")]
             module = weights[pick % len(weights)].rpartition(".")[0]
@@ -149,8 +176,17 @@ def test_random_operations_agree_with_the_oracle(model: str, optimizer: str, pla
         progress = linear()(ledger.clock.progress)
         for group in ledger.groups:
             for name in group.parameters:
-                assert group.lr == pytest.approx(oracle.lr(name, progress), rel=1e-12)
+                assert group.lr == pytest.approx(oracle.lr(name, progress, ledger.clock.batch), rel=1e-12)
+                assert group.options["weight_decay"] == oracle.decays.get(name, oracle.given[name])
         assert {n: (id(p), p.data_ptr()) for n, p in ledger.parameters.items() if n in storage} == storage
+
+
+def put(table: dict[str, Any], names: set[str], value: Any) -> None:
+    """Set a value for names, or with None take it back."""
+    for name in names:
+        table[name] = value
+        if value is None:
+            del table[name]
 
 
 def enroll(oracle: Oracle, ledger: ParameterLedger, module: str, owner: str) -> None:
@@ -165,8 +201,11 @@ def enroll(oracle: Oracle, ledger: ParameterLedger, module: str, owner: str) -> 
     for mine in oracle.scales.values():
         if beside in mine:
             mine[name] = mine[beside]
-    if beside in oracle.rates:
-        oracle.rates[name] = oracle.rates[beside]
+    flat = next((each for each, lr in oracle.base.items() if lr == 0.01), beside)  # AdamW's, beside Muon
+    oracle.given[name] = oracle.given[flat if len(ledger.optimizers) == 2 else beside]
+    for table in (oracle.rates, oracle.decays, oracle.courses):
+        if beside in table:
+            table[name] = table[beside]  # type: ignore[assignment]
     for other, rules in oracle.rules.items():
         wishes = [held for selector, held in rules if covered(selector, name, ledger)]
         if other != owner and wishes and wishes[-1]:
@@ -178,8 +217,8 @@ def forget(oracle: Oracle, name: str, names: list[str]) -> None:
     oracle.names = names
     for table in (*oracle.holds.values(),):
         table.discard(name)
-    for scales in (*oracle.scales.values(), oracle.rates):
-        scales.pop(name, None)
+    for settings_ in (*oracle.scales.values(), oracle.rates, oracle.decays, oracle.courses):
+        settings_.pop(name, None)  # type: ignore[attr-defined]
 
 
 wishes = st.lists(
@@ -241,6 +280,10 @@ def test_a_saved_ledger_restored_into_a_fresh_model_steps_on_bit_for_bit(
             getattr(ledger, what)(selector, owner=owner, **more)
         elif what == "scale":
             ledger.scale(selector, factor, owner=owner)
+        elif what == "set_options":
+            ledger.set_options(selector, weight_decay=None if flag else factor, owner="b")
+        elif what == "set_schedule":
+            ledger.set_schedule(selector, None if flag else linear(factor), span="50ba", owner="c")
         elif what == "step" and ledger.trainable:
             take_step(ledger, step)
     other = MODELS[model]()
@@ -428,6 +471,148 @@ def test_a_late_group_has_its_own_warmup_and_still_follows_the_schedule() -> Non
         if step >= 6:
             assert rates["2.weight"] == pytest.approx(0.1 * (1 - step / 20) * min(1.0, (step - 6) / 4), rel=1e-15)
         clock = clock.after_batch(samples=1, duration=duration)
+
+
+def test_options_set_for_some_parameters_decay_them_alone() -> None:
+    """Three steps equal a plain AdamW with two groups, bit for bit, and taking it back restores one group."""
+    net = mlp()
+    plain = copy.deepcopy(net)
+    ledger = ParameterLedger(net, partial(torch.optim.AdamW, lr=0.1, weight_decay=0.3))
+    ledger.freeze("head", owner="me")
+    ledger.set_options(["blocks[1]", "head"], owner="me", weight_decay=0.05)
+    bare = torch.optim.AdamW(
+        [{"params": list(plain[0].parameters())}, {"params": list(plain[2].parameters()), "weight_decay": 0.05}],
+        lr=0.1, weight_decay=0.3,
+    )  # fmt: skip
+    for step in range(3):
+        take_step(ledger, step)
+        pseudo_gradients([each for group in bare.param_groups for each in group["params"]], step)
+        bare.step()
+        bare.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), plain.parameters(), strict=True))
+    ledger.thaw("head", owner="me")
+    assert [group.options["weight_decay"] for group in ledger.groups] == [0.3, 0.05]
+    ledger.set_options("*", owner="other", weight_decay=None)
+    assert len(ledger.groups) == 2
+    ledger.set_options("*", owner="me", weight_decay=None)
+    assert [group.options["weight_decay"] for group in ledger.groups] == [0.3]
+    ledger.verify()
+
+
+def test_the_optimizer_is_given_back_with_its_own_options() -> None:
+    """The next fit with the same optimizer begins with the weight decay that the user wrote."""
+    net = mlp()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.3)
+    ledger = ParameterLedger(net, optimizer)
+    ledger.set_options("*", owner="me", weight_decay=0.0)
+    ledger.release()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3]
+
+
+def test_options_that_cannot_be_set_say_which_can() -> None:
+    """No such option, no number, a second owner: typed errors, and nothing was set."""
+    ledger = ParameterLedger(mlp(), partial(torch.optim.SGD, lr=0.1))
+    ledger.set_options("head", owner="first", momentum=0.5)
+    with pytest.raises(LedgerError, match=r"momentum of '4\.weight' was set to 0\.5 by 'first', and 'second'"):
+        ledger.set_options("*", owner="second", weight_decay=0.1, momentum=0.2)
+    for name, value in {
+        "betas": 0.9,
+        "lr": 0.1,
+        "params": 1.0,
+        "nesterov": 1.0,
+        "momentum": -1.0,
+        "dampening": "x",
+    }.items():
+        with pytest.raises(ArgumentError, match=rf"set_options\({name}=\)"):
+            ledger.set_options("*", owner="first", **{name: value})  # type: ignore[arg-type]
+    assert {(g.options["momentum"], g.options["weight_decay"]) for g in ledger.groups} == {(0, 0), (0.5, 0)}
+
+
+def test_a_course_of_its_own_replaces_the_fits_schedule() -> None:
+    """lr = base x course since its begin, then its last factor; others follow the fit. No batch regroups."""
+    ledger = ParameterLedger(mlp(), partial(torch.optim.SGD, lr=0.1), schedule=linear())
+    clock, duration = Clock(batches_per_epoch=20), Time("20ba")
+    for step in range(20):
+        ledger.clock = clock
+        if step == 5:
+            ledger.set_schedule("head", linear(end=0.5), span="4ba", owner="me")
+            version = ledger.version
+        ledger.apply_lr(clock)
+        rates = {name: group.lr for group in ledger.groups for name in group.parameters}
+        assert rates["0.weight"] == 0.1 * (1 - step / 20)
+        own = 1 - 0.5 * min(1.0, (step - 5) / 4) if step >= 5 else 1 - step / 20
+        assert rates["4.weight"] == pytest.approx(0.1 * own, rel=1e-15)
+        clock = clock.after_batch(samples=1, duration=duration)
+    assert ledger.version == version
+    ledger.set_schedule("head", None, owner="me")
+    assert len(ledger.groups) == 1
+
+
+def test_schedules_that_cannot_be_saved_or_measured_are_refused() -> None:
+    """A function of one's own, times inside, no span: typed errors."""
+    ledger = ParameterLedger(mlp(), partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ArgumentError, match="a schedule of thawline.engine"):
+        ledger.set_schedule("*", lambda progress: progress, owner="me", span="1ep")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"warmup\(0\.1\)"):
+        ledger.set_schedule("*", warmup("10ba"), owner="me", span="1ep")
+    with pytest.raises(ArgumentError, match=r"span=\) takes a time above zero"):
+        ledger.set_schedule("*", linear(), owner="me")
+    assert len(ledger.groups) == 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adagrad"])
+def test_dropped_moments_let_a_parameter_go_on_as_if_fresh(kind: str) -> None:
+    """The next step equals the first step of a new optimizer; the others keep their moments."""
+    net = mlp()
+    ledger = ParameterLedger(net, optimizer_for(kind, net))  # type: ignore[arg-type]
+    take_step(ledger, 0)
+    kept = copy.deepcopy(ledger.optimizers[0].state[net[0].weight])
+    version = ledger.version
+    ledger.drop_moments("head", owner="me")
+    ledger.verify()
+    assert ledger.version == version
+    assert all(torch.equal(kept[key], ledger.optimizers[0].state[net[0].weight][key]) for key in kept)
+    twin = copy.deepcopy(net)
+    fresh = optimizer_for(kind, twin)
+    bare = fresh if isinstance(fresh, torch.optim.Optimizer) else fresh(twin.parameters())  # type: ignore[operator]
+    take_step(ledger, 1)
+    pseudo_gradients(twin.parameters(), 1)
+    bare.step()
+    assert torch.equal(net[4].weight, twin[4].weight)
+    assert not torch.equal(net[0].weight, twin[0].weight)
+
+
+def test_changes_made_together_derive_the_groups_once() -> None:
+    """One version for all of them, also beside one that fails; inside, what trains is current."""
+    ledger = ParameterLedger(mlp(), partial(torch.optim.SGD, lr=0.1))
+    with ledger.at_once():
+        ledger.freeze("blocks[0]", owner="me")
+        ledger.scale("head", 0.5, owner="me")
+        ledger.freeze("blocks[1]", owner="me")
+        ledger.thaw("blocks[0]", owner="me")
+        assert ledger.trainable == {"0.weight", "0.bias", "4.weight", "4.bias"}
+    ledger.verify()
+    assert ledger.version == 1
+    with ledger.at_once():
+        ledger.freeze("head", owner="me")
+        with pytest.raises(SelectorError):
+            ledger.freeze("heed", owner="me")
+    ledger.verify()
+    assert (ledger.version, ledger.trainable) == (2, {"0.weight", "0.bias"})
+
+
+def test_a_hold_can_let_statistics_go_on() -> None:
+    """mode="train" keeps a frozen BatchNorm in train mode unless another holder does not say so."""
+    net = cnn()
+    ledger = ParameterLedger(net, partial(torch.optim.SGD, lr=0.1))
+    ledger.freeze("blocks", owner="me", mode="train")
+    assert net[1].training
+    ledger.freeze("1.weight", owner="you")
+    assert net[1].training
+    ledger.freeze("blocks[0]", owner="you")
+    assert not net[1].training
+    ledger.thaw("blocks[0]", owner="you")
+    assert net[1].training
 
 
 def test_min_lr_is_a_floor() -> None:
@@ -632,7 +817,7 @@ def test_bad_arguments_name_themselves() -> None:
         "factor": lambda: ledger.scale("head", -1.0, owner="me"),
         "lr": lambda: ledger.set_lr("head", float("nan"), owner="me"),
         "moments": lambda: ledger.freeze("head", owner="me", moments="forget"),  # type: ignore[arg-type]
-        "mode": lambda: ledger.freeze("head", owner="me", mode="train"),  # type: ignore[arg-type]
+        "mode": lambda: ledger.freeze("head", owner="me", mode="sleep"),  # type: ignore[arg-type]
     }
     for name, call in calls.items():
         with pytest.raises(ArgumentError, match=rf"{name}="):

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from helpers import group_rates, mlp, same_weights, weights  # registers the op "gain" as well
 from thawline.engine import (
@@ -18,9 +15,7 @@ from thawline.engine import (
     ParameterLedger,
     SelectorError,
     SurgeryError,
-    constant,
     cosine,
-    join,
     linear,
     warmup,
 )
@@ -45,7 +40,7 @@ def test_changes_at_once_end_as_changes_one_by_one() -> None:
             ledger.freeze("blocks[0]", owner="me")
             ledger.scale("blocks[1]", 0.5, owner="me")
             ledger.set_lr("head", 3.0, owner="me")
-            ledger.schedule_lr("blocks[2]", linear(), owner="me")
+            ledger.set_schedule("blocks[2]", linear(), owner="me", span="1dur")
             ledger.freeze("blocks[2]", owner="me")
             ledger.thaw("blocks[2]", owner="me")
         assert not together or ledger.version == 1
@@ -113,45 +108,27 @@ def test_where_one_of_many_is_refused_nothing_is_attached() -> None:
 # -- schedules of a selection's own ------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.floats(0.05, 0.95), st.booleans())
-def test_schedules_multiply(moments: list[float], edge: float, swapped: bool) -> None:
-    """Rate, factor, the ledger's schedule and two owners' own; in the same bits whoever comes first."""
-    ledger = ledger_of(schedule=linear(end=0.5), min_lr=1e-6)
-    owners = [("first", cosine()), ("second", join([constant(), linear()], [edge]))]
-    for owner, schedule in reversed(owners) if swapped else owners:
-        ledger.schedule_lr("head", schedule, owner=owner)
-    ledger.scale("head", 3.0, owner="first")
-    for progress in moments:
-        ledger.apply_lr(Clock(progress=progress))
-        ledger.verify()
-        late = 1.0 if progress < edge else 1 - (progress - edge) / (1 - edge)
-        own = 0.5 * (1 + math.cos(math.pi * progress)) * late
-        common = 1 - 0.5 * progress
-        assert ledger.rates["head"] == pytest.approx(max(3 * common * own, 1e-6), rel=1e-12)
-        assert group_rates(ledger)["blocks[0]..blocks[2]"] == pytest.approx(common)
-
-
-def test_a_schedule_ends_by_another_and_is_saved() -> None:
-    """constant() joins the group of the others again; a ledger that loads has the schedules."""
+def test_a_schedule_is_taken_back_and_saved() -> None:
+    """Without it the layer joins the group of the others again; a ledger that loads has the schedules."""
     ledger, again = ledger_of(), ledger_of()
-    ledger.schedule_lr("blocks[0]", warmup(0.5, then=cosine(0.1)), owner="me")
+    ledger.set_schedule("blocks[0]", warmup(0.5, then=cosine(0.1)), owner="me", span="1dur")
     ledger.attach("0", "gain", owner="other", size=1)  # beside the scheduled weight
     again.load_state_dict(ledger.state_dict())
     for each in (ledger, again):
         each.apply_lr(Clock(progress=0.25))
         assert group_rates(each) == {"blocks[0]": 0.5, "blocks[1]..head": 1.0}
         assert "0.gain" in each.groups[0].parameters
-    again.schedule_lr("blocks[0]", constant(), owner="me")
-    assert group_rates(again) == {"blocks[0]": 1.0, "blocks[1]..head": 1.0}
+    again.set_schedule("blocks[0]", None, owner="me")
+    assert group_rates(again) == {"blocks[0]..head": 1.0}
     ledger.detach("0", "gain", owner="other")
     ledger.verify()
 
 
-@pytest.mark.parametrize("schedule", [0.5, lambda progress: 1 - progress, warmup("10ba"), None])
+@pytest.mark.parametrize("schedule", [0.5, lambda progress: 1 - progress, warmup("10ba")])
 def test_a_schedule_that_a_checkpoint_could_not_hold_is_refused(schedule: Any) -> None:
     """Functions of one's own, and lengths that only the Trainer can turn into shares."""
-    with pytest.raises(ArgumentError, match=r"schedule_lr\(schedule=\)"):
-        ledger_of().schedule_lr("head", schedule, owner="me")
+    with pytest.raises(ArgumentError, match=r"set_schedule\(schedule=\)"):
+        ledger_of().set_schedule("head", schedule, owner="me", span="1dur")
 
 
 def test_a_rate_too_large_for_a_float_is_an_error() -> None:

@@ -12,10 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.functional import cross_entropy
 
-from helpers import Tied, mlp
-from thawline.algorithms import LISA, sampled_layers
-from thawline.engine import Algorithm, ArgumentError, Event, LayerError, LayerMap, SelectorError, ThawlineWarning
+from helpers import Tied, loader, mlp
+from thawline.algorithms import LISA, BlockCycle, sampled_layers
+from thawline.engine import (
+    Algorithm,
+    ArgumentError,
+    Event,
+    LayerError,
+    LayerMap,
+    SelectorError,
+    ThawlineWarning,
+    Trainer,
+)
 from timelines import Loop, rates, stack, timeline
 
 
@@ -124,11 +134,20 @@ def test_draws_differ_by_seed_and_by_owner() -> None:
 
 def test_two_in_one_list_hold_each_for_itself() -> None:
     """What trains between the ends is what both have drawn."""
-    rows = timeline([LISA("1ba", layers=2), LISA("2ba", layers=2)], stack(4), duration="12ba", batches=12)
+    with pytest.warns(ThawlineWarning, match="LISA#2 and LISA each hold what the other releases"):
+        rows = timeline([LISA("1ba", layers=2), LISA("2ba", layers=2)], stack(4), duration="12ba", batches=12)
     for batch, row in enumerate(rows):
         first = sampled_layers(blocks(4), 2, seed=0, owner="LISA", interval=batch)
         second = sampled_layers(blocks(4), 2, seed=0, owner="LISA#2", interval=batch // 2)
         assert set(row) == {"stem", "head", *(set(first) & set(second))}
+
+
+def test_beside_a_block_cycle_it_warns() -> None:
+    """A layer would train only where the turns of both meet."""
+    trainer = Trainer(algorithms=[LISA("1ba"), BlockCycle("1ba")], loss_fn=cross_entropy, progress=False)
+    with pytest.warns(ThawlineWarning, match="BlockCycle and LISA each hold what the other releases") as said:
+        trainer.fit(mlp(depth=4), loader(), duration="3ep")
+    assert [each.filename for each in said] == [__file__]
 
 
 def test_moments_are_dropped_unless_the_layer_goes_on() -> None:

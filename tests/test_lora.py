@@ -37,6 +37,7 @@ from thawline.engine import (
     SelectorError,
     Stage,
     SurgeryError,
+    ThawlineWarning,
     Trainer,
 )
 
@@ -990,6 +991,13 @@ class TestAlgorithm:
         assert after["0.lora_B"].abs().max() > 0
         assert after["2.lora_B"].abs().max() > 0
         assert not torch.equal(after["4.weight"], before["4.weight"])
+
+    def test_a_rank_above_that_of_the_weight_warns(self) -> None:
+        """Once, at the call of fit; the default rank is nobody's choice."""
+        trainer = Trainer(algorithms=[LoRAInject(rank=1000)], loss_fn=F.cross_entropy, progress=False)
+        with pytest.warns(ThawlineWarning, match="rank 1000 at '0', which is 4 x 4.*rank=1") as said:
+            trainer.fit(mlp(), loader(), duration="1ep")
+        assert [each.filename for each in said] == [__file__]
 
     @pytest.mark.parametrize("build", [mlp, partial(Encoder, 2, 0.0)])
     def test_defaults_fit_as_they_stand(self, build: Callable[[], nn.Module]) -> None:

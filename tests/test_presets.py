@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from helpers import encoder, loader, mlp
@@ -17,7 +18,9 @@ from thawline.algorithms import (
     LayerThaw,
     LayerwiseLR,
     LoRAInject,
+    ThawSchedule,
     TrainOnly,
+    chain_thaw,
     fine_tune,
     full,
     head_only,
@@ -70,6 +73,20 @@ DECAYED: Rates = {"stem": 0.0625, "blocks[0]": 0.125, "blocks[1]": 0.25, "blocks
 def test_what_trains_in_each_epoch(preset: list[Algorithm], expected: list[Rates]) -> None:
     """Trainable layers and rates of four epochs, written out."""
     assert timeline(preset, duration="4ep") == expected
+
+
+def test_chain_thaw_trains_each_layer_by_itself_and_then_all() -> None:
+    """The head, the layers from the input on, everything; two batches each but the last."""
+    names = ["head", "stem", "blocks[0]", "blocks[1]", "blocks[2]"]
+    rows = timeline(chain_thaw(stack(), "2ba"), duration="12ba")
+    assert rows == [{name: 1.0} for name in names for _ in range(2)] + [EVERYTHING] * 2
+
+
+def test_chain_thaw_of_a_single_layer_trains_it() -> None:
+    """There is nothing to chain."""
+    [schedule] = chain_thaw(nn.Linear(2, 2))
+    assert isinstance(schedule, ThawSchedule)
+    assert [phase.thaw for phase in schedule.phases] == [("head",)]
 
 
 def test_partial_takes_a_named_part() -> None:

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 from attrs import define, field
 from typing_extensions import override
 
+from helpers import loader, mlp
+from thawline.engine import Algorithm, Event, State, Trainer
 from thawline.engine.errors import ArgumentError
 from thawline.engine.progress import BarProgress, LineProgress, NoProgress, Progress, progress_for
 
@@ -181,6 +184,39 @@ class TestLineProgress:
         out = io.StringIO()
         LineProgress(out).message("epoch 1: eval/loss [0.5]")
         assert out.getvalue() == "epoch 1: eval/loss [0.5]\n"
+
+    def test_the_message_of_an_epoch_is_its_line(self, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        """One line at its end, after the evaluation, with the place in the fit; also where the fit is resumed."""
+        torch.manual_seed(0)
+        batches = loader()
+        trainer = Trainer(loss_fn=torch.nn.functional.cross_entropy, run_dir=tmp_path, progress=True)
+        first = trainer.fit(mlp(), batches, batches, duration="2ep").history
+        later = trainer.fit(mlp(), batches, batches, duration="3ep", resume=True).history
+        lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("training: ")]
+        assert [line.split(":")[0] for line in lines if line.startswith("epoch")] == ["epoch 1", "epoch 2", "epoch 3"]
+        for row, line in zip([*first, later[-1]], [line for line in lines if line.startswith("epoch")], strict=True):
+            assert f"eval/loss {row['eval/loss']:.4g}  " in line
+            assert f"  {int(row['batch'])}/" in line
+
+    def test_no_line_shows_an_evaluation_that_is_over(self, capfd: pytest.CaptureFixture[str]) -> None:
+        """Lines after an evaluation show its numbers."""
+        torch.manual_seed(0)
+        seen: list[float] = []
+
+        class Watch(Algorithm):
+            events = frozenset({Event.EVAL_END})
+
+            def apply(self, event: Event, state: State) -> None:
+                seen.append(state.metrics["eval/loss"])
+
+        trainer = Trainer(
+            algorithms=[Watch()], loss_fn=torch.nn.functional.cross_entropy, eval_every="1ba", progress=True
+        )
+        trainer.fit(mlp(), loader(), loader(), duration="3ba")
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("training: ")]
+        assert len(lines) == 2
+        for line, value in zip(lines, seen, strict=False):
+            assert f"eval/loss {value:.4g}," in line
 
     def test_a_broken_pipe_is_survived(self) -> None:
         """Where nobody reads any more the fit goes on."""

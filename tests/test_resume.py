@@ -96,7 +96,7 @@ def test_what_may_differ_is_said_once(tmp_path: Path, arguments: dict[str, Any],
     """With the old and the new value and which is used; the warning points to the call of fit."""
     saved_run(tmp_path)
     with pytest.warns(ThawlineWarning) as caught:
-        Trainer_(run_dir=tmp_path, **arguments).fit(mlp(), loader(), duration="2ep", resume=True)
+        Trainer_(run_dir=tmp_path, **arguments).fit(mlp(), loader(), loader(), duration="2ep", resume=True)
     (warning,) = caught
     assert f"resumed with another {message}" in str(warning.message)
     assert warning.filename == __file__
@@ -156,6 +156,25 @@ def test_other_groups_are_said(tmp_path: Path) -> None:
     saved_run(tmp_path, optimizer=split(2))
     with pytest.warns(ThawlineWarning, match="another optimizer group of '2.weight': saved 1, given 0"):
         Trainer_(run_dir=tmp_path, optimizer=split(3)).fit(mlp(), loader(), duration="2ep", resume=True)
+
+
+@pytest.mark.parametrize(("saved", "given"), [(True, False), (False, True)])
+def test_what_the_user_froze_since_is_said(tmp_path: Path, *, saved: bool, given: bool) -> None:
+    """With the first parameter that differs; the saved one is kept, and algorithms that attach change nothing of it."""
+
+    def fit(trains: bool, **arguments: Any) -> nn.Module:
+        model = mlp()
+        model[2].requires_grad_(trains)
+        trainer = Trainer_(run_dir=tmp_path, algorithms=[LoRAInject(rank=2, target="0")])
+        trainer.fit(model, loader(), duration="2ep", **arguments)
+        return model
+
+    fit(saved)
+    fit(saved, resume=True)  # says nothing
+    words = {True: "training", False: "frozen"}
+    message = f"another requires_grad of '2.weight': saved {words[saved]}, given {words[given]}. The saved one is kept"
+    with pytest.warns(ThawlineWarning, match=message):
+        fit(given, resume=True)
 
 
 def test_the_same_layers_in_other_words_are_the_same(tmp_path: Path) -> None:
@@ -324,7 +343,7 @@ def test_an_optimizers_own_tensors_come_back_where_they_lay(tmp_path: Path, devi
         (lambda state, p: state[p].update({b"x": 1}), CheckpointError, "Unnamed/state/0.weight.*the key b'x' is a bytes"),
         (lambda state, p: state.update(fn=print), CheckpointError, "Unnamed/shared/fn.*builtin"),
         (lambda state, p: state.update({torch.ones(3): {}}), OptimizerError, r"Unnamed.state has a tensor of shape \(3,\)"),
-        (lambda state, p: state.update({p: 3}), OptimizerError, r"Unnamed.state\['0.weight'\] is a int"),
+        (lambda state, p: state.update({p: 3}), OptimizerError, r"Unnamed.state\['0.weight'\] is an int"),
     ],
 )  # fmt: skip
 def test_state_that_cannot_be_saved_is_refused_at_the_first_save(

@@ -121,7 +121,7 @@ def test_a_stopped_run_stays_where_it_stopped(
 
 
 @pytest.mark.parametrize(
-    "value", ["0.5", None, math.nan, math.inf, 10**400, 1j, [1.0]], ids=lambda value: str(value)[:9]
+    "value", ["0.5", -0.5, None, math.nan, math.inf, 10**400, 1j, [1.0]], ids=lambda value: str(value)[:9]
 )
 @pytest.mark.parametrize("wrapped", [lambda f: f, lambda f: warmup(0.25, f), lambda f: Schedule("mine", {}, f)])
 def test_a_factor_that_is_none_is_refused_in_the_middle_of_a_fit(value: Any, wrapped: Any) -> None:
@@ -132,7 +132,8 @@ def test_a_factor_that_is_none_is_refused_in_the_middle_of_a_fit(value: Any, wra
 
     trainer = Trainer_(schedule=wrapped(gap))
     with pytest.raises(
-        ArgumentError, match=r"^schedule takes a finite factor at every progress; .* at 0.5, got .*Write: "
+        ArgumentError,
+        match=r"^schedule takes a finite factor of at least 0 at every progress; .* at 0.5, got .*Write: ",
     ):
         trainer.fit(mlp(), loader(), duration="1ep")
 

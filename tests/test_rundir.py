@@ -85,6 +85,13 @@ def test_a_run_directory_that_is_a_file_is_refused(tmp_path: Path, inside: bool)
         Trainer_(run_dir=folder).fit(mlp(), loader(), duration=1)
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no /proc")
+def test_a_run_directory_that_cannot_be_made_is_refused() -> None:
+    """With the same error, the system's words, and what to write."""
+    with pytest.raises(RunDirError, match=r"Cannot make /proc/nowhere.*Write: Trainer\(run_dir="):
+        Trainer_(run_dir="/proc/nowhere/run").fit(mlp(), loader(), duration=1)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "tensors.safetensors"])
 @pytest.mark.parametrize("length", [0, 10, -1])
 def test_loading_a_truncated_checkpoint_leaves_no_file_open(

@@ -29,6 +29,7 @@ from thawline.engine import (
     Event,
     Schedule,
     State,
+    ThawlineWarning,
     Time,
     Trainer,
     constant,
@@ -517,3 +518,13 @@ def test_a_description_may_not_be_endless() -> None:
         description = {"name": "warmup", "arguments": {"length": 0.5, "then": description}}
     with pytest.raises(ArgumentError, match="at most 32 deep"):
         schedule_from_description(description)
+
+
+@pytest.mark.parametrize(("length", "unit"), [(100, "100ep"), ("3ep", "3ep"), ("12ba", "12ba")])
+def test_a_warmup_that_does_not_end_within_the_fit_warns(length: Any, unit: str) -> None:
+    """A plain int is epochs; the warning points at the call of fit."""
+    trainer = Trainer(schedule=warmup(length), loss_fn=torch.nn.functional.mse_loss, progress=False)
+    batches = [(torch.zeros(2, 4), torch.zeros(2, 1))] * 4
+    with pytest.warns(ThawlineWarning, match=rf"warmup\('{unit}'\) is not over .*warmup\('0.1dur'\)") as said:
+        trainer.fit(torch.nn.Linear(4, 1), batches, duration="3ep")
+    assert [each.filename for each in said] == [__file__]

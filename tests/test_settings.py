@@ -146,3 +146,28 @@ def test_what_can_be_called_is_asked_of_what_is_called() -> None:
     assert not can_call(nn.ReLU(), 2)
     assert can_call(partial(cross_entropy, label_smoothing=0.1), 2)
     assert not can_call(partial(one, None), 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("bfloat16", "bf16"), (torch.bfloat16, "bf16"), ("16-mixed", "fp16"), (torch.float16, "fp16"), ("FP32", "fp32")],
+)
+def test_another_name_of_a_precision_says_the_one_to_write(given: Any, meant: str) -> None:
+    """As torch's dtypes and other trainers call it."""
+    with pytest.raises(ArgumentError, match=rf"takes one of .*Write: Trainer\(precision='{meant}'\)"):
+        Trainer(precision=given)
+
+
+def test_what_is_not_in_this_version_says_so() -> None:
+    """Not that it takes one of one."""
+    with pytest.raises(ArgumentError, match=r"Trainer\(compile=\) takes only False in this version, got True"):
+        Trainer(compile=True)
+
+
+def test_a_wrong_loader_says_where_it_stands() -> None:
+    """The example shows the loader that is wrong."""
+    net, batches = nn.Linear(4, 2), [torch.zeros(2, 4)]
+    with pytest.raises(ArgumentError, match=r"eval_loader=.*Write: trainer.fit\(model, train_loader, DataLoader\("):
+        Trainer(progress=False).fit(net, batches, 3, duration=1)
+    with pytest.raises(ArgumentError, match=r"Write: trainer.evaluate\(model, DataLoader\("):
+        Trainer(progress=False).evaluate(net, 3)

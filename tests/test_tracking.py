@@ -20,7 +20,7 @@ import pytest
 from attrs import define, field, frozen
 from typing_extensions import override
 
-from thawline.engine.errors import ArgumentError, MissingExtraError
+from thawline.engine.errors import ArgumentError, MissingExtraError, ThawlineWarning
 from thawline.engine.tracking import CometTracker, JsonlTracker, MemoryTracker, Tracker, Trackers
 
 KEY = "dummyKEY0123456789abcdefghijklmnop"
@@ -300,7 +300,11 @@ class TestTrackers:
         """Whatever it raises, the others go on; one warning names it, another says at the end how often."""
         memory = MemoryTracker()
         trackers = Trackers([Failing(), memory])
-        trackers.log_config({})
+        with pytest.warns(
+            ThawlineWarning, match="the tracker Failing failed in log_config, .*: server is gone"
+        ) as said:
+            trackers.log_config({})
+        assert [each.filename for each in said] == [__file__]
         for step in range(3):
             trackers.log_metrics({"loss": 1.0}, step=step)
         trackers.log_artifact(Path("x"))
@@ -317,7 +321,8 @@ class TestTrackers:
         server, memory = threading.Event(), MemoryTracker()
         trackers = Trackers([Hanging(server), memory], close_timeout=0.01)
         try:
-            trackers.close()
+            with pytest.warns(ThawlineWarning, match="Hanging failed in close"):
+                trackers.close()
         finally:
             server.set()
         assert memory.closed
@@ -342,7 +347,9 @@ class TestTrackers:
 
     def test_two_of_a_kind_are_counted_apart(self, caplog: pytest.LogCaptureFixture) -> None:
         """Failures belong to an instance, not to a class."""
-        Trackers([Failing(), Failing()]).log_config({})
+        with pytest.warns(ThawlineWarning, match="Failing") as said:
+            Trackers([Failing(), Failing()]).log_config({})
+        assert len(said) == 2
         assert len(logged(caplog)) == 2
 
     @pytest.mark.parametrize("trackers", [[MemoryTracker], ["comet"], 3, [None]])
@@ -564,7 +571,9 @@ class TestCometTracker:
         """Where not even an archive can be begun the tracker gives up, once and aloud."""
         (tmp_path / "file").write_text("in the way")
         tracker = CometTracker(offline_directory=tmp_path / "file" / "comet", online=False)
-        for step in range(3):
+        with pytest.warns(ThawlineWarning, match="Comet failed"):
+            tracker.log_metrics({"loss": 1.0}, step=0)
+        for step in (1, 2):
             tracker.log_metrics({"loss": 1.0}, step=step)
         tracker.close()
         (message,) = logged(caplog)

@@ -476,8 +476,9 @@ def test_skip_leaves_out_the_step_and_goes_on() -> None:
 def test_skip_gives_up_after_five_in_a_row() -> None:
     """A run that is lost does not spin to its end."""
     batches = [(torch.full((4, 4), float("inf")), torch.randint(2, (4,)))] * 9
-    with pytest.raises(NonFiniteError, match="5th time in a row"):
+    with pytest.raises(NonFiniteError, match="5th time in a row") as caught:
         Trainer_(on_nonfinite="skip").fit(mlp(), batches, duration="1ep")
+    assert "on_nonfinite" not in str(caught.value)  # it is set already
 
 
 def test_bf16_and_fp16_train_near_fp32() -> None:
@@ -544,7 +545,9 @@ def test_a_tracker_that_raises_does_not_end_the_run() -> None:
         def close(self) -> None:
             raise ConnectionError
 
-    assert Trainer_(trackers=[Dead()]).fit(mlp(), loader(), duration="1ep").stop_reason == "duration"
+    with pytest.warns(ThawlineWarning, match="the tracker Dead failed in log_config.*the run goes on") as said:
+        assert Trainer_(trackers=[Dead()]).fit(mlp(), loader(), duration="1ep").stop_reason == "duration"
+    assert [each.filename for each in said] == [__file__]
 
 
 def test_history_has_a_row_an_epoch_and_the_timeline_a_row_a_span() -> None:
@@ -834,10 +837,38 @@ def test_a_monitor_without_evaluation_data_warns() -> None:
         Trainer_(algorithms=[EarlyStop("eval/loss")]).fit(mlp(), loader(), duration=1)
 
 
-def test_a_misspelled_monitor_warns_once_at_the_first_save_after_an_evaluation(tmp_path: Path) -> None:
-    """With what was logged and the nearest name; the fit goes on and saves."""
+@pytest.mark.parametrize("monitor", ["eval/acuracy", "val_accuracy", "accuracy"])
+def test_a_misspelled_monitor_warns_once_at_the_start(monitor: str, tmp_path: Path) -> None:
+    """With the nearest of the metrics that the fit logs by itself; it goes on and saves."""
+    seen: list[str] = []
+
+    def accuracy(outputs: Tensor, targets: Tensor) -> float:
+        seen.append("measured")
+        return 0.5
+
+    policy = Checkpointing(every="1ba", monitor=monitor)
+    trainer = Trainer_(run_dir=tmp_path, checkpoint=policy, metrics={"accuracy": accuracy})
+    with pytest.warns(ThawlineWarning) as caught:
+        result = trainer.fit(mlp(), loader(), loader(), duration="3ep")
+    (warning,) = caught
+    message = f"nothing in this fit logs {monitor!r}. Write: Checkpointing(monitor='eval/accuracy')"
+    assert str(warning.message) == message
+    assert warning.filename == __file__
+    assert (result.best, result.last) == (None, tmp_path / "ba00000012")
+    with pytest.raises(ThawlineWarning):  # a warning is an error here, so it comes before the first evaluation
+        trainer.fit(mlp(), loader(), loader(), duration="4ep", resume=True)
+    assert len(seen) == 3 * 4
+
+
+def test_a_monitor_of_the_users_own_is_missed_at_the_first_save_after_an_evaluation(tmp_path: Path) -> None:
+    """What an algorithm of the user's logs cannot be known before."""
     policy = Checkpointing(every="1ba", monitor="eval/acuracy")
-    trainer = Trainer_(run_dir=tmp_path, checkpoint=policy, metrics={"accuracy": lambda outputs, targets: 0.5})
+    trainer = Trainer_(
+        algorithms=[Watch([])],
+        run_dir=tmp_path,
+        checkpoint=policy,
+        metrics={"accuracy": lambda outputs, targets: 0.5},
+    )
     with pytest.warns(ThawlineWarning) as caught:
         result = trainer.fit(mlp(), loader(), loader(), duration="3ep")
     (warning,) = caught
@@ -845,6 +876,27 @@ def test_a_misspelled_monitor_warns_once_at_the_first_save_after_an_evaluation(t
     assert "Write: Checkpointing(monitor='eval/accuracy')" in str(warning.message)
     assert warning.filename == __file__
     assert (result.best, result.last) == (None, tmp_path / "ba00000012")
+
+
+def test_metrics_without_evaluation_data_warn() -> None:
+    """They would never be measured; the warning points at the call of fit."""
+    trainer = Trainer_(metrics={"accuracy": lambda outputs, targets: 0.5})
+    with pytest.warns(ThawlineWarning, match="there is no eval_loader to measure 'accuracy' on") as said:
+        trainer.fit(mlp(), loader(), duration=1)
+    assert [each.filename for each in said] == [__file__]
+
+
+@pytest.mark.parametrize("call", ["fit", "plan"])
+def test_a_compiled_model_is_refused(call: str) -> None:
+    """Its parameters have other names than the module's, and a checkpoint would keep them."""
+    with pytest.raises(ArgumentError, match=r"takes the plain module.*Write: trainer\.\w+\(model\._orig_mod, "):
+        getattr(Trainer_(), call)(torch.compile(mlp()), loader(), duration=1)
+
+
+def test_a_plan_takes_what_a_fit_takes() -> None:
+    """The evaluation data in its place are not looked at."""
+    data = loader()
+    assert str(Trainer_().plan(mlp(), data, data, duration=2)) == str(Trainer_().plan(mlp(), data, duration=2))
 
 
 def test_a_monitor_that_comes_with_the_first_evaluation_does_not_warn(tmp_path: Path) -> None:
