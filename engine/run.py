@@ -69,7 +69,7 @@ class Run:
         on_change: OnChange = "refuse",
     ) -> None:
         self.trainer = trainer
-        self._on_change = on_change
+        self._on_change: OnChange = on_change
         self.history: list[dict[str, float]] = []
         self.progress = progress_for(trainer.progress)
         self.forward = trainer.forward()
