@@ -87,8 +87,8 @@ def differences(
         yield f"resumed with another optimizer group of {name!r}: saved {there[name]}, given {here[name]}. {kept}"
     frozen, frozen_now = _frozen_by_user(ledger), _frozen_by_user(ledger_now)
     for name in [name for name in ledger_now["parameters"] if (name in frozen) != (name in frozen_now)][:1]:
-        before, after = ("frozen" if name in each else "training" for each in (frozen, frozen_now))
-        yield f"resumed with another requires_grad of {name!r}: saved {before}, given {after}. The saved one is kept, {_ANEW}."
+        was, now_is = ("frozen" if name in each else "training" for each in (frozen, frozen_now))
+        yield f"resumed with another requires_grad of {name!r}: saved {was}, given {now_is}. The saved one is kept, {_ANEW}."
 
 
 def _optimizers(ledger: Mapping[str, Any]) -> str:
