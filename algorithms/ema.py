@@ -24,7 +24,7 @@ from ..engine import (
     nearest,
     register,
 )
-from .arguments import check_in_range, check_time, in_range
+from .arguments import check_in_range, check_time, flag, in_range
 
 log = get_logger(__name__)
 _HALF_LIFE = Time("0.1dur")
@@ -131,6 +131,10 @@ class EMA(Algorithm):
             forgotten fast. A time instead lets the memory grow from nothing to its full length over it: the decay
             is ``decay ** (1 / share)`` at that share of the time, so the half-life rises linearly.
 
+        bias_correction: Leave the weights from before the first update out of the average: it is the mean of those after
+            each update alone, weighted with ``(1 - decay) * decay ** age`` over the sum of these, as Adam corrects its
+            moments. Otherwise they count as if they had always been there.
+
     Raises:
         ArgumentError: Both ``half_life`` and ``decay``, or an argument of the wrong type or out of range.
 
@@ -154,9 +158,11 @@ class EMA(Algorithm):
     decay: float | None = attrs.field(default=None, validator=in_range(above=0, below=1, example=0.999, or_none=True))
     update_every: Time = attrs.field(default=Time("1ba"), converter=_update_every)
     warmup: bool | Time = attrs.field(default=False, converter=_warmup)
+    bias_correction: bool = attrs.field(default=False, validator=flag())
 
     updates: int = attrs.field(init=False, default=0, repr=False)
     """How often the averages moved."""
+    _left: float = attrs.field(init=False, default=1.0, repr=False)  # what the weights before the first update count
     _shadow: dict[str, Tensor] = attrs.field(init=False, factory=dict, repr=False)
     _live: dict[str, Tensor] = attrs.field(init=False, factory=dict, repr=False)
     _groups: list[tuple[list[Tensor], list[Tensor]]] = attrs.field(init=False, factory=list, repr=False)
@@ -231,12 +237,16 @@ class EMA(Algorithm):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"shadow": dict(self._shadow), "updates": self.updates, "last": self._last, "periods": self._periods}
+        return {
+            "shadow": dict(self._shadow), "updates": self.updates, "last": self._last, "periods": self._periods,
+            "left": self._left,
+        }  # fmt: skip
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self._shadow = {name: each.detach().clone() for name, each in saved["shadow"].items()}
         self.updates, self._last, self._periods = saved["updates"], saved["last"], saved["periods"]
+        self._left = saved["left"]
         self._version = None
 
     # -- averaging ---------------------------------------------------------------------------------------------
@@ -268,9 +278,11 @@ class EMA(Algorithm):
             self._last = now
             return
         decay = self.decay_at(elapsed, share=self._share(clock))
+        self._left *= decay
+        share = (1 - decay) / (1 - self._left) if self.bias_correction else 1 - decay
         with torch.no_grad():
             for shadows, lives in self._groups:
-                _update(shadows, lives, 1 - decay)
+                _update(shadows, lives, share)
         self._last, self._periods = now, periods
         self.updates += 1
 

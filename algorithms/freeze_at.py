@@ -11,6 +11,7 @@ from typing_extensions import override
 from ..engine import Algorithm, ArgumentError, Event, Stage, State, Time, get_logger, register, warn
 from .arguments import check_time
 from .layer_thaw import cannot_fire
+from .train_only import warn_of_frozen_trunk
 
 log = get_logger(__name__)
 _EXAMPLE = "FreezeAt({'stem': '1ep', 'blocks[0]': '0.3dur'})"
@@ -65,6 +66,7 @@ class FreezeAt(Algorithm):
         """Check the selectors, or freeze what is due."""
         if event is Event.FIT_START:
             state.ledger.select(list(self.times))
+            warn_of_frozen_trunk(state, "FreezeAt")
             never = {
                 select: str(time) for select, time in self.times.items() if time.value and cannot_fire(time, state)
             }

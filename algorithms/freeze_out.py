@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from ..engine import Algorithm, Event, Schedule, Stage, State, constant, cosine, get_logger, join, register
 from .arguments import check_in_range, check_whole, flag, in_range
+from .train_only import warn_of_frozen_trunk
 
 log = get_logger(__name__)
 
@@ -53,8 +54,8 @@ class FreezeOut(Algorithm):
     """Anneal each layer's learning rate to zero on a cosine of its own, and freeze it there.
 
     Layer i of n freezes at ``t_i``, linear from ``t_0`` (input) to 1 (head); at progress t its rate is
-    ``0.5 * lr * (1 + cos(pi * t / t_i))``, with ``lr / t_i`` in place of ``lr`` where ``scale_lr``. The Trainer's
-    ``schedule`` and other owners' factors multiply with it. What freezes loses gradient and optimizer state.
+    ``0.5 * lr * (1 + cos(pi * t / t_i))``, with ``lr / t_i`` in place of ``lr`` where ``scale_lr``. It
+    stands in place of the Trainer's ``schedule``; other owners' factors multiply it. What freezes loses gradient and optimizer state.
 
     Args:
         t_0: Share of the fit at which the first layer freezes (before cubing), above 0, up to 1.
@@ -96,6 +97,7 @@ class FreezeOut(Algorithm):
         """Set the layers' schedules, or freeze what is due."""
         ledger, names = state.ledger, [layer.name for layer in state.layers]
         if event is Event.FIT_START:
+            warn_of_frozen_trunk(state, "FreezeOut")
             with ledger.at_once():
                 for name, time in zip(names, self._times, strict=True):
                     ledger.set_schedule(name, freeze_out_schedule(time), owner=self.owner, span="1dur")

@@ -12,9 +12,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..engine import Algorithm, ArgumentError, Event, Stage, State, register
-from .arguments import check_in_range, positive
+from .arguments import check_in_range, flag, positive
 
-_EXAMPLE = "GradClip(max_norm=1.0)"
 # As in torch.nn.utils.clip_grad_norm_, so that both scale by the same number.
 _EPSILON = 1e-6
 
@@ -57,26 +56,32 @@ def clip_gradients(
     *,
     max_norm: float | None = None,
     value: float | None = None,
+    adaptive: float | None = None,
     norm_type: float = 2.0,
+    floor: float = 1e-3,
 ) -> Tensor:
     """Clip the gradients of ``parameters`` in place, and return their norm before it.
 
     With ``max_norm`` all gradients are multiplied by ``max_norm / (norm + 1e-6)`` where that is below 1, with
     ``value`` every element is clamped to ``[-value, value]``; numbers as in ``torch.nn.utils.clip_grad_norm_`` and
-    ``clip_grad_value_``. Nothing is written where nothing is to be clipped, nor where the norm is NaN or infinite:
+    ``clip_grad_value_``. With ``adaptive`` each unit of a weight, a row or a filter, is limited by its own norm, by
+    :func:`clip_adaptively`. Nothing is written where nothing is to be clipped, nor where the norm is NaN or infinite:
     ``inf * 0`` would put NaN into every weight, and a clamped infinity would hide an overflow.
 
     Args:
         parameters: What trains; those without a gradient are passed over.
         max_norm: The largest norm that passes.
         value: The largest magnitude of an element that passes.
+        adaptive: The largest norm of a unit's gradient over that of its weight.
         norm_type: The p of the p-norm, above 0; ``math.inf`` is the largest magnitude.
+        floor: What the norm of a unit's weight counts at least, for ``adaptive``.
 
     Returns:
         The norm, a scalar on the CPU: bringing it there is the only wait for the device.
 
     Raises:
-        ArgumentError: Not exactly one of ``max_norm`` and ``value``, one that is not above 0, or sparse gradients.
+        ArgumentError: Not exactly one of ``max_norm``, ``value`` and ``adaptive``, one that is not above 0, or sparse
+            gradients.
 
     Source:
         Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", arXiv:1211.5063,
@@ -88,23 +93,122 @@ def clip_gradients(
         >>> clip_gradients([weight], max_norm=1.0), weight.grad
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    _check_limits("clip_gradients", max_norm, value, "clip_gradients(parameters, max_norm=1.0)")
-    _check_norm_type("clip_gradients", norm_type, "clip_gradients(parameters, max_norm=1.0, norm_type=2.0)")
-    each_parameter = [parameters] if isinstance(parameters, Tensor) else parameters
-    return _clip([grad for each in each_parameter if (grad := each.grad) is not None], max_norm, value, norm_type)
+    limits = _Limits(max_norm, value, adaptive, norm_type, floor)
+    limits.check("clip_gradients", "clip_gradients(parameters, max_norm=1.0")
+    each_parameter = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    return _clip([each for each in each_parameter if each.grad is not None], limits)
 
 
-def _clip(gradients: list[Tensor], max_norm: float | None, value: float | None, norm_type: float) -> Tensor:
-    norm = gradient_norm(gradients, norm_type).cpu()
+@torch.no_grad()
+def clip_adaptively(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor], factor: float, *, floor: float = 1e-3
+) -> None:
+    """Limit the norm of each unit's gradient to ``factor`` times that of its weight, in place.
+
+    A unit is what belongs to one output: a row of a matrix, a filter of a convolution; of vectors and scalars the whole.
+
+    Args:
+        weights: The weights.
+        gradients: Theirs, of the same shapes.
+        factor: Above 0; the paper takes 0.01 to 0.16.
+        floor: What the norm of a weight counts at least, so that those that begin at zero can learn.
+
+    Source: Brock, De, Smith, Simonyan, High-Performance Large-Scale Image Recognition Without Normalization, equation 3,
+        arXiv:2102.06171.
+
+    Example:
+        >>> weight, gradient = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.0, 2.0], [0.0, 2.0]])
+        >>> clip_adaptively([weight], [gradient], 0.1)
+        >>> gradient
+        tensor([[0.0000e+00, 5.0000e-01],
+                [0.0000e+00, 1.0000e-04]])
+    """
+    for weight, gradient in zip(weights, gradients, strict=True):
+        limit = _unit_norm(weight).clamp_(min=floor).mul_(factor)
+        norm = _unit_norm(gradient)
+        scale = torch.where(norm > limit, limit / norm.clamp(min=1e-6), 1.0)
+        gradient.mul_(scale.to(gradient.dtype))
+
+
+@torch.no_grad()
+def clip_by_layer(layers: Sequence[Sequence[Tensor]], max_norm: float, *, norm_type: float = 2.0) -> Tensor:
+    """Clip the gradients of each layer in place so that its own norm is at most ``max_norm``.
+
+    Args:
+        layers: The gradients, layer by layer; none is empty.
+        max_norm: The largest norm of a layer's gradients together.
+        norm_type: The p of the p-norm.
+
+    Returns:
+        The norm of all gradients before, a scalar on the CPU.
+
+    Example:
+        >>> first, second = torch.tensor([3.0, 4.0]), torch.tensor([0.5])
+        >>> clip_by_layer([[first], [second]], 1.0).round(decimals=3), first, second
+        (tensor(5.0250), tensor([0.6000, 0.8000]), tensor([0.5000]))
+    """
+    if not layers:
+        return torch.zeros(())
+    found = [gradient_norm(each, norm_type) for each in layers]
+    norms = torch.stack([each.to(found[0].device) for each in found]).cpu()
+    total: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    if math.isfinite(total):
+        for gradients, coefficient in zip(layers, (max_norm / (norms + _EPSILON)).tolist(), strict=True):
+            if coefficient < 1.0:
+                torch._foreach_mul_(list(gradients), coefficient)  # pyright: ignore[reportPrivateImportUsage]
+    return total
+
+
+@attrs.frozen
+class _Limits:
+    """What is clipped, and by how much."""
+
+    max_norm: float | None
+    value: float | None
+    adaptive: float | None
+    norm_type: float
+    floor: float
+
+    def check(self, call: str, example: str) -> None:
+        """Raise an ArgumentError where a limit is wrong, or not exactly one is given."""
+        given = {
+            name: limit
+            for name, limit in (("max_norm", self.max_norm), ("value", self.value), ("adaptive", self.adaptive))
+            if limit is not None
+        }
+        if len(given) != 1:
+            got = ", ".join(f"{name}={limit}" for name, limit in given.items()) or "none"
+            takes = "exactly one of the three"
+            raise ArgumentError(f"{call}(max_norm=, value=, adaptive=)", got=got, takes=takes, example=f"{example})")
+        ((name, limit),) = given.items()
+        check_in_range(f"{call}({name}=)", limit, above=0, example=f"{example})")
+        check_in_range(f"{call}(floor=)", self.floor, above=0, example=f"{call}(adaptive=0.01, floor=1e-3)")
+        if self.norm_type != math.inf:
+            check_in_range(f"{call}(norm_type=)", self.norm_type, above=0, example=f"{example}, norm_type=2.0)")
+
+
+def _clip(parameters: Sequence[Tensor], limits: _Limits) -> Tensor:
+    """Clip the gradients of parameters that have one."""
+    gradients = [grad for each in parameters if (grad := each.grad) is not None]
+    norm = gradient_norm(gradients, limits.norm_type).cpu()
     if not math.isfinite(norm):
         return norm
-    if max_norm is not None:
-        coefficient = float(max_norm / (norm + _EPSILON))
+    if limits.max_norm is not None:
+        coefficient = float(limits.max_norm / (norm + _EPSILON))
         if coefficient < 1.0:
             torch._foreach_mul_(gradients, coefficient)  # pyright: ignore[reportPrivateImportUsage]
-    elif value is not None and float(norm) > value:  # no element is larger than the norm
-        torch._foreach_clamp_min_(gradients, -value)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_clamp_max_(gradients, value)  # pyright: ignore[reportPrivateImportUsage]
+    elif limits.value is not None:
+        if float(norm) > limits.value:  # no element is larger than the norm
+            torch._foreach_clamp_min_(gradients, -limits.value)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_clamp_max_(gradients, limits.value)  # pyright: ignore[reportPrivateImportUsage]
+    elif limits.adaptive is not None:
+        clip_adaptively(parameters, gradients, limits.adaptive, floor=limits.floor)
+    return norm
+
+
+def _unit_norm(tensor: Tensor) -> Tensor:
+    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
+    norm: Tensor = torch.linalg.vector_norm(tensor, 2, dims, keepdim=dims is not None, dtype=_wide(tensor.dtype))
     return norm
 
 
@@ -119,18 +223,23 @@ class GradClip(Algorithm):
 
     Args:
         max_norm: The largest norm of all gradients together.
-        value: The largest magnitude of a gradient's element. Exactly one of ``max_norm`` and ``value`` is given.
+        value: The largest magnitude of a gradient's element.
         norm_type: The p of the p-norm, above 0; ``math.inf`` is the largest magnitude.
+        adaptive: The largest norm of a unit's gradient over that of its weight, where a unit is a row of a matrix or a
+            filter of a convolution; see :func:`clip_adaptively`. Exactly one of ``max_norm``, ``value`` and ``adaptive`` is given.
+        floor: What the norm of a unit's weight counts at least, for ``adaptive``.
+        per_layer: Let ``max_norm`` limit each layer's gradients for themselves.
 
     Raises:
-        ArgumentError: Not exactly one of ``max_norm`` and ``value``, or one that is not above 0.
+        ArgumentError: Not exactly one of ``max_norm``, ``value`` and ``adaptive``, one that is not above 0, or ``per_layer``
+            without ``max_norm``.
 
     Source:
-        arXiv:1211.5063, algorithm 1.
+        arXiv:1211.5063, algorithm 1; adaptive: Brock et al., arXiv:2102.06171, equation 3.
 
     Example:
-        >>> GradClip(max_norm=1.0)
-        GradClip(max_norm=1.0, value=None, norm_type=2.0)
+        >>> GradClip(max_norm=1.0).describe()["arguments"]["max_norm"]
+        1.0
     """
 
     stage: ClassVar[Stage] = Stage.GRADIENTS
@@ -139,18 +248,47 @@ class GradClip(Algorithm):
     max_norm: float | None = attrs.field(default=None, validator=positive(example=1.0, or_none=True))
     value: float | None = attrs.field(default=None, validator=positive(example=0.5, or_none=True))
     norm_type: float = attrs.field(default=2.0)
+    adaptive: float | None = attrs.field(default=None, validator=positive(example=0.01, or_none=True))
+    floor: float = attrs.field(default=1e-3, validator=positive())
+    per_layer: bool = attrs.field(default=False, validator=flag())
+    _limits: _Limits = attrs.field(init=False, repr=False)
+    _layers: list[list[Tensor]] = attrs.field(init=False, factory=list, repr=False)
+    _version: int | None = attrs.field(init=False, default=None, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        _check_limits("GradClip", self.max_norm, self.value, _EXAMPLE)
-        _check_norm_type("GradClip", self.norm_type, "GradClip(max_norm=1.0, norm_type=2.0)")
+        self._limits = _Limits(self.max_norm, self.value, self.adaptive, self.norm_type, self.floor)
+        self._limits.check("GradClip", "GradClip(max_norm=1.0")
+        if self.per_layer and self.max_norm is None:
+            takes, example = "max_norm= beside it", "GradClip(max_norm=1.0, per_layer=True)"
+            raise ArgumentError("GradClip(per_layer=)", got=True, takes=takes, example=example)
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        gradients = [grad for each in state.ledger.trainable_parameters if (grad := each.grad) is not None]
         with torch.no_grad():
-            norm = float(_clip(gradients, self.max_norm, self.value, self.norm_type))
+            if self.per_layer and self.max_norm is not None:
+                found = clip_by_layer(self._gathered(state), self.max_norm, norm_type=self.norm_type)
+            else:
+                found = _clip(
+                    [each for each in state.ledger.trainable_parameters if each.grad is not None], self._limits
+                )
+        norm = float(found)
         state.grad_norm = norm
         state.log({"grad_norm": norm})
+
+    @override
+    def close(self) -> None:
+        self._layers, self._version = [], None
+
+    def _gathered(self, state: State) -> list[list[Tensor]]:
+        """Return the gradients there are, layer by layer."""
+        if state.ledger.version != self._version:
+            parameters, trainable = state.ledger.parameters, state.ledger.trainable
+            layers: Iterable[list[Tensor]] = (
+                [parameters[name] for name in layer.parameters if name in trainable] for layer in state.layers
+            )
+            self._layers, self._version = [each for each in layers if each], state.ledger.version
+        gradients = ([grad for each in layer if (grad := each.grad) is not None] for layer in self._layers)
+        return [each for each in gradients if each]
 
 
 def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
@@ -166,16 +304,3 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
 def _wide(dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype in which to take the norm of ``dtype``, None for its own."""
     return torch.float32 if dtype.itemsize < 4 else None
-
-
-def _check_limits(call: str, max_norm: float | None, value: float | None, example: str) -> None:
-    if (max_norm is None) == (value is None):
-        got = {"max_norm": max_norm, "value": value}
-        raise ArgumentError(f"{call}(max_norm=, value=)", got=got, takes="exactly one of the two", example=example)
-    name, limit = ("max_norm", max_norm) if value is None else ("value", value)
-    check_in_range(f"{call}({name}=)", limit, above=0, example=example)
-
-
-def _check_norm_type(call: str, norm_type: float, example: str) -> None:
-    if norm_type != math.inf:
-        check_in_range(f"{call}(norm_type=)", norm_type, above=0, example=example)

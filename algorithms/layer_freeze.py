@@ -25,6 +25,7 @@ from ..engine import (
     warn,
 )
 from .arguments import check_in_range, check_one_of, in_range, one_of
+from .train_only import warn_of_frozen_trunk
 
 Granularity: TypeAlias = Literal["block", "leaf"]
 log = get_logger(__name__)
@@ -200,6 +201,7 @@ class LayerFreeze(Algorithm):
         """Freeze what the law adds."""
         if event is Event.FIT_START:
             self._warn_of_no_effect(state)
+            warn_of_frozen_trunk(state, "LayerFreeze")
             return
         units = self._counted(state)
         share = freeze_share(state.clock.progress, start=self.start, level=self.level)

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from ..engine import Algorithm, Event, LayerMap, Stage, State, register
 from .arguments import check_in_range, check_one_of, in_range, one_of, positive
+from .train_only import warn_of_frozen_trunk
 
 Convention: TypeAlias = Literal["timm", "beit", "electra"]
 CONVENTIONS = ("timm", "beit", "electra")
@@ -84,6 +85,7 @@ class LayerwiseLR(Algorithm):
     def apply(self, event: Event, state: State) -> None:
         """Set the factors, and the head's rate."""
         decay = self.decay if self.lowest is None else self.lowest ** (1 / max(1, len(state.layers) - 1))
+        warn_of_frozen_trunk(state, "LayerwiseLR")
         with state.ledger.at_once():
             for layer, factor in layer_factors(state.layers, decay, self.convention).items():
                 if factor != 1.0:

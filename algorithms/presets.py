@@ -245,6 +245,9 @@ def chain_thaw(model: nn.Module | LayerMap, until: Time | Plateau | str | int = 
         >>> [phase.thaw for phase in chain_thaw(model, "2ep")[0].phases]
         [('head',), ('blocks[0]',), ('blocks[1]',), ('head', 'blocks[0]')]
     """
+    if not isinstance(model, (nn.Module, LayerMap)):
+        takes = "a torch.nn.Module or its LayerMap"
+        raise ArgumentError("chain_thaw(model=)", got=model, takes=takes, example="chain_thaw(model, until=1)")
     layers = model if isinstance(model, LayerMap) else LayerMap(model)
     below = [layer.name for layer in layers if layer.name != "head"]
     phases, last = [Phase(thaw="head", until=until)], "head"

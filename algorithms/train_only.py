@@ -67,6 +67,16 @@ def warn_of_left_out(ledger: ParameterLedger, names: Collection[str], who: str) 
         )
 
 
+def warn_of_frozen_trunk(state: State, who: str) -> None:
+    """Warn where everything below the head was frozen before the fit, so that ``who`` has nothing to act on."""
+    below = [name for layer in state.layers if layer.name != "head" for name in layer.parameters]
+    if below and all("user" in state.ledger.owners(name) for name in below):
+        warn(
+            f"{who} has nothing to act on: all {len(below)} parameters below the head were frozen before the fit, and stay "
+            "so. Write model.requires_grad_(True) before the fit."
+        )
+
+
 def _selectors(value: object) -> tuple[str, ...]:
     return check_selectors("TrainOnly(select=)", value, example="TrainOnly('head')")
 
@@ -133,6 +143,12 @@ class TrainOnly(Algorithm):
 
     def _doubts(self, ledger: ParameterLedger, chosen: frozenset[str]) -> Iterator[str]:
         """Yield what was asked for and cannot have been meant."""
+        frozen = [name for name in chosen if "user" in ledger.owners(name) and name not in ledger.left_out]
+        if frozen:
+            yield (
+                f"TrainOnly({list(self.select)}) selects {len(frozen)} parameters (first {min(frozen)!r}) that were frozen "
+                "before the fit, and stay so. Write model.requires_grad_(True) before the fit."
+            )
         trains = {name for name in chosen if "user" not in ledger.owners(name)}
         for select, lr in self.lr.items():
             if trains.isdisjoint(ledger.select(select)):

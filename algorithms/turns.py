@@ -20,7 +20,7 @@ from ..engine import (
     get_logger,
     warn,
 )
-from .train_only import all_but, rest_of
+from .train_only import all_but, rest_of, warn_of_frozen_trunk
 
 log = get_logger(__name__)
 
@@ -123,6 +123,7 @@ class Turns(Algorithm):
                 "turns meet. Leave one out."
             )
         self.active = ()
+        warn_of_frozen_trunk(state, name)
         state.ledger.freeze(all_but(state.layers, kept), owner=self.owner)
         if why := self.idle(candidates, state):
             warn(

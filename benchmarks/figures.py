@@ -17,6 +17,7 @@ from thawline.algorithms import ema_update
 from thawline.algorithms.grad_clip import clip_gradients
 from thawline.engine import Algorithm, Engine, Event, ParameterLedger, State, Trainer
 
+from .adapters import adapting
 from .measure import Row, race, told
 
 Figure = Callable[[int, torch.device], list[Row]]
@@ -242,6 +243,7 @@ FIGURES: dict[str, Figure] = {
     "event": event,
     "ema": average,
     "clipping": clipping,
+    "lora": adapting,
     "freezing": freezing,
     "import": importing,
     "construction": construction,

@@ -15,6 +15,7 @@ from .errors import (
     MissingExtraError,
     NonFiniteError,
     OptimizerError,
+    OutOfMemoryError,
     RunDirError,
     ScheduleError,
     SelectorError,
@@ -25,6 +26,7 @@ from .errors import (
     warn,
 )
 from .events import Event
+from .functions import on
 from .groups import Group
 from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
@@ -80,6 +82,7 @@ __all__ = [
     "MissingExtraError",
     "NonFiniteError",
     "OptimizerError",
+    "OutOfMemoryError",
     "ParameterLedger",
     "Plan",
     "RunDirError",
@@ -107,6 +110,7 @@ __all__ = [
     "join",
     "linear",
     "nearest",
+    "on",
     "one_cycle",
     "polynomial",
     "register",

@@ -34,7 +34,23 @@ class Stage(IntEnum):
     OBSERVE = 6
 
 
-class Algorithm:
+class _Remembering:
+    """Keeps what it was constructed with. A base of its own: a class's signature is then that of its ``__init__``."""
+
+    owner: str
+    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember the arguments, for ``reset`` and ``describe``; say which there are where one is unknown."""
+        _check_keywords(cls, kwargs)
+        self = super().__new__(cls)
+        # attrs classes may be frozen, and a copy brings its own arguments along in __dict__.
+        self.__dict__.setdefault("_arguments", (args, kwargs))
+        self.__dict__.setdefault("owner", cls.__name__)
+        return self
+
+
+class Algorithm(_Remembering):
     """Something that acts at events of a fit.
 
     Subclasses say at which ``events`` and what they do; everything else has a default. Arguments come
@@ -57,17 +73,9 @@ class Algorithm:
 
     events: frozenset[Event] = frozenset()
     stage: ClassVar[Stage] = Stage.CONTROL
-    owner: str
-    _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the arguments, for :meth:`reset` and :meth:`describe`; say which there are where one is unknown."""
-        _check_keywords(cls, kwargs)
-        self = super().__new__(cls)
-        # attrs classes may be frozen, and a copy brings its own arguments along in __dict__.
-        self.__dict__.setdefault("_arguments", (args, kwargs))
-        self.__dict__.setdefault("owner", cls.__name__)
-        return self
+    def __init__(self) -> None:
+        """Take no arguments, unless a subclass does."""
 
     def match(self, event: Event, state: State) -> bool:  # noqa: ARG002 - subclasses use them
         """Return whether to act now. Pure: it changes nothing."""
@@ -149,7 +157,7 @@ class Algorithm:
         return getattr(self, kept[0], value) if kept else value
 
 
-def _check_keywords(kind: type[Algorithm], keywords: Mapping[str, Any]) -> None:
+def _check_keywords(kind: type[_Remembering], keywords: Mapping[str, Any]) -> None:
     """Raise a TypeError that lists the arguments of a class where it is given another."""
     if not keywords:  # a copy is made without any
         return

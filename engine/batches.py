@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,20 @@ from .errors import ArgumentError, DataError, shorten, with_article
 IGNORED_LABEL = -100
 """The label that torch's losses leave out."""
 _TARGETS = ("labels", "targets")
+
+
+class Fetched(NamedTuple):
+    """One batch of a loader.
+
+    Args:
+        batch: What the loader yields.
+        sample_ids: What the sampler called its samples, where it is known and they are whole numbers.
+        samples: How many samples it was made of.
+    """
+
+    batch: Any
+    sample_ids: tuple[int, ...] | None
+    samples: int
 
 
 def batch_size_of(batch: Any) -> int:
@@ -46,6 +60,14 @@ def batch_size_of(batch: Any) -> int:
         f"dimension, got {shorten(batch)}. Write: a collate_fn that returns a tensor, or a tuple, list or mapping of "
         "tensors with the samples along dimension 0."
     )
+
+
+def samples_in(batch: Any) -> int:
+    """Return the samples in a batch; one of a kind that only the user's ``forward_fn`` understands counts as one."""
+    try:
+        return batch_size_of(batch)
+    except DataError:
+        return 1
 
 
 def split_batch(batch: Any, size: int) -> list[Any]:

@@ -375,7 +375,7 @@ class Books:
 
     def _group_names(self) -> tuple[str, ...]:
         if self._names is None:
-            self._names = name_groups(self._live, self._members, self.layers)
+            self._names = name_groups(self._live, self._members, self.layers, self.optimizers)
         return self._names
 
     def _write_lr(self) -> None:

@@ -10,20 +10,30 @@ import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice, repeat
-from typing import Any, NamedTuple, Protocol
+from itertools import chain, repeat
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
-from .batches import batch_size_of, count_weight, forward_arguments, split_batch, to_device
-from .errors import ArgumentError, DataError, with_article
+from .batches import (
+    Fetched,
+    batch_size_of,
+    count_weight,
+    forward_arguments,
+    samples_in,
+    split_batch,
+    to_device,
+)
+from .errors import ArgumentError, CheckpointError, DataError, with_article
 from .keyed import Key, KeyedDataset, Keys, copied_dataset, keyed_loader
 from .log import get_logger
 from .order import copied_sampler, epoch_order, order_limits, tell_epoch
 from .randomness import Randomness, Stream, derive_seed
+from .stateful import StatefulSource, is_stateful
+from .workers import outliving
 
 __all__ = [
     "Fetched",
@@ -31,6 +41,7 @@ __all__ = [
     "batch_size_of",
     "count_weight",
     "forward_arguments",
+    "gathered",
     "split_batch",
     "to_device",
 ]
@@ -40,31 +51,19 @@ _TRAIN = "Trainer.fit(train_loader=)"
 _EXAMPLE = "trainer.fit(model, DataLoader(dataset, batch_size=32, shuffle=True), duration='3ep')"
 
 
-class Fetched(NamedTuple):
-    """One batch of a loader.
-
-    Args:
-        batch: What the loader yields.
-        sample_ids: What the sampler called its samples, where it is known and they are whole numbers.
-        samples: How many samples it was made of.
-    """
-
-    batch: Any
-    sample_ids: tuple[int, ...] | None
-    samples: int
-
-
 class ResumableLoader:
     """A loader read in an order that depends on the seed and the epoch alone, from any batch on.
 
     A ``DataLoader`` over a map-style dataset goes on at any batch without loading those before it. Iterating leaves
     the global random generators of torch, NumPy and Python as they are, and the caller's loader untouched. A dataset
-    with a ``__getitems__`` of its own is seeded once a batch, any other once a sample.
+    with a ``__getitems__`` of its own is seeded once a batch, any other once a sample. A loader with ``state_dict``
+    and ``load_state_dict`` is used as it is.
 
     Args:
         loader: A ``DataLoader``, a list of ready batches, or any iterable of batches.
         seed: Seed of the run.
         argument: The argument the loader was passed as, for errors.
+        accumulate: How many batches are fetched for a step; the state before them can be asked for until the next.
 
     Raises:
         ArgumentError: It is not an iterable of batches.
@@ -80,14 +79,14 @@ class ResumableLoader:
         (3, True, ())
     """
 
-    def __init__(self, loader: Iterable[Any], *, seed: int, argument: str = _TRAIN) -> None:
+    def __init__(self, loader: Iterable[Any], *, seed: int, argument: str = _TRAIN, accumulate: int = 1) -> None:
         _check_loader(loader, argument)
         self._loader = loader
         self._name = argument.partition("(")[2].rstrip("=)") or argument
         self._length = _length(loader)
         if self._length == 0:
             raise self._empty()
-        self._source = _source(loader, seed, self._name)
+        self._source = _source(loader, seed, self._name, accumulate)
 
     @property
     def length(self) -> int | None:
@@ -138,7 +137,31 @@ class ResumableLoader:
         """
         return self._source.peek(samples)
 
-        return self._source.peek()
+    def state_dict(self, epoch: int, start: int) -> dict[str, Any] | None:
+        """Return the state of a loader that keeps its place itself, as it was before a batch; None for any other.
+
+        Args:
+            epoch: Number of the epoch.
+            start: Number of the batch that comes next, or the first of the step that is in hand.
+        """
+        source = self._source
+        return source.state_dict(epoch, start) if isinstance(source, StatefulSource) else None
+
+    def load_state_dict(self, state: Mapping[str, Any] | None, epoch: int, start: int) -> None:
+        """Put back what :meth:`state_dict` returned for the same place.
+
+        Raises:
+            CheckpointError: One of the two loaders keeps its place itself, and the other does not.
+        """
+        source = self._source
+        if (state is not None) != isinstance(source, StatefulSource):
+            had, has = ("a", "no") if state is not None else ("no", "a")
+            raise CheckpointError(
+                f"the run was saved with {had} {self._name} that has a state_dict of its own, and is given one with {has} "
+                "state_dict now: their orders differ. Give the same kind of loader."
+            )
+        if state is not None and isinstance(source, StatefulSource):
+            source.load_state_dict(state, epoch, start)
 
     def close(self) -> None:
         """Stop workers that persist between epochs."""
@@ -146,6 +169,19 @@ class ResumableLoader:
 
     def _empty(self) -> DataError:
         return DataError(f"{self._name} yields no batch: got {_account(self._loader)}")
+
+
+def gathered(
+    fetched: Sequence[Fetched], accumulate: int, device: torch.device
+) -> tuple[Any, tuple[int, ...] | None, int]:
+    """Return a step's batch on the device, or a list of them where it accumulates, its sample ids and its number of samples."""
+    if accumulate == 1:
+        (one,) = fetched
+        return to_device(one.batch, device), one.sample_ids, one.samples
+    batches = [to_device(each.batch, device) for each in fetched]
+    ids = [each.sample_ids for each in fetched]
+    known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
+    return batches, known, sum(each.samples for each in fetched)
 
 
 # -- sources: how each kind of loader is read ------------------------------------------------------------------------------
@@ -163,7 +199,9 @@ class _Source(Protocol):
     def close(self) -> None: ...
 
 
-def _source(loader: Iterable[Any], seed: int, name: str) -> _Source:
+def _source(loader: Iterable[Any], seed: int, name: str, accumulate: int) -> _Source:
+    if is_stateful(loader):
+        return StatefulSource(loader, seed, name, accumulate)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         kind = type(loader)
         if kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator:
@@ -184,10 +222,10 @@ class _ListSource:
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]:  # noqa: ARG002 - the same in every epoch
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
-            yield Fetched(batch, None, _samples_in(batch))
+            yield Fetched(batch, None, samples_in(batch))
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
-        return map(_samples_in, self._batches) if self._lie_ready else None
+        return map(samples_in, self._batches) if self._lie_ready else None
 
     def peek(self, samples: int | None) -> Any:  # noqa: ARG002 - a batch lies ready as it is
         return self._batches[0] if self._lie_ready else None
@@ -241,7 +279,7 @@ class _IterableSource:
             if start:
                 start -= 1
             else:
-                yield Fetched(batch, None, _samples_in(batch))
+                yield Fetched(batch, None, samples_in(batch))
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         size = self._loader.batch_size if isinstance(self._loader, DataLoader) else None
@@ -269,19 +307,27 @@ class _MapSource:
         self.limits = order_limits(self._indices, seed)
 
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]:
-        if self._twin is None:
-            self._twin = self._make()
         drawn: deque[Any] = deque()
-        self._keys.next = self._draw(epoch, start, drawn)
+        order = epoch_order(self._indices, self._seed, epoch, start)
         # Workers are seeded by a number from here, and not from the global generator.
         self._generator.manual_seed(derive_seed(self._seed, "workers", epoch, start))
-        for batch in self._twin:
+
+        def loader() -> DataLoader[Any]:
+            """Return what goes on at the cursor: with the batches that dead workers were asked for and did not yield."""
+            if self._twin is None or drawn:
+                self._twin = self._make()
+            asked = tuple(drawn)
+            drawn.clear()
+            self._keys.next = self._draw(epoch, chain(asked, order), drawn)
+            return self._twin
+
+        for batch in outliving(loader) if self._loader.num_workers else loader():
             indices = drawn.popleft()
             ids = _sample_ids(indices)
             if self._batched:
                 yield Fetched(batch, ids, len(indices))
             else:
-                samples = _samples_in(batch)
+                samples = samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
@@ -310,8 +356,8 @@ class _MapSource:
     def close(self) -> None:
         self._twin = None
 
-    def _draw(self, epoch: int, start: int, drawn: deque[Any]) -> Iterator[Key]:
-        for indices in islice(epoch_order(self._indices, self._seed, epoch), start, None):
+    def _draw(self, epoch: int, order: Iterable[Any], drawn: deque[Any]) -> Iterator[Key]:
+        for indices in order:
             drawn.append(indices)
             yield Key(epoch, indices)
 
@@ -339,14 +385,6 @@ def _length(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, NotImplementedError):
         return None
-
-
-def _samples_in(batch: Any) -> int:
-    """Return the samples in a batch; one of a kind that only the user's ``forward_fn`` understands counts as one."""
-    try:
-        return batch_size_of(batch)
-    except DataError:
-        return 1
 
 
 def _account(loader: Any) -> str:

@@ -8,10 +8,12 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias, cast
 
 from attrs import frozen
+from torch import Tensor
 
 from .algorithm import Algorithm, Stage
 from .errors import ArgumentError, CheckpointError, LedgerError
 from .events import Event
+from .ledger import ParameterLedger
 from .log import get_logger
 from .state import State
 
@@ -38,7 +40,8 @@ class Engine:
         algorithms: The algorithms. Each is given a unique ``owner`` name: its class name, numbered
             from the second on (``"EMA"``, ``"EMA#2"``).
         state: The state they share.
-        debug: Verify the ledger after each algorithm's turn, and that it stayed as it was where it is closed.
+        debug: Verify the ledger before each event and after each algorithm's turn, and that it stayed as it was where
+            it is closed: what was done behind it is an error that names the parameter, and the call to use instead.
         trace: Keep a list of :class:`TraceEntry` in :attr:`trace`.
 
     Raises:
@@ -85,6 +88,8 @@ class Engine:
             handlers = [self._handler(each) for each in listening]
             if event is Event.BATCH_START:
                 handlers.append(_begin_batch)
+            if self.debug and event is not Event.FIT_ABORT:
+                handlers.insert(0, self._look)
             self._handlers[event] = tuple(handlers)
 
     def emit(self, event: Event) -> None:
@@ -106,6 +111,13 @@ class Engine:
         """Let every algorithm set up its hooks and caches."""
         for each in self.algorithms:
             each.attach(self.state)
+
+    def restart(self) -> None:
+        """Make every algorithm as constructed and attached, to be given the state of an earlier batch."""
+        for each in reversed(self.algorithms):
+            each.close()
+            each.reset()
+        self.attach()
 
     def close(self) -> None:
         """Close every algorithm, also where another one's close raises; the first error is raised at the end."""
@@ -190,13 +202,29 @@ class Engine:
             if not self.debug:
                 handler(event, state)
                 return
-            before = self._ledger.digest()
-            handler(event, state)
-            self._ledger.verify()
-            if not event.opens_ledger and self._ledger.digest() != before:
+            ledger, before = self._ledger, self._ledger.digest()
+            version, options = ledger.version, _options(ledger)
+            try:
+                handler(event, state)
+            except BaseException as error:
+                if not event.opens_ledger and ledger.digest() != before:
+                    error.add_note(f"the ledger moved at {event.name}, where it is closed, before this was raised")
+                raise
+            ledger.verify()
+            if not event.opens_ledger and ledger.digest() != before:
                 raise LedgerError(f"the ledger moved at {event.name}, where it is closed. Change it at BATCH_END.")
+            if ledger.version == version:
+                _check_options(options, _options(ledger))
 
         return watched
+
+    def _look(self, event: Event, _: State) -> None:
+        """Find what was done behind the ledger since the last event, in nobody's turn."""
+        try:
+            self._ledger.verify()
+        except LedgerError as error:
+            error.add_note(f"found at {event.name}, before any algorithm's turn: a hook, the model or the loop did it")
+            raise
 
     def _note(self, error: BaseException, event: Event, handler: Handler | None) -> None:
         algorithm = None if handler is None else self._authors.get(handler)
@@ -254,6 +282,23 @@ def _begin_batch(_: Event, state: State) -> None:
     """What every loop needs before a batch: modes that follow the trainable set, and the step's learning rate."""
     state.ledger.sync_modes()
     state.ledger.apply_lr(state.clock)
+
+
+def _options(ledger: ParameterLedger) -> dict[str, Mapping[str, Any]]:
+    """Return what each parameter's group says besides members and rate."""
+    return {name: group.options for group in ledger.groups for name in group.parameters}
+
+
+def _check_options(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise where an option was edited in place, naming the parameter."""
+    for name, options in after.items():
+        for key, value in options.items():
+            was = before.get(name, {}).get(key, value)
+            if was is not value and not isinstance(value, Tensor) and was != value:
+                raise LedgerError(
+                    f"{key} of the group of {name!r} was changed from {was} to {value} in optimizer.param_groups, behind "
+                    "the ledger. Give options where the optimizer is made: Trainer(optimizer=[(select, factory), …])."
+                )
 
 
 def _difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:

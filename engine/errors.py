@@ -140,6 +140,10 @@ class NonFiniteError(ThawlineError, ArithmeticError):
     """A loss or gradient norm that is NaN or infinite."""
 
 
+class OutOfMemoryError(ThawlineError, MemoryError):
+    """Memory that runs out with a single sample at a time."""
+
+
 class CheckpointError(ThawlineError):
     """A checkpoint that is damaged, missing, or belongs to another run."""
 

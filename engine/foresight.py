@@ -17,6 +17,7 @@ from .engine import Engine, Handler
 from .errors import ArgumentError, DataError, with_article
 from .events import Event
 from .flops import FlopCounter, count_flops
+from .forward import stop_frozen
 from .homes import OptimizerLike, over_twins
 from .layering import find_layers
 from .layers import LayerMap, LayerSpec
@@ -24,7 +25,6 @@ from .ledger import ParameterLedger
 from .plan import Plan, Recorder
 from .randomness import Randomness
 from .recipe import Recipe
-from .run import stop_frozen
 from .settings import bound_schedule, total_batches
 from .state import State
 from .twin import meta_twin

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .criterion import Criterion
 from .data import count_weight, forward_arguments
-from .errors import ArgumentError, DataError, LossError, shorten, with_article
+from .errors import ArgumentError, DataError, LedgerError, LossError, shorten, with_article
 from .shift import shifts_labels
+from .state import State
 
 # The commonest batches: read here in a fraction of the time that `forward_arguments` takes.
 _PAIRS = frozenset({tuple, list})
@@ -157,6 +158,29 @@ def require_gradient(loss: Tensor) -> None:
             "the loss has no gradient: no trainable parameter had a part in it. Do not detach it, compute it under "
             "no_grad or turn it into a number, and look with ledger.trainable which parameters train."
         )
+
+
+def stop_frozen(state: State) -> None:
+    """Nothing trains: an error at the start of the fit, its end later.
+
+    Raises:
+        LedgerError: At the start.
+    """
+    ledger = state.ledger
+    if state.clock.batch:
+        state.stop("nothing trains any more")
+        return
+    name = next(iter(ledger.parameters))
+    holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
+    advice = "Thaw some: model.requires_grad_(True) before the fit where the user holds them."
+    if ledger.left_out:
+        advice = (
+            f"The optimizer instance holds {len(ledger.parameters) - len(ledger.left_out)} of them. Pass a factory, "
+            "which sees every parameter: optimizer=partial(torch.optim.AdamW, lr=1e-4)."
+        )
+    raise LedgerError(
+        f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). {advice}"
+    )
 
 
 def predictions(outputs: Any) -> Any:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any
 
 from attrs import define, frozen
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .clock import Clock, Time
 from .homes import MANAGED, Home
-from .layers import LayerMap
+from .layers import LayerMap, stretches
 from .schedules import Schedule
+
+# A group's name has to fit into a table.
+_MOST = 4
 
 
 @frozen(slots=True)
@@ -147,15 +151,20 @@ def derive_groups(
 
 
 def name_groups(
-    live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, list[str]], layers: LayerMap
+    live: Mapping[Slot, dict[str, Any]],
+    members: Mapping[Slot, list[str]],
+    layers: LayerMap,
+    optimizers: Sequence[Optimizer],
 ) -> tuple[str, ...]:
-    """Return unique names of the groups, made of the layers they span."""
+    """Return unique names of the groups, made of the layers they span, and of the optimizer where there are several."""
     taken: dict[str, int] = {}
     names = []
     for slot, group in live.items():
         name = _span(members[slot], layers)
         if isinstance(group.get("name"), str):
             name = f"{group['name']}:{name}"
+        if len(optimizers) > 1:
+            name = f"{name} ({type(optimizers[slot.home.optimizer]).__name__})"
         taken[name] = taken.get(name, 0) + 1
         names.append(f"{name}/{taken[name]}" if taken[name] > 1 else name)
     return tuple(names)
@@ -203,7 +212,7 @@ def copied(template: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in template.items()}
 
 
-def _span(names: list[str], layers: LayerMap) -> str:
-    depths = {layers.depth(name) for name in names}
-    first, last = layers.names[min(depths)], layers.names[max(depths)]
-    return first if first == last else f"{first}..{last}"
+def _span(names: Iterable[str], layers: LayerMap) -> str:
+    found = stretches({layers.of(name).name for name in names}, [layer.name for layer in layers])
+    texts = [each[0] if len(each) == 1 else f"{each[0]}..{each[-1]}" for each in found]
+    return "+".join(texts if len(texts) <= _MOST else [*texts[: _MOST - 1], f"{len(texts) - _MOST + 1} more"])

@@ -27,9 +27,16 @@ def check_groups(
     for index, optimizer in enumerate(optimizers):
         mine = [id(group) for slot, group in live.items() if slot.home.optimizer == index]
         if mine != [id(group) for group in optimizer.param_groups]:
+            known = set(mine)
+            added = [p for group in optimizer.param_groups if id(group) not in known for p in group["params"]]
+            moved = added or [
+                p for slot, group in live.items() if slot.home.optimizer == index for p in group["params"]
+            ]
+            first = names.get(id(moved[0]), "a foreign parameter") if moved else "none"
             raise LedgerError(
-                f"the groups of optimizer {index} ({type(optimizer).__name__}) were changed behind the ledger. Write "
-                "ledger.freeze, thaw, scale or set_lr instead of editing optimizer.param_groups."
+                f"the groups of optimizer {index} ({type(optimizer).__name__}) were changed behind the ledger, that of "
+                f"{first!r} among them. Write ledger.freeze, thaw, scale or set_lr({first!r}, …, owner=...) instead of "
+                "editing optimizer.param_groups."
             )
         for group in optimizer.param_groups:
             if not group["params"]:
@@ -37,13 +44,19 @@ def check_groups(
             for parameter in group["params"]:
                 name = names.get(id(parameter), "a foreign parameter")
                 if name not in trainable:
-                    raise LedgerError(f"{name!r} is in a group but frozen. Write ledger.thaw({name!r}, owner=...).")
+                    raise LedgerError(
+                        f"{name!r} is in a group but frozen: it was put there behind the ledger. Write "
+                        f"ledger.thaw({name!r}, owner=...)."
+                    )
                 if name in seen:
                     raise LedgerError(f"{name!r} is in two groups. Put it into a group through the ledger alone.")
                 seen.add(name)
     for name in parameters:
         if name in trainable and name not in seen:
-            raise LedgerError(f"{name!r} trains but is in no optimizer group. Write ledger.thaw({name!r}, owner=...).")
+            raise LedgerError(
+                f"{name!r} trains but is in no optimizer group: it was taken out behind the ledger. Write "
+                f"ledger.freeze({name!r}, owner=...)."
+            )
 
 
 def check_parameter(

@@ -92,7 +92,7 @@ class KeyedDataset(Dataset[Any]):
         self._seed = seed
         self._batched = loader.batch_sampler is not None
         self._at_once = _takes_batches(loader.dataset)
-        self._seeds_samples = not _is_plain(loader.dataset)
+        self._seeds_samples = not is_plain(loader.dataset)
         self._seeds_collate = loader.collate_fn is not default_collate and loader.collate_fn is not default_convert
         self._found: Randomness | None = None
 
@@ -101,11 +101,21 @@ class KeyedDataset(Dataset[Any]):
         if not (self._seeds_samples or self._seeds_collate):
             return self._collate(self._fetch(key, None))
         if self._found is None:  # in a worker, its copies of the generators and not the ones they were copied from
-            self._found = Randomness(self.dataset, self._collate)
+            return self._first(key)
+        return self._kept(key, self._found)
+
+    def _first(self, key: Key) -> Any:
+        """Load the first batch, and load it again where that has made generators: they were not seeded yet."""
+        before = Randomness(self.dataset, self._collate)
+        batch = self._kept(key, before)
+        self._found = Randomness(self.dataset, self._collate)
+        return batch if len(self._found) == len(before) else self._kept(key, self._found)
+
+    def _kept(self, key: Key, randomness: Randomness) -> Any:
         if get_worker_info() is not None:
-            return self._load(key, self._found)
-        with self._found.kept():
-            return self._load(key, self._found)
+            return self._load(key, randomness)
+        with randomness.kept():
+            return self._load(key, randomness)
 
     def _load(self, key: Key, randomness: Randomness) -> Any:
         samples = self._fetch(key, randomness if self._seeds_samples else None)
@@ -163,16 +173,16 @@ def _takes_batches(dataset: object) -> bool:
     return callable(getattr(dataset, "__getitems__", None))
 
 
-def _is_plain(dataset: object) -> bool:
+def is_plain(dataset: object) -> bool:
     """Return whether looking up a sample draws no random numbers: tensors, arrays and lists, and parts of them."""
     kind = type(dataset)
     if kind is Subset:
-        return _is_plain(dataset.dataset)  # type: ignore[attr-defined]
+        return is_plain(dataset.dataset)  # type: ignore[attr-defined]
     if kind is ConcatDataset:
-        return all(_is_plain(each) for each in dataset.datasets)  # type: ignore[attr-defined]
+        return all(is_plain(each) for each in dataset.datasets)  # type: ignore[attr-defined]
     if kind is StackDataset:
         parts = dataset.datasets  # type: ignore[attr-defined]
-        return all(_is_plain(each) for each in (parts.values() if isinstance(parts, dict) else parts))
+        return all(is_plain(each) for each in (parts.values() if isinstance(parts, dict) else parts))
     return kind in {TensorDataset, list, tuple, dict, range, np.ndarray, Tensor}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import TypeAlias
 
 from attrs import frozen
@@ -379,3 +380,18 @@ def _globs(layer: str, value: object) -> tuple[str, ...]:
 
 def _matches(name: str, glob: str) -> bool:
     return name.startswith(f"{glob}.") or fnmatchcase(name, glob)
+
+
+def stretches(layers: Collection[str], order: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return layers as stretches without gaps, in depth order.
+
+    Args:
+        layers: Names of some layers.
+        order: The names of all layers that have parameters, in depth order.
+
+    Example:
+        >>> stretches(["a", "b", "d"], ["a", "b", "c", "d"])
+        [('a', 'b'), ('d',)]
+    """
+    groups = groupby(order, key=frozenset(layers).__contains__)
+    return [tuple(names) for inside, names in groups if inside]

@@ -255,6 +255,7 @@ class ParameterLedger(Rates):
         return {
             "parameters": list(self._parameters),
             "trainable": [name for name in self._parameters if name in self._trainable],
+            "given_frozen": sorted(self._given_frozen),
             "holds": self._holds.state_dict(),
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
             "layers": {layer.name: list(layer.parameters) for layer in self.layers},
@@ -293,7 +294,11 @@ class ParameterLedger(Rates):
             home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
         trainable = set(saved["trainable"])
-        self._leave([name for name in self._parameters if name in self._trainable])
+        # A fit that rolls back brings optimizer state of later steps along.
+        self._leave([name for name in self._parameters if name in self._trainable], keep=False)
+        self._kept = {}
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         self._join([name for name in self._parameters if name in trainable])
         self._origins = {name: Origin(Time(time), start) for name, (time, start) in saved["origins"].items()}
         self._interned.clear()
@@ -306,7 +311,6 @@ class ParameterLedger(Rates):
                 )
             # Not the rate: it is a function of the clock, and the saved one is that of the step before.
             group.update({key: value for key, value in entry["options"].items() if key != "lr"})
-        self._kept = {}
         for optimizer, entry in zip(self.optimizers, saved["optimizers"].values(), strict=True):
             optimizer.state.update(entry["shared"])
             self._kept.update({name: self._placed(name, values) for name, values in entry["kept"].items()})

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Literal
 
-from .errors import nearest
+from .errors import nearest, warn
 
 # What is better when larger: a word of the metric's name, such as "accuracy" in "eval/top1_accuracy".
 _LARGER_IS_BETTER = frozenset(
@@ -38,6 +38,35 @@ def of_evaluation(monitor: object) -> bool:
     return isinstance(monitor, str) and monitor.startswith("eval/")
 
 
+def warn_of_monitors(
+    algorithms: Iterable[object], saving: str | None, metrics: Iterable[str], *, evaluated: bool
+) -> bool:
+    """Warn at the start of a fit of metrics that will not come.
+
+    Args:
+        algorithms: Those of the fit; one that looks at a metric has its name as ``monitor``.
+        saving: The metric by which checkpoints are judged.
+        metrics: Names of the metrics that an evaluation measures.
+        evaluated: Whether there are evaluations.
+
+    Returns:
+        Whether the metric of the checkpoints is among them.
+    """
+    names = list(metrics)
+    monitors = {getattr(each, "owner", ""): getattr(each, "monitor", None) for each in algorithms}
+    monitors["Checkpointing"] = saving
+    if not evaluated:
+        for doubt in never_measured(monitors, names):
+            warn(doubt)
+        return False
+    # What an algorithm of the user's own logs is not known before.
+    ours = all(type(each).__module__.startswith("thawline.") for each in algorithms)
+    doubts = dict(misspelled(monitors, names)) if ours else {}
+    for doubt in doubts.values():
+        warn(doubt)
+    return "Checkpointing" in doubts
+
+
 def never_measured(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> Iterator[str]:
     """Yield what waits in vain in a fit without evaluations.
 
@@ -62,7 +91,7 @@ def misspelled(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> It
 
     Example:
         >>> dict(misspelled({"EarlyStop": "val_loss", "Mine": "grad_norm"}, ["accuracy"]))
-        {'EarlyStop': "nothing in this fit logs 'val_loss'. Write: EarlyStop(monitor='eval/loss')"}
+        {'EarlyStop': "nothing in this fit logs 'val_loss', which EarlyStop monitors. Write: 'eval/loss'"}
     """
     known = ["eval/loss", "train/loss", *(f"eval/{name}" for name in metrics)]
     for owner, monitor in monitors.items():
@@ -70,8 +99,8 @@ def misspelled(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> It
             continue
         close = get_close_matches(monitor, known, n=1)
         if close or monitor.startswith(("eval/", "train/")):
-            call = f"{owner.partition('#')[0]}(monitor={nearest(monitor, known, count=1)})"
-            yield owner, f"nothing in this fit logs {monitor!r}. Write: {call}"
+            meant = nearest(monitor, known, count=1)
+            yield owner, f"nothing in this fit logs {monitor!r}, which {owner} monitors. Write: {meant}"
 
 
 def missing_metric(monitor: str, logged: Iterable[str], *, call: str) -> str:

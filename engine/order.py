@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 from .randomness import Randomness, Stream, derive_seed
 
@@ -17,7 +18,7 @@ from .randomness import Randomness, Stream, derive_seed
 _DRAWN = 256
 
 
-def epoch_order(indices: Iterable[Any], seed: int, epoch: int) -> Iterator[Any]:
+def epoch_order(indices: Iterable[Any], seed: int, epoch: int, start: int = 0) -> Iterator[Any]:
     """Yield what a sampler or batch sampler yields in an epoch, as a function of (seed, epoch).
 
     All the generators it draws from, the global ones and those it keeps, are seeded for the draw and put back.
@@ -26,6 +27,7 @@ def epoch_order(indices: Iterable[Any], seed: int, epoch: int) -> Iterator[Any]:
         indices: A sampler or batch sampler; a ``set_epoch`` of its own, or of one it draws from, is called.
         seed: Seed of the run.
         epoch: Number of the epoch, from 0.
+        start: How many to leave out.
 
     Example:
         >>> from torch.utils.data import RandomSampler
@@ -37,13 +39,23 @@ def epoch_order(indices: Iterable[Any], seed: int, epoch: int) -> Iterator[Any]:
     tell_epoch(samplers, epoch)
     stream = Stream(Randomness(*samplers), derive_seed(seed, "order", epoch))
     with stream:
-        iterator = iter(indices)
+        iterator = _from(indices, start)
     while True:
         with stream:
             chunk = list(islice(iterator, _DRAWN))
         yield from chunk
         if len(chunk) < _DRAWN:
             return
+
+
+def _from(indices: Iterable[Any], start: int) -> Iterator[Any]:
+    """Iterate from ``start`` on; torch's batch sampler without making the batches before."""
+    if type(indices) is not BatchSampler:
+        return islice(indices, start, None)
+    size, drop_last = indices.batch_size, indices.drop_last
+    samples = islice(indices.sampler, start * size, None)
+    batches = iter(lambda: list(islice(samples, size)), [])
+    return (batch for batch in batches if len(batch) == size or not drop_last)
 
 
 def tell_epoch(things: Iterable[object], epoch: int) -> None:

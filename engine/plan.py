@@ -13,6 +13,7 @@ from typing_extensions import override
 from .clock import Clock
 from .errors import ArgumentError, MissingExtraError
 from .groups import Slot
+from .layers import stretches
 from .ledger import ParameterLedger
 
 # A picture needs no more columns than it has pixels.
@@ -134,12 +135,15 @@ class Plan:
         """Draw the timeline: layers by epochs, color the learning rate on a log scale, frozen in gray.
 
         Args:
-            path: Where to write the picture; the suffix decides the format.
+            path: Where to write the picture; the suffix decides the format, ``.png`` where there is none.
             title: A line above it.
 
         Raises:
-            ArgumentError: There is nothing to draw.
+            ArgumentError: There is nothing to draw, or no such format.
             MissingExtraError: matplotlib is not installed.
+
+        Returns:
+            Where the picture is.
         """
         if not self.samples:
             raise ArgumentError(
@@ -151,6 +155,12 @@ class Plan:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise MissingExtraError("Plan.save needs matplotlib. Write: pip install 'thawline[plot]'") from error
+        target = Path(path) if Path(path).suffix else Path(f"{path}.png")
+        kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+        if target.suffix[1:].lower() not in kinds:
+            takes = f"a picture's name, ending in one of {', '.join(kinds)}; text is str(plan), data plan.to_json()"
+            raise ArgumentError("Plan.save(path=)", got=str(path), takes=takes, example="plan.save('plan.png')")
+        target.parent.mkdir(parents=True, exist_ok=True)
         import numpy as np
 
         names = list(self.layers)
@@ -177,7 +187,6 @@ class Plan:
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel("epochs")
         axes.set_title(title or "what trains, at which learning rate (gray: frozen)", fontsize="medium")
-        target = Path(path)
         figure.savefig(target, dpi=150)
         return target
 
@@ -234,7 +243,7 @@ class Recorder:
         """
         plan = Plan.from_json(saved)
         self.ledger.changed_by = tuple(saved["changed_by"])
-        self._spans, self._samples = list(plan.spans), list(plan.samples)
+        self._spans, self._samples, self._marks = list(plan.spans), list(plan.samples), []
         self._open, self._version = None, -1
         if self._spans and saved["current"]:
             self._version = self.ledger.version
@@ -324,6 +333,8 @@ def _rates(name: str, first: float | None, last: float | None) -> str:
 
 
 def _contracted(layers: Sequence[str], order: Sequence[str]) -> str:
-    if len(layers) == sum(1 for _ in order) or not layers:
+    if not layers or len(layers) == len(order):
         return "all" if layers else "none"
-    return layers[0] if len(layers) == 1 else f"{layers[0]} .. {layers[-1]} ({len(layers)})"
+    found = stretches(layers, order)
+    texts = [each[0] if len(each) == 1 else f"{each[0]} .. {each[-1]} ({len(each)})" for each in found]
+    return ", ".join(texts)

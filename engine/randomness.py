@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Generator, Sequence
+import sys
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from types import FunctionType, ModuleType
+from functools import partial
+from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,11 +20,14 @@ from torch import Tensor, nn
 AnyGenerator: TypeAlias = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_GLOBAL: tuple[Any, ...] = (random.random.__self__, np.random.rand.__self__)  # type: ignore[attr-defined]
 # What holds no generator of the data's, and may be large.
-_CLOSED = (Tensor, np.ndarray, nn.Module, ModuleType, FunctionType, type, str, bytes, int, float)
+_CLOSED = (Tensor, np.ndarray, ModuleType, CodeType, str, bytes, int, float)
+# Functions and classes of these draw from the global generators, or from those they are given.
+_LIBRARIES = {*sys.stdlib_module_names, "numpy", "torch"}
 _DEEPEST = 8  # the attributes of a loader's dataset's transform's list's augmentation
 _LONGEST = 64  # a list that is longer holds data
-_MOST = 2000  # containers looked into
+_MOST = 2000  # objects looked into
 
 
 def derive_seed(seed: int, *parts: object) -> int:
@@ -44,7 +50,8 @@ class Randomness:
     """The generators that loading may draw from: the three global ones, and those kept by the given objects.
 
     The global ones are torch's for the CPU, NumPy's and Python's. Those kept are found in the attributes of the
-    objects and of what they hold, such as a dataset's ``rng`` or the ``generator`` of a sampler.
+    objects, of their classes, and of what they hold, such as a dataset's ``rng`` or the ``generator`` of a sampler; and
+    among what their methods and functions refer to, such as an ``rng`` of the user's module.
 
     Args:
         holders: Loaders, samplers, datasets, collate functions.
@@ -63,10 +70,11 @@ class Randomness:
     _generators: Sequence[AnyGenerator]
 
     def __init__(self, *holders: object) -> None:
-        own: dict[int, AnyGenerator] = {}
-        _collect(holders, own, {}, _DEEPEST)
-        own.pop(id(torch.default_generator), None)
-        self._generators = tuple(own.values())
+        self._generators = tuple(_collect(holders))
+
+    def __len__(self) -> int:
+        """How many generators there are besides the global ones."""
+        return len(self._generators)
 
     def states(self) -> list[Any]:
         """Return the state of every generator, the global ones first."""
@@ -112,6 +120,9 @@ class Stream:
         randomness: The generators to use.
         seed: Where they start.
 
+    Attributes:
+        inside: Where they go on from; None before the first ``with``.
+
     Example:
         >>> def draw(stream):
         ...     with stream:
@@ -124,42 +135,90 @@ class Stream:
 
     _randomness: Randomness
     _seed: int
-    _inside: list[Any] | None = field(default=None, init=False)
+    inside: list[Any] | None = field(default=None, init=False)
     _outside: list[Any] = field(factory=list, init=False)
 
     def __enter__(self) -> None:
         self._outside = self._randomness.states()
-        if self._inside is None:
+        if self.inside is None:
             self._randomness.seed(self._seed)
         else:
-            self._randomness.restore(self._inside)
+            self._randomness.restore(self.inside)
 
     def __exit__(self, *exception: object) -> None:
-        self._inside = self._randomness.states()
+        self.inside = self._randomness.states()
         self._randomness.restore(self._outside)
 
 
-def _collect(holder: object, found: dict[int, AnyGenerator], seen: dict[int, object], depth: int) -> None:
-    """Add the generators in the attributes and items of ``holder`` to ``found``, by identity.
+def _collect(holders: Sequence[object]) -> list[AnyGenerator]:
+    """Return the generators in and below ``holders``, the nearest first.
 
     What was seen is kept alive meanwhile: an attribute may be made when it is asked for, and what takes the place of a
     dead object in memory has its identity.
     """
-    if isinstance(holder, _GENERATORS):
-        found.setdefault(id(holder), holder)
-    if isinstance(holder, (*_GENERATORS, *_CLOSED)) or not depth or id(holder) in seen or len(seen) > _MOST:
-        return
-    seen[id(holder)] = holder
+    found: list[AnyGenerator] = []
+    # The global ones under other names: `from random import choice` is a method of Python's.
+    seen: dict[int, object] = {id(each): each for each in (torch.default_generator, *_GLOBAL)}
+    queue = deque((each, _DEEPEST) for each in holders)
+    while queue and len(seen) < _MOST:
+        holder, depth = queue.popleft()
+        if holder is None or isinstance(holder, _CLOSED) or id(holder) in seen:
+            continue
+        seen[id(holder)] = holder
+        if isinstance(holder, _GENERATORS):
+            if not isinstance(holder, random.SystemRandom):  # the operating system's numbers, which have no seed
+                found.append(holder)
+        elif depth:
+            queue.extend((each, depth - 1) for each in _inside(holder))
+    return found
+
+
+def _inside(holder: Any) -> Iterator[object]:
+    """Yield what ``holder`` holds or refers to, and may draw from."""
     if isinstance(holder, (list, tuple)):
-        inside: list[Any] = list(holder) if len(holder) <= _LONGEST else []
+        yield from holder if len(holder) <= _LONGEST else ()
     elif isinstance(holder, dict):
-        inside = list(holder.values()) if len(holder) <= _LONGEST else []
+        yield from holder.values() if len(holder) <= _LONGEST else ()
+    elif isinstance(holder, partial):
+        yield from (holder.func, holder.args, holder.keywords)
+    elif isinstance(holder, MethodType):
+        yield from (holder.__self__, holder.__func__)
+    elif isinstance(holder, BuiltinMethodType):
+        yield holder.__self__
+    elif isinstance(holder, (staticmethod, classmethod)):
+        yield holder.__func__
+    elif isinstance(holder, FunctionType):
+        yield from _referred(holder)
+    elif isinstance(holder, type):
+        if _is_users(holder):
+            yield from vars(holder).values()
     else:
-        inside = list(getattr(holder, "__dict__", {}).values())
-        # Methods and partial functions, which are given as collate functions and transforms.
-        inside += [getattr(holder, name, None) for name in ("__self__", "func", "args", "keywords")]
-    for each in inside:
-        _collect(each, found, seen, depth - 1)
+        kept = ("_parameters", "_buffers") if isinstance(holder, nn.Module) else ()
+        yield from (value for name, value in getattr(holder, "__dict__", {}).items() if name not in kept)
+        for kind in filter(_is_users, type(holder).__mro__):
+            yield kind
+            slots = vars(kind).get("__slots__", ())
+            yield from (getattr(holder, name, None) for name in ((slots,) if isinstance(slots, str) else slots))
+
+
+def _referred(function: FunctionType) -> Iterator[object]:
+    """Yield the defaults of a function, what it closes over, and the globals it names."""
+    if not _is_users(function):
+        return
+    yield from (function.__defaults__, function.__kwdefaults__)
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    codes = [function.__code__]
+    for code in codes:
+        codes += [each for each in code.co_consts if isinstance(each, CodeType)]
+        yield from (function.__globals__[name] for name in code.co_names if name in function.__globals__)
+
+
+def _is_users(thing: type | FunctionType) -> bool:
+    return (thing.__module__ or "").partition(".")[0] not in _LIBRARIES
 
 
 def _state(generator: AnyGenerator) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from attrs import define, field
+from attrs import Attribute, define, field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -88,6 +88,15 @@ def _needs_run_dir(recipe: Recipe, _: object, value: Checkpointing | None) -> No
         )  # fmt: skip
 
 
+def _can_roll_back(recipe: Recipe, attribute: Attribute[Any], value: object) -> None:
+    one_of("raise", "skip", "rollback")(recipe, attribute, value)
+    if value == "rollback" and recipe.run_dir is None:
+        raise ArgumentError(
+            "Trainer(on_nonfinite=)", got=value, takes="a run_dir beside 'rollback', with the checkpoint to go back to",
+            example="Trainer(run_dir='runs/first', on_nonfinite='rollback')",
+        )  # fmt: skip
+
+
 def _are_trackers(_: object, __: object, value: object) -> None:
     example = "Trainer(trackers=[CometTracker('my-project')])"
     if isinstance(value, Tracker) or not isinstance(value, Sequence):
@@ -126,7 +135,7 @@ class Recipe:
     device: torch.device = field(factory=lambda: device_of("auto"), converter=device_of)
     distributed: Literal["auto", False] = field(default="auto", validator=one_of("auto", False))
     compile: bool = field(default=False, validator=one_of(False))
-    on_nonfinite: Literal["raise", "skip"] = field(default="raise", validator=one_of("raise", "skip"))
+    on_nonfinite: Literal["raise", "skip", "rollback"] = field(default="raise", validator=_can_roll_back)
     progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
     debug: bool = field(default=False, validator=one_of(False, True))
 

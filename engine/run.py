@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from contextlib import ExitStack
+from itertools import islice
 from math import isfinite
 from pathlib import Path
 from types import TracebackType
@@ -13,51 +14,44 @@ from torch import nn
 
 from .checkpoint import capture, restore, seed_everything
 from .clock import Clock, Time
-from .data import Fetched, ResumableLoader, split_batch, to_device
+from .data import Fetched, ResumableLoader, gathered
 from .engine import Engine
-from .errors import DataError, LedgerError, NonFiniteError, warn
+from .errors import DataError, NonFiniteError
 from .evaluation import evaluate
 from .events import Event
-from .forward import GradientCheck, is_finite, require_gradient
+from .forward import require_gradient, stop_frozen
 from .homes import OptimizerLike
 from .layering import find_layers
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
+from .memory import BatchStart, Microbatches, is_out_of_memory
 from .meters import RunningLoss
-from .monitor import misspelled, never_measured
+from .monitor import warn_of_monitors
+from .nonfinite import Setback, StepGuard
 from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
 from .rundir import RunDir
 from .settings import bound_schedule, total_batches
+from .signals import StopSignals
 from .state import State
 from .store import Checkpointing
+from .workers import DeferredDeaths
 
-MAX_SKIPPED = 5
 # Once a batch: a name of the module is found in a fraction of the time that a member of an enum takes.
 BATCH_START, BATCH_END = Event.BATCH_START, Event.BATCH_END
 BEFORE_FORWARD, AFTER_FORWARD = Event.BEFORE_FORWARD, Event.AFTER_FORWARD
 AFTER_LOSS, AFTER_BACKWARD = Event.AFTER_LOSS, Event.AFTER_BACKWARD
 BEFORE_STEP, AFTER_STEP = Event.BEFORE_STEP, Event.AFTER_STEP
-# A scale of 2^16 is halved to below 1 in 17 steps.
-MAX_OVERFLOWS = 25
 log = get_logger(__name__)
 
 
 class Run:
     """One call of :meth:`Trainer.fit`: a context that opens what the fit needs and closes it whatever happens.
 
-    Args:
-        trainer: The recipe.
-        model: The caller's model.
-        train_loader: Training data.
-        eval_loader: Evaluation data or None.
-        duration: How long.
-        optimizer: An optimizer, a factory, or pairs of them.
-        layers: The model's layers, if given.
-        resume: As for :meth:`Trainer.fit`.
+    Its arguments are those of :meth:`Trainer.fit`, and the recipe.
     """
 
     def __init__(
@@ -78,7 +72,7 @@ class Run:
         self.forward = trainer.forward()
         self.precision = Precision(trainer.precision, trainer.device)
         self.functions = self.precision.autocasted(self.forward.outputs), self.precision.autocasted(self.forward.loss)
-        self.data = ResumableLoader(train_loader, seed=trainer.seed)
+        self.data = ResumableLoader(train_loader, seed=trainer.seed, accumulate=trainer.accumulate)
         self.eval_data = (
             None
             if eval_loader is None
@@ -110,48 +104,69 @@ class Run:
         self._shown: dict[str, float] = {}
         self._evaluated_at: int | None = None
         self._exhausted = False
-        self._skipped = 0
+        self._epoch_begun = False
+        self._interrupted = False
+        self._last_rates: tuple[int, dict[str, float]] = (-1, {})
         self._next_due = 0
-        self._whole = trainer.accumulate == 1 and trainer.microbatch_size is None
-        self._gradients_finite = GradientCheck()
+        self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
+        self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")
+        self._batch_start = BatchStart(self.state, trainer.device)
+        self._signals = StopSignals(self._look_up)
+        self._handlers = ExitStack()
+        self._deaths = DeferredDeaths((train_loader, eval_loader))
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run the fit to its end."""
-        emit, state = self.engine.emit, self.state
+        """Run the fit to its end, or to where a signal stops it: there a checkpoint is cut, and nothing else happens."""
         self._start()
-        while not self._finished():
-            if not state.clock.batch_in_epoch:
-                if self.folder.due:
-                    self._save()
-                emit(Event.EPOCH_START)
-            for fetched in self._epoch() if state.stop_reason is None else ():
-                if self.folder.due:
-                    self._save()
-                before = state.clock
-                self._batch(fetched)
-                due = state.clock.batch >= self._next_due
-                if due:
-                    self._do_what_is_due(before)
-                self.progress.update(state.clock.batch, self._shown)
-                if (due or state.stop_reason is not None) and self._finished():
-                    break
-            else:
-                self._exhausted = state.stop_reason is None
+        while self._epoch_begun or not self._finished():
+            try:
+                self._train_epoch()
+            except Setback as setback:
+                self._roll_back(setback)
+                continue
+            if self._signals.received is not None:
+                break
             self._end_epoch()
-        if self._evaluated_at != state.clock.batch:
-            self._evaluate()
-        self._log_loss()
+        self._interrupted = self._signals.received is not None
+        if not self._interrupted:
+            if self._evaluated_at != self.state.clock.batch:
+                self._evaluate()
+            self._log_loss()
         self._save()
-        emit(Event.FIT_END)
+        self.engine.emit(Event.FIT_END)
         self._tell_end()
+
+    def _train_epoch(self) -> None:
+        """Train the batches of an epoch, from where the clock stands to its end or the fit's."""
+        state = self.state
+        if not self._epoch_begun:
+            if self.folder.due:
+                self._save()
+            if not state.clock.batch_in_epoch:
+                self.engine.emit(Event.EPOCH_START)
+            self._epoch_begun = True
+        for fetched in () if self._finished() else self._epoch():
+            if self.folder.due:
+                self._save()
+                if self._signals.received is not None:
+                    return
+            before = state.clock
+            self._batch(fetched)
+            due = state.clock.batch >= self._next_due
+            if due:
+                self._do_what_is_due(before)
+            self.progress.update(state.clock.batch, self._shown)
+            if (due or state.stop_reason is not None) and self._finished():
+                return
+        self._exhausted = not self._finished()
 
     def _batch(self, fetched: Sequence[Fetched]) -> None:
         """Do one batch: one optimizer step over all of its microbatches."""
-        emit, state, precision, outputs_of, loss_of = self.engine.emit, self.state, self.precision, *self.functions
+        emit, state, precision = self.engine.emit, self.state, self.precision
         ledger = state.ledger
-        state.batch, state.sample_ids, samples = self._gathered(fetched)
+        state.batch, state.sample_ids, samples = gathered(fetched, self.trainer.accumulate, self.trainer.device)
         state.step_skipped, state.grad_norm = False, None
         emit(BATCH_START)
         if not ledger.trainable_parameters:
@@ -159,7 +174,35 @@ class Run:
         if state.stop_reason is not None:
             return
         self.recorder.observe(state.clock)
-        parts = [(state.batch, 1.0)] if self._whole else self._microbatches()
+        self._batch_start.keep()
+        total = None
+        try:
+            total = self._gradients()
+        except (RuntimeError, MemoryError) as error:
+            self._make_room(error)
+        if total is None:
+            total = self._repeat()
+        precision.unscale(ledger.optimizers)
+        emit(BEFORE_STEP)
+        if self._guard.may_step(state, total):
+            state.step_skipped = not precision.step(ledger.optimizers)
+        else:
+            state.step_skipped = True
+            self._batch_start.restore_buffers()
+        if precision.kind == "fp16":
+            self._guard.count_overflow(state, total)
+        emit(AFTER_STEP)
+        ledger.clear_gradients()
+        state.outputs = state.microbatch = None
+        if isfinite(total):
+            self._losses.add(total)
+        state.tick(samples)
+        emit(BATCH_END)
+
+    def _gradients(self) -> float:
+        """Do forward and backward of the batch, a microbatch at a time; return its loss."""
+        emit, state, precision, outputs_of, loss_of = self.engine.emit, self.state, self.precision, *self.functions
+        parts = self._microbatches.of(state)
         total = 0.0
         for part, share in parts:
             state.microbatch = part
@@ -174,18 +217,7 @@ class Run:
             total += state.loss.item() * share
         if state.loss is not None and len(parts) > 1:
             state.loss = state.loss.new_tensor(total)
-        precision.unscale(ledger.optimizers)
-        emit(BEFORE_STEP)
-        state.step_skipped = not (self._is_finite(total) and precision.step(ledger.optimizers))
-        if precision.kind == "fp16":
-            self._count_overflow(total)
-        emit(AFTER_STEP)
-        ledger.clear_gradients()
-        state.outputs = state.microbatch = None
-        if isfinite(total):
-            self._losses.add(total)
-        state.tick(samples)
-        emit(BATCH_END)
+        return total
 
     def _evaluate(self) -> None:
         """Evaluate, let everybody know, and log."""
@@ -223,6 +255,8 @@ class Run:
             self._log_loss()
         self.folder.note(before, clock)
         times = (trainer.eval_every, trainer.log_every, self.folder.policy.every, self.state.duration)
+        if self._batch_start.unsure:
+            self._batch_start.look()
         self._next_due = min(time.not_before(clock) for time in times)
 
     def _end_epoch(self) -> None:
@@ -243,13 +277,15 @@ class Run:
         if trained:
             self._write_history()
         self._log({})
+        self._batch_start.look()
+        self._epoch_begun = False
 
     # -- parts of a batch --------------------------------------------------------------------------------------
 
     def _epoch(self) -> Iterator[list[Fetched]]:
         """Yield the loader batches of each step of the running epoch, from where the clock stands."""
         size, clock = self.trainer.accumulate, self.state.clock
-        batches = self.data.batches(clock.epoch, clock.batch_in_epoch * size)
+        batches = self.data.batches(*self._cursor())
         empty = True
         for first in batches:
             empty = False
@@ -260,72 +296,48 @@ class Run:
                 "single short batch, and a generator is used up after one epoch."
             )
 
-    def _gathered(self, fetched: Sequence[Fetched]) -> tuple[Any, tuple[int, ...] | None, int]:
-        """Return the step's batch on the device, or a list of them, its sample ids and its number of samples."""
-        device = self.trainer.device
-        if self.trainer.accumulate == 1:
-            (one,) = fetched
-            return to_device(one.batch, device), one.sample_ids, one.samples
-        batches = [to_device(each.batch, device) for each in fetched]
-        ids = [each.sample_ids for each in fetched]
-        known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
-        return batches, known, sum(each.samples for each in fetched)
+    def _cursor(self) -> tuple[int, int]:
+        """Return the epoch, and the loader batches of it that were consumed."""
+        return self.state.clock.epoch, self.state.clock.batch_in_epoch * self.trainer.accumulate
 
-    def _microbatches(self) -> list[tuple[Any, float]]:
-        """Cut the batch as it is now into microbatches, each with its share of what the batch's loss is a mean over."""
-        size, batch = self.trainer.microbatch_size, self.state.batch
-        batches = [batch] if self.trainer.accumulate == 1 else list(batch)
-        parts = batches if size is None else [part for each in batches for part in split_batch(each, size)]
-        weights = [self.forward.weight(self.state.model, part) for part in parts]
-        # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
-        said = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
-        whole = sum(weight for _, weight in said)
-        return [(part, weight / whole) for part, weight in said] or [(parts[0], 1.0)]
+    def _repeat(self) -> float:
+        """Do forward and backward of the batch again, in microbatches so small that they fit."""
+        while True:
+            try:
+                total = self._gradients()
+            except (RuntimeError, MemoryError) as error:
+                self._make_room(error)
+            else:
+                self._microbatches.warn(self.state)
+                return total
 
-    def _is_finite(self, loss: float) -> bool:
-        """Return whether to step; raise where the policy says so. An fp16 overflow is the scaler's own business."""
+    def _make_room(self, error: RuntimeError | MemoryError) -> None:
+        """Undo what was done of the batch, to repeat it in smaller microbatches, once the frames of the error are gone."""
+        if not is_out_of_memory(error):
+            raise error
         state = self.state
-        if self.trainer.precision == "fp16":
-            return True
-        norm = state.grad_norm
-        finite = self._gradients_finite(state.ledger.trainable_parameters) if norm is None else is_finite(norm)
-        if isfinite(loss) and finite:
-            self._skipped = 0
-            return True
-        self._skipped += 1
-        if not isfinite(loss):
-            what = f"the loss is {loss}"
-        else:
-            what = "the gradients are not finite" if norm is None else f"the gradient norm is {float(norm)}"
-        place = f"at epoch {state.clock.epoch}, batch {state.clock.batch}"
-        if self.trainer.on_nonfinite == "raise" or self._skipped >= MAX_SKIPPED:
-            often = f", the {self._skipped}th time in a row" if self._skipped > 1 else ""
-            skip = ", or write Trainer(on_nonfinite='skip')" if self.trainer.on_nonfinite == "raise" else ""
-            raise NonFiniteError(
-                f"{what} {place}{often}. The weights are as before this batch. Lower the learning rate, add "
-                f"GradClip(max_norm=1.0) and a warmup, look at this batch's data{skip}."
-            )
-        log.warning("step skipped", why=what, where=place)
-        return False
-
-    def _count_overflow(self, loss: float) -> None:
-        """Let the scaler skip as often as it takes to find its scale, and raise where no scale helps."""
-        self._skipped = self._skipped + 1 if self.state.step_skipped else 0
-        if self._skipped >= MAX_OVERFLOWS:
-            raise NonFiniteError(
-                f"fp16 gradients overflowed {self._skipped} times in a row, the loss being {loss}: no scale helps. Look at "
-                "the data and the loss, or write Trainer(precision='bf16')."
-            )
+        state.outputs = state.loss = state.microbatch = None
+        state.ledger.clear_gradients()
+        self._batch_start.restore()
+        self._microbatches.halve(state, error)
 
     def _finished(self) -> bool:
-        return self.state.stop_reason is not None or self.state.duration.reached(self.state.clock)
+        state = self.state
+        return (
+            state.stop_reason is not None or self._signals.received is not None or state.duration.reached(state.clock)
+        )
+
+    def _look_up(self) -> None:
+        """Make the loop look up after this batch and before the next one: all that a signal's handler does."""
+        self._next_due = 0
+        self.folder.due = True
 
     # -- start, save, end --------------------------------------------------------------------------------------
 
     @property
     def stop_reason(self) -> str:
         """Why the fit ended."""
-        return self.state.stop_reason or "duration"
+        return self.state.stop_reason or ("signal" if self._interrupted else "duration")
 
     @property
     def timeline(self) -> Plan:
@@ -338,7 +350,12 @@ class Run:
         state, model = self.state, self.state.model
         for limit in self.data.limits:
             log.warning("data order", limit=limit)
-        self._warn_unmonitored()
+        self.folder.warned = warn_of_monitors(
+            self.engine.algorithms,
+            self.folder.policy.monitor,
+            self.trainer.metrics,
+            evaluated=self.eval_data is not None,
+        )
         seed_everything(self.trainer.seed)
         model.train()
         self.engine.attach()
@@ -348,21 +365,10 @@ class Run:
         else:
             self._restore(*self.folder.loaded)
             self.folder.loaded = None
+        if self.trainer.on_nonfinite == "rollback":
+            self.folder.due = True  # there is always a checkpoint to go back to
         done, length = state.clock.batch, state.clock.batches_per_epoch
         self.progress.start(self.recorder.total_batches, "training", done=done, epoch=length)
-
-    def _warn_unmonitored(self) -> None:
-        """Say at once what will wait in vain for a metric."""
-        monitors = {each.owner: getattr(each, "monitor", None) for each in self.engine.algorithms}
-        monitors["Checkpointing"] = self.folder.policy.monitor
-        if self.eval_data is None:
-            for doubt in never_measured(monitors, self.trainer.metrics):
-                warn(doubt)
-        elif all(type(each).__module__.startswith("thawline.") for each in self.engine.algorithms):
-            # What an algorithm of the user's own logs is not known before.
-            for owner, doubt in misspelled(monitors, self.trainer.metrics):
-                warn(doubt)
-                self.folder.warned |= owner == "Checkpointing"
 
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
         """Put everything back as the checkpoint says; random number generators last."""
@@ -370,13 +376,36 @@ class Run:
         extra = restore(tree, self.engine, self.precision, settings=self.settings)
         self.history = list(extra["history"])
         self._losses = RunningLoss(*extra["losses"])
-        self._skipped = extra["skipped"]
+        self._guard.skipped = extra["skipped"]
+        self._epoch_begun = extra["epoch_begun"]
+        self._last_rates = tree["clock"]["batch"], extra["rates"]
+        if tree["settings"]["microbatch_size"] == self.trainer.microbatch_size:
+            self._microbatches.shrink_to(extra["microbatch_size"])
         self._evaluated_at = extra["evaluated_at"]
+        self._batch_start = BatchStart(state, self.trainer.device)
         state.stop_reason = tree["stop_reason"]
         self.recorder.load_state_dict(extra["timeline"])
+        self.data.load_state_dict(extra["loader"], *self._cursor())
         self.folder.forget_after(state.clock.batch)
         self.progress.message(f"resumed from {path} at epoch {state.clock.epoch}, batch {state.clock.batch}")
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
+
+    def _roll_back(self, setback: Setback) -> None:
+        """Go back to the last checkpoint."""
+        newest = self.folder.newest()
+        if newest is None:
+            raise NonFiniteError(
+                f"{setback.what}, and no checkpoint could be written that the fit could go back to."
+            ) from None
+        self._guard.count_rollback(setback, newest[1]["clock"]["batch"])
+        log.warning("rolling back", why=setback.what, checkpoint=str(newest[0]))
+        self.state.ledger.phase = None
+        self.state.ledger.clear_gradients()
+        self.state.outputs = self.state.loss = self.state.microbatch = None
+        self.engine.restart()
+        self._restore(*newest)
+        self.folder.due = self._exhausted = False
+        self._next_due = 0
 
     def _save(self) -> None:
         evaluated = self._evaluated_at is not None
@@ -386,18 +415,28 @@ class Run:
         extra = {
             "history": self.history,
             "losses": self._losses.parts(),
-            "skipped": self._skipped,
+            "skipped": self._guard.skipped,
+            "epoch_begun": self._epoch_begun,
+            "microbatch_size": self._microbatches.size,
             "evaluated_at": self._evaluated_at,
+            "rates": self._rates(),
             "timeline": self.recorder.state_dict(self.state.clock),
+            "loader": self.data.state_dict(*self._cursor()),
         }
         return capture(self.engine, self.precision, settings=self.settings, extra=extra)
 
     def __enter__(self) -> Self:
+        self._handlers.enter_context(self._deaths)
+        self._handlers.enter_context(self._signals)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        with self._handlers:
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         """Tell algorithms of an error, close everything, and give the model back; the first error is the one raised."""
         state, failed = self.state, error
         if error is not None:
@@ -438,6 +477,8 @@ class Run:
 
     def _rates(self) -> dict[str, float]:
         """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""
+        if self._last_rates[0] == self.state.clock.batch:  # resumed, and no step since: those of the step before
+            return self._last_rates[1]
         rates = self.state.ledger.rates
         return {"lr": max(rates.values())} | {f"lr/{layer}": lr for layer, lr in rates.items()} if rates else {}
 
@@ -454,29 +495,6 @@ class Run:
         self.progress.message(f"epoch {len(self.history)}: {text}  {numel:,} parameters train")
 
     def _tell_end(self) -> None:
-        log.info("fit ended", reason=self.stop_reason, batches=self.state.clock.batch)
+        log.info("fit ended", reason=self.stop_reason, batches=self.state.clock.batch, signal=self._signals.received)
         if self.stop_reason != "duration":
             self.progress.message(f"stopped: {self.stop_reason}")
-
-
-def stop_frozen(state: State) -> None:
-    """Nothing trains: an error at the start of the fit, its end later.
-
-    Raises:
-        LedgerError: At the start.
-    """
-    ledger = state.ledger
-    if state.clock.batch:
-        state.stop("nothing trains any more")
-        return
-    name = next(iter(ledger.parameters))
-    holders = ", ".join(sorted({owner for each in ledger.parameters for owner in ledger.owners(each)}))
-    advice = "Thaw some: model.requires_grad_(True) before the fit where the user holds them."
-    if ledger.left_out:
-        advice = (
-            f"The optimizer instance holds {len(ledger.parameters) - len(ledger.left_out)} of them. Pass a factory, "
-            "which sees every parameter: optimizer=partial(torch.optim.AdamW, lr=1e-4)."
-        )
-    raise LedgerError(
-        f"nothing trains: all {len(ledger.parameters)} parameters are held, by {holders} (first {name!r}). {advice}"
-    )

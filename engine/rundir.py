@@ -38,7 +38,7 @@ class RunDir:
     ) -> None:
         self.policy = policy
         self.due = False
-        self.warned = False
+        self.warned = self._unwritten = False
         self.loaded: tuple[Path, dict[str, Any]] | None = None
         self._store: CheckpointStore | None = None
         self._jsonl: JsonlTracker | None = None
@@ -55,6 +55,8 @@ class RunDir:
                 self._store.close()
                 raise
             self._jsonl = JsonlTracker(folder)
+            if self.loaded is None:  # a run that was cut before its first checkpoint starts anew
+                self._jsonl.truncate_after(-1)
         local = [] if self._jsonl is None else [self._jsonl]
         self.trackers = Trackers([*local, *trackers], run_dir=folder)
 
@@ -76,7 +78,7 @@ class RunDir:
     def save(
         self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: Mapping[str, float], evaluated: bool
     ) -> None:
-        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next batch.
+        """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next interval.
 
         Args:
             tree: Returns what to save.
@@ -94,12 +96,16 @@ class RunDir:
         except CheckpointError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
-            self.due = True
-            log.error("checkpoint not written; trying again at the next batch", error=str(error))
+            log.error("checkpoint not written; trying again at the next interval", error=str(error))
+            self._warn_unwritten(error)
         else:
             log.info("checkpoint", path=str(path))
         if monitor is not None and metric is None and evaluated:
             self._warn_missing(monitor, metrics)
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest whole checkpoint of this run and what it holds; None where there is none yet."""
+        return None if self._store is None else self._store.load_newest()
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of ``metrics.jsonl`` past ``step``, which a resumed run writes anew."""
@@ -111,6 +117,12 @@ class RunDir:
         self.trackers.close()
         if self._store is not None:
             self._store.close()
+
+    def _warn_unwritten(self, error: CheckpointError) -> None:
+        if not self._unwritten:
+            self._unwritten = True
+            text = f"a checkpoint was not written, and the run goes on; the next interval tries again: {error}"
+            warn(text)
 
     def _warn_missing(self, monitor: str, metrics: Mapping[str, float]) -> None:
         """Say once that there will be no best checkpoint; the start of the fit has said so where nothing is evaluated."""

@@ -79,8 +79,9 @@ class State:
             ArgumentError: A value is not one number.
         """
         for name, value in values.items():
+            number = value.detach() if isinstance(value, Tensor) else value  # a loss has a graph
             try:
-                self.metrics[name] = self.logged[name] = float(value)
+                self.metrics[name] = self.logged[name] = float(number)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: a tensor of several
                 takes, example = "one number under each name", "state.log({'norm': 0.5})"
                 raise ArgumentError("state.log", got={name: value}, takes=takes, example=example) from error

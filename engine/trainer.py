@@ -33,7 +33,7 @@ class FitResult:
             learning rate), ``lr/<layer>`` (the highest in each layer, 0.0 while it is frozen), ``trainable`` (number of
             scalars) and what algorithms logged.
         metrics: The latest value of everything logged.
-        stop_reason: Why the fit ended: ``"duration"``, or what an algorithm gave to ``state.stop``.
+        stop_reason: Why the fit ended: ``"duration"``, ``"signal"``, or what an algorithm gave to ``state.stop``.
         clock: Where it ended.
         timeline: What trained when, at which learning rate.
         best: The checkpoint with the best monitored metric, if any.
@@ -75,7 +75,8 @@ class Trainer(Recipe):
         device: ``"auto"``, or a torch device.
         distributed: ``"auto"`` or False; several processes are refused for now.
         compile: False.
-        on_nonfinite: ``"raise"``, or ``"skip"``: no step, and raise after five in a row.
+        on_nonfinite: ``"raise"``, ``"skip"``: no step, and raise after five in a row, or ``"rollback"``: back to the
+            last checkpoint, and the batch is skipped the second time; needs ``run_dir``.
         progress: ``"auto"``, True or False.
         debug: Verify the ledger after each algorithm's turn; slow.
 
@@ -123,10 +124,13 @@ class Trainer(Recipe):
             RunDirError: ``run_dir`` holds a run, cannot be made, or another process writes there.
             CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
                 min_lr, seed, accumulate or layers differ.
-            DataError, LossError, LedgerError, NonFiniteError: As their docstrings say.
+            DataError, LossError, LedgerError, NonFiniteError, OutOfMemoryError: As their docstrings say.
+
+        SIGTERM, SIGINT or SIGUSR1 end the fit before the next step, with a checkpoint where there is a ``run_dir``; a
+        second one acts as it would have.
 
         Warns:
-            ThawlineWarning: On resume, for each other setting that differs: the Trainer's is used as given, the
+            ThawlineWarning: Memory ran out and smaller microbatches go on; a checkpoint could not be written. On resume, for each other setting that differs: the Trainer's is used as given, the
                 optimizer's options are kept as saved.
         """
         if self.distributed == "auto":

@@ -7,9 +7,15 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from thawline.engine import Attachment, ParameterLedger, Site, surgery_op
+from thawline.engine.doubles import Bare, Shared, mlp
+from thawline.engine.doubles import tiny_loader as loader
+
+__all__ = [
+    "MODELS", "OPTIMIZERS", "Bare", "Encoder", "Shared", "Tied", "cnn", "decay_groups", "encoder", "gain", "group_rates", "is_matrix", "loader",
+    "mlp", "optimizer_for", "pseudo_gradients", "same_weights", "weights",
+]  # fmt: skip
 
 
 @surgery_op("gain")
@@ -17,19 +23,6 @@ def gain(site: Site, *, size: int = 1) -> list[Attachment]:
     """Attach a learned vector beside the weight: the least that surgery can do."""
     values = torch.empty(size).uniform_(-1, 1, generator=site.generator)
     return [Attachment(site.name, parameters={"gain": nn.Parameter(values)})]
-
-
-class Bare(nn.Module):
-    """A module that owns a parameter itself and has children: what forgetful freezing leaves out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(4))
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x * self.scale))
 
 
 class Tied(nn.Module):
@@ -48,27 +41,6 @@ class Tied(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.lm_head(self.norm(x))
-
-
-class Shared(nn.Module):
-    """One module used under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.Linear(4, 4)
-        self.first, self.middle, self.second = layer, nn.Linear(4, 4), layer
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.middle(self.first(x))))
-
-
-def mlp(width: int = 4, depth: int = 3) -> nn.Sequential:
-    """Return ``depth`` linear layers with ReLU between: ``depth - 1`` blocks and a head."""
-    layers: list[nn.Module] = []
-    for _ in range(depth - 1):
-        layers += [nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, 2))
 
 
 def cnn() -> nn.Sequential:
@@ -136,16 +108,6 @@ def optimizer_for(kind: str, model: nn.Module) -> object:
 
 
 OPTIMIZERS = ("sgd", "adamw", "adamw-loop", "named", "groups", "adagrad", "muon")
-
-
-def loader(
-    samples: int = 32, batch_size: int = 8, *, features: int = 4, classes: int = 2, seed: int = 0, shuffle: bool = True
-) -> DataLoader[tuple[Tensor, ...]]:
-    """Return a small classification task."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, features, generator=generator)
-    y = (x.sum(1) > 0).long() % classes
-    return DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=shuffle)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -32,6 +32,7 @@ from typing_extensions import override
 from thawline.engine import ArgumentError, DataError
 from thawline.engine.data import Fetched, ResumableLoader
 from thawline.engine.keyed import Key, KeyedDataset
+from thawline.engine.order import epoch_order
 
 SIZE = 11
 
@@ -479,3 +480,98 @@ def test_a_partial_collate_function_is_seeded() -> None:
     make = partial(DataLoader, TensorDataset(torch.arange(SIZE)), 3)
     first = read(make(collate_fn=partial(collate, dice=np.random.default_rng())))
     assert read(make(collate_fn=partial(collate, dice=np.random.default_rng())), start=1) == first[1:]
+
+
+# -- generators that are hard to find ----------------------------------------------------------------------------------
+
+MODULE_DICE = np.random.default_rng()
+
+
+def roll() -> float:
+    """Draw from a generator of the module."""
+    return float(MODULE_DICE.random())
+
+
+class Slotted:
+    """An augmentation without a ``__dict__``."""
+
+    __slots__ = ("dice",)
+
+    def __init__(self) -> None:
+        self.dice = random.Random()
+
+    def __call__(self) -> float:
+        return self.dice.random()
+
+
+class Jitter(nn.Module):
+    """An augmentation that is a module, as torchvision's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dice = torch.Generator()
+        self.dice.seed()
+
+    @override
+    def forward(self) -> float:
+        return float(torch.rand((), generator=self.dice).item())
+
+
+class Rolling(Augmented):
+    """Noise from whatever it is given; a generator of its class; one that is made at the first sample."""
+
+    dice = np.random.default_rng()
+    late: np.random.Generator | None = None
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    @override
+    def __getitem__(self, index: int) -> Any:
+        if self.late is None:
+            self.late = np.random.default_rng()
+        return index, self.draw(), float(self.dice.random()), float(self.late.random())
+
+
+def closing(dice: np.random.Generator) -> Callable[[], float]:
+    """Return a function that closes over a generator, and has another as a default."""
+
+    def draw(*, other: np.random.Generator = dice.spawn(1)[0]) -> float:  # noqa: B008 - that is what is tested
+        return float(dice.random() + other.random())
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: roll,
+        Slotted,
+        lambda: nn.Sequential(Jitter())[0],
+        lambda: closing(np.random.default_rng()),
+        lambda: partial(np.random.Generator.random, np.random.default_rng()),
+    ],
+    ids=["global", "slots", "module", "closure", "partial"],
+)
+def test_generators_are_found_wherever_they_are_kept(draw: Callable[[], Callable[[], float]]) -> None:
+    """What they draw is a function of (seed, epoch, sample), with workers, without, and from the middle on."""
+    whole = read(DataLoader(Rolling(draw()), 3, shuffle=True))
+    assert read(DataLoader(Rolling(draw()), 3, shuffle=True), start=2) == whole[2:]
+    assert read(DataLoader(Rolling(draw()), 3, shuffle=True, num_workers=1), start=1) == whole[1:]
+
+
+def test_the_systems_own_numbers_are_left_alone() -> None:
+    """They have neither a seed nor a state."""
+    assert len(read(DataLoader(Rolling(random.SystemRandom().random), 3))) == 4
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_torchs_batch_sampler_is_entered_at_any_batch(drop_last: bool) -> None:
+    """Without making the batches before: the same as it makes."""
+    for sampler in (RandomSampler(range(SIZE)), SequentialSampler(range(SIZE)), Reversed()):
+        batches = BatchSampler(cast("Any", sampler), 3, drop_last)
+        whole = list(epoch_order(batches, 1, 2))
+        assert [len(each) for each in whole] == [len(each) for each in batches]
+        for start in range(len(whole) + 2):
+            assert list(epoch_order(batches, 1, 2, start)) == whole[start:]

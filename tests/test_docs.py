@@ -228,3 +228,10 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 def test_foreign_paths_are_found(text: str, is_foreign: bool) -> None:
     """Absolute paths of a disk and registry hosts are found; links and relative paths are not."""
     assert bool(_FOREIGN.search(text)) == is_foreign
+
+
+def test_the_gallery_draws_every_picture_that_the_pages_show() -> None:
+    """What lies in docs/pictures is what its code writes, no more and no less."""
+    (code,) = [block.code for block in blocks((ROOT / "docs" / "gallery.md").read_text()) if block.runs]
+    drawn = set(re.findall(r'^    "([a-z-]+)": ', code, re.MULTILINE))
+    assert drawn == {path.stem for path in (ROOT / "docs" / "pictures").glob("*.png")}

@@ -684,3 +684,26 @@ def test_it_is_described_and_rebuilt(ema: EMA) -> None:
     assert again.describe() == ema.describe()
     assert again.half_life == ema.half_life
     assert EMA().half_life == Time("0.1dur")
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_with_bias_correction_the_first_weights_do_not_count(warmup: bool) -> None:
+    """The average is the weighted mean of the weights after each update, in closed form."""
+    model = nn.Linear(1, 1, bias=False)
+    state = State(model, ParameterLedger(model, partial(torch.optim.SGD, lr=0.1)))
+    ema = EMA(decay=0.75, bias_correction=True, warmup=warmup)
+    values, decays = [3.0, -1.0, 4.0, 1.5], list[float]()
+    ema.apply(Event.BATCH_START, state)
+    for step, value in enumerate(values):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        decays.append(ema.decay_at())
+        state.clock = Clock(batch=step + 1)
+        ema.apply(Event.BATCH_END, state)
+        if step == 1:  # resumed here
+            saved, ema = ema.state_dict(), EMA(decay=0.75, bias_correction=True, warmup=warmup)
+            ema.load_state_dict(saved)
+            ema.apply(Event.BATCH_START, state)
+    counts = [(1 - decay) * float(np.prod(decays[place + 1 :])) for place, decay in enumerate(decays)]
+    want = sum(count * value for count, value in zip(counts, values, strict=True)) / sum(counts)
+    assert ema.average["weight"].item() == pytest.approx(want, rel=1e-6)

@@ -256,6 +256,20 @@ def test_a_description_is_json_and_comes_back_equal() -> None:
     assert again.every == Time("0.5dur")
 
 
+def test_a_class_without_a_constructor_takes_no_arguments() -> None:
+    """It describes itself with none, and one that is given is an error, not lost."""
+
+    class Plain(Algorithm):
+        events = frozenset({Event.FIT_END})
+
+        def apply(self, event: Event, state: State) -> None:
+            """Do nothing."""
+
+    assert Plain().describe() == {"name": "Plain", "arguments": {}}
+    with pytest.raises(TypeError, match="argument"):
+        Plain(3)  # type: ignore[call-arg]
+
+
 def test_a_description_never_names_an_import_path() -> None:
     """Only what is registered can be built: a stranger's recipe cannot run code."""
     for name in ("os.system", "Descrbed", ""):

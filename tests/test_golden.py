@@ -82,7 +82,7 @@ TRANSFORMER: dict[str, Case] = {
             (0, STEM + 12 * BLOCK + HEAD, {"stem..head": 1.0}),
             (1, 12 * BLOCK + HEAD, {"blocks[0]..head": 1.0}),
             (3, 10 * BLOCK + HEAD, {"blocks[2]..head": 1.0}),
-            (5, 9 * BLOCK + HEAD, {"blocks[2]..head": 1.0}),
+            (5, 9 * BLOCK + HEAD, {"blocks[2]..blocks[4]+blocks[6]..head": 1.0}),
         ],
     ),
     "LayerwiseLR": (
@@ -91,7 +91,7 @@ TRANSFORMER: dict[str, Case] = {
     ),
     "TrainOnly": (
         lambda: [TrainOnly(["blocks[1:3]", "head"], lr={"blocks[1]": 0.1})],
-        [(0, 2 * BLOCK + HEAD, {"blocks[1]": 0.1, "blocks[2]..head": 1.0})],
+        [(0, 2 * BLOCK + HEAD, {"blocks[1]": 0.1, "blocks[2]+head": 1.0})],
     ),
     "head_only": (lambda: head_only(lr=0.5), [(0, HEAD, {"head": 0.5})]),
     "partial": (
@@ -157,7 +157,7 @@ CNN: dict[str, Case] = {
         [
             (0, 4 * STAGE + HEAD, {"blocks[0]..head": 1.0}),
             (2, 4 * 2 + HEAD, {"blocks[0]..head": 1.0}),
-            (4, 3 * 2 + HEAD, {"blocks[0]..head": 1.0}),
+            (4, 3 * 2 + HEAD, {"blocks[0]..blocks[2]+head": 1.0}),
         ],
     ),
     "LayerwiseLR": (

@@ -220,8 +220,8 @@ def test_a_sparse_gradient_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "exactly one of the two, got {'max_norm': None, 'value': None}"),
-        ({"max_norm": 1.0, "value": 1.0}, "exactly one of the two, got {'max_norm': 1.0, 'value': 1.0}"),
+        ({}, "exactly one of the three, got 'none'"),
+        ({"max_norm": 1.0, "value": 1.0}, "exactly one of the three, got 'max_norm=1.0, value=1.0"),
         ({"max_norm": 0.0}, "got 0.0"),
         ({"max_norm": -1}, "above 0"),
         ({"max_norm": 10**400}, "above 0"),
@@ -252,4 +252,67 @@ def test_it_is_described_and_rebuilt() -> None:
     clip = GradClip(value=0.5)
     again = Algorithm.from_description(clip.describe())
     assert clip.describe() == again.describe()
-    assert clip.describe()["arguments"] == {"max_norm": None, "value": 0.5, "norm_type": 2.0}
+    assert clip.describe()["arguments"] == {
+        "max_norm": None, "value": 0.5, "norm_type": 2.0, "adaptive": None, "floor": 1e-3, "per_layer": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", [0.01, 0.2])
+def test_adaptive_clipping_is_that_of_the_paper(factor: float) -> None:
+    """Unit by unit, in float64, the floor on the weight's norm included; conv filters, rows, vectors and scalars."""
+    torch.manual_seed(0)
+    shapes = [(4, 3), (5, 2, 3, 3), (6,), ()]
+    given = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    with torch.no_grad():
+        given[0][1] = 0  # counts as the floor
+    for each in given:
+        each.grad = torch.randn_like(each)
+    wanted: list[Tensor] = []
+    for each in given:
+        grad = gradients([each])[0].clone()
+        for unit in range(len(grad)) if grad.ndim > 1 else [...]:
+            limit = factor * max(float(each.detach()[unit].norm()), 1e-3)  # type: ignore[index]  # an index or all
+            length = float(grad[unit].norm())  # type: ignore[index]  # as above
+            grad[unit] *= min(1.0, limit / length)  # type: ignore[index]  # as above
+        wanted.append(grad)
+    before = torch.cat([each.flatten() for each in gradients(given)]).norm()
+    norm = clip_gradients(given, adaptive=factor)
+    torch.testing.assert_close(norm, before)
+    for mine, theirs in zip(gradients(given), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+
+
+def test_layers_are_clipped_for_themselves() -> None:
+    """Each as torch clips it alone; the norm that is logged is that of all."""
+    torch.manual_seed(0)
+    model = mlp()
+    state = state_of(model)
+    for each in model.parameters():
+        each.grad = torch.randn_like(each)
+    twin = copy.deepcopy(model)
+    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        mine.grad = None if theirs.grad is None else theirs.grad.clone()
+    clip = GradClip(max_norm=1.5, per_layer=True)
+    clip.apply(Event.BEFORE_STEP, state)
+    total = torch.linalg.vector_norm(torch.cat([each.flatten() for each in gradients(list(twin.parameters()))]))
+    assert state.grad_norm == pytest.approx(float(total))
+    for layer in (0, 2, 4):
+        torch.nn.utils.clip_grad_norm_(twin[layer].parameters(), 1.5)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_per_layer_follows_what_trains_and_needs_max_norm() -> None:
+    """A frozen layer is left out at the next step; without max_norm it is refused."""
+    model = mlp()
+    state = state_of(model)
+    clip = GradClip(max_norm=0.1, per_layer=True)
+    for _ in range(2):
+        for each in model.parameters():
+            each.grad = torch.ones_like(each) if each.requires_grad else None
+        clip.apply(Event.BEFORE_STEP, state)
+        model.zero_grad()
+        state.ledger.freeze("blocks[0]", owner="me")
+    assert state.grad_norm == pytest.approx(30**0.5)
+    with pytest.raises(ArgumentError, match=r"GradClip\(per_layer=\) takes max_norm= beside it"):
+        GradClip(value=1.0, per_layer=True)

@@ -551,7 +551,7 @@ def test_a_course_of_its_own_replaces_the_fits_schedule() -> None:
 def test_schedules_that_cannot_be_saved_or_measured_are_refused() -> None:
     """A function of one's own, times inside, no span: typed errors."""
     ledger = ParameterLedger(mlp(), partial(torch.optim.SGD, lr=0.1))
-    with pytest.raises(ArgumentError, match="described by name only"):
+    with pytest.raises(ArgumentError, match="a schedule of thawline.engine"):
         ledger.set_schedule("*", lambda progress: progress, owner="me", span="1ep")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match=r"warmup\(0\.1\)"):
         ledger.set_schedule("*", warmup("10ba"), owner="me", span="1ep")

@@ -19,14 +19,12 @@ from torch.nn import functional as F  # noqa: N812  # torch's own name for it
 from typing_extensions import override
 
 from helpers import Encoder, Shared, Tied, loader, mlp
-from thawline.algorithms import partial as last_blocks
 from thawline.algorithms.lora import LoRAInject, inject_lora, lora_targets
+from thawline.algorithms.lora_attention import LoRAMultiheadAttention
+from thawline.algorithms.lora_forward import drop, lora_branch, lora_forward, new_seed
 from thawline.algorithms.lora_modules import (
     LoRALinear,
-    LoRAMultiheadAttention,
     LoRANonDynamicallyQuantizableLinear,
-    lora_branch,
-    lora_forward,
 )
 from thawline.engine import (
     Algorithm,
@@ -161,13 +159,13 @@ class TestForward:
             assert torch.equal(got, F.linear(x, weight, bias))
 
     def test_dropout_drops_the_adapters_input_only_in_training(self) -> None:
-        """The same mask as `F.dropout` draws, and none in evaluation."""
+        """Those that `drop` drops with the next seed of the global generator, and none in evaluation."""
         x, weight = torch.randn(4, 5), torch.randn(3, 5)
         down, up = torch.randn(2, 5), torch.randn(3, 2)
         torch.manual_seed(7)
         got = lora_forward(x, weight, None, down, up, scaling=2.0, dropout=0.5, training=True)
         torch.manual_seed(7)
-        dropped = F.dropout(x, 0.5)
+        dropped = 2 * drop(x, 0.5, new_seed())
         torch.testing.assert_close(got, x @ weight.T + 2 * dropped @ down.T @ up.T)
         still = lora_forward(x, weight, None, down, up, scaling=2.0, dropout=0.5, training=False)
         torch.testing.assert_close(still, x @ weight.T + 2 * x @ down.T @ up.T)
@@ -846,17 +844,6 @@ class TestTargets:
             if isinstance(each, nn.Linear) and name.rpartition(".")[2] in ends
         )
         assert len(found) >= 4
-
-    def test_gpt2_says_that_conv1d_is_not_supported_and_what_works(self) -> None:
-        """Not a silent fall-back to something else; the advice is a fit that runs."""
-        model = hugging_face("GPT2", "LMHeadModel", n_embd=16, n_layer=3, n_head=2, vocab_size=50)
-        with pytest.raises(SurgeryError, match=r"Conv1D.*Trainer\(algorithms=partial\(last=2\)\)"):
-            targets(model)
-        ids = torch.arange(8).reshape(2, 4)
-        result = Trainer(algorithms=last_blocks(last=2), progress=False).fit(
-            model, [{"input_ids": ids, "labels": ids}], duration="1ep"
-        )
-        assert result.timeline.spans[0].layers[:2] == ("blocks[1]", "blocks[2]")
 
 
 # -- injection ------------------------------------------------------------------------------------------------------

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from helpers import loader, mlp
-from thawline.algorithms import LayerThaw
+from thawline.algorithms import LayerThaw, TrainOnly
 from thawline.engine import Algorithm, ArgumentError, Event, FitResult, Plan, State, Trainer, cosine, linear
+from timelines import stack
 
 
 def thawed(**more: object) -> FitResult:
@@ -21,6 +23,15 @@ def thawed(**more: object) -> FitResult:
         progress=False, **more,  # type: ignore[arg-type]
     )  # fmt: skip
     return trainer.fit(mlp(), loader(), duration="4ep")
+
+
+def planned(algorithms: list[Algorithm], depth: int, optimizer: Any = None) -> Plan:
+    """Return the plan of a fit of an embedding, some blocks and a head."""
+    trainer = Trainer(
+        algorithms=algorithms, optimizer=optimizer or partial(torch.optim.SGD, lr=0.1),
+        loss_fn=nn.functional.cross_entropy, progress=False,
+    )  # fmt: skip
+    return trainer.plan(stack(depth), [torch.zeros(2, 1, dtype=torch.long)] * 3, duration="1ep")
 
 
 def test_spans_are_exact_at_their_ends() -> None:
@@ -98,3 +109,29 @@ def test_an_empty_plan_says_what_it_needs(tmp_path: Path) -> None:
     """Nothing to draw is a typed error."""
     with pytest.raises(ArgumentError, match="at least one batch"):
         Plan().save(tmp_path / "plan.png")
+
+
+def test_the_table_shows_gaps_as_gaps() -> None:
+    """Layers between which others are frozen are no range."""
+    text = str(planned([TrainOnly(["blocks[0]", "blocks[2:4]", "head"])], depth=5))
+    assert "blocks[0], blocks[2] .. blocks[3] (2), head" in text
+    assert "blocks[0]+blocks[2]..blocks[3]+head 0.1" in text
+
+
+def test_the_table_names_the_optimizer_where_there_are_several() -> None:
+    """Two groups of one layer are told apart."""
+    optimizers = [("*.bias", partial(torch.optim.SGD, lr=0.1)), ("*", partial(torch.optim.AdamW, lr=0.2))]
+    assert "blocks[0]..head (SGD) 0.1, stem..head (AdamW) 0.2" in str(planned([], depth=2, optimizer=optimizers))
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.txt"])
+def test_a_name_that_is_no_pictures_is_refused(tmp_path: Path, name: str) -> None:
+    """The message says what gives text and data."""
+    with pytest.raises(ArgumentError, match=r"text is str\(plan\), data plan.to_json\(\)"):
+        thawed().timeline.save(tmp_path / name)
+
+
+def test_a_picture_is_where_it_is_said_to_be(tmp_path: Path) -> None:
+    """Without a suffix it is a PNG; folders are made."""
+    assert thawed().timeline.save(tmp_path / "new" / "plan") == tmp_path / "new" / "plan.png"
+    assert (tmp_path / "new" / "plan.png").is_file()

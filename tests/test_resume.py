@@ -94,8 +94,9 @@ def test_what_defines_the_run_is_refused(
 def test_what_may_differ_is_said_once(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     """With the old and the new value and which is used; the warning points to the call of fit."""
     saved_run(tmp_path)
+    evaluated = [loader()] if "metrics" in arguments else []
     with pytest.warns(ThawlineWarning) as caught:
-        Trainer_(run_dir=tmp_path, **arguments).fit(mlp(), loader(), duration="2ep", resume=True)
+        Trainer_(run_dir=tmp_path, **arguments).fit(mlp(), loader(), *evaluated, duration="2ep", resume=True)
     (warning,) = caught
     assert f"resumed with another {message}" in str(warning.message)
     assert warning.filename == __file__
@@ -299,7 +300,7 @@ class Unnamed(torch.optim.SGD):
         (lambda state, p: state[p].update({b"x": 1}), CheckpointError, "Unnamed/state/0.weight.*the key b'x' is a bytes"),
         (lambda state, p: state.update(fn=print), CheckpointError, "Unnamed/shared/fn.*builtin"),
         (lambda state, p: state.update({torch.ones(3): {}}), OptimizerError, r"Unnamed.state has a tensor of shape \(3,\)"),
-        (lambda state, p: state.update({p: 3}), OptimizerError, r"Unnamed.state\['0.weight'\] is a int"),
+        (lambda state, p: state.update({p: 3}), OptimizerError, r"Unnamed.state\['0.weight'\] is an int"),
     ],
 )  # fmt: skip
 def test_state_that_cannot_be_saved_is_refused_at_the_first_save(

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from helpers import Tied, loader, mlp  # registers the op "gain" as well
-from thawline.algorithms import TrainOnly, partial
+from thawline.algorithms import LISA, BlockCycle, FreezeAt, FreezeOut, LayerFreeze, TrainOnly, full, partial
 from thawline.algorithms.train_only import all_but
 from thawline.engine import (
     Algorithm,
@@ -113,7 +113,10 @@ def test_a_rate_for_what_the_user_froze_warns() -> None:
     """It is selected, and does not train all the same."""
     model = stack()
     model[1].requires_grad_(False)
-    with pytest.warns(ThawlineWarning, match=r"nothing of 'blocks\[0\]' trains"):
+    with (
+        pytest.warns(ThawlineWarning, match="frozen before the fit"),
+        pytest.warns(ThawlineWarning, match=r"nothing of 'blocks\[0\]' trains"),
+    ):
         Loop([TrainOnly(["head", "blocks[0]"], lr={"blocks[0]": 0.1})], model)
 
 
@@ -127,3 +130,18 @@ def test_what_the_optimizer_instance_does_not_hold_is_said_to_be_so() -> None:
     trainer = Trainer(algorithms=[TrainOnly("blocks[-1]")], loss_fn=cross_entropy, progress=False)
     with pytest.raises(LedgerError, match=r"The optimizer instance holds 2 of them\. Pass a factory"):
         trainer.fit(model, loader(), duration=1, optimizer=torch.optim.SGD(model[4].parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    "algorithms",
+    [
+        [TrainOnly(["head", "blocks[1]"])], [LISA(every=1)], [BlockCycle(every="1ba")], [LayerFreeze(start=0)],
+        [FreezeOut()], [FreezeAt({"blocks[0]": 1})], full(),
+    ],
+)  # fmt: skip
+def test_what_the_user_froze_is_said_to_stay_so(algorithms: list[Algorithm]) -> None:
+    """A backbone frozen before the fit, out of habit, leaves them nothing to do."""
+    net = stack()
+    net[:-1].requires_grad_(False)
+    with pytest.warns(ThawlineWarning, match="frozen before the fit, and stay so"):
+        timeline(algorithms, net, duration=6)

@@ -1,0 +1,173 @@
+"""The arithmetic of a low-rank adapter beside a convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+from typing_extensions import override
+
+from .lora_forward import drop, new_seed, working_dtype
+
+
+def lora_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """Return a convolution of ``x``, and added to it that with ``lora_A`` followed by the 1 x 1 one with ``lora_B``.
+
+    For the backward pass ``x`` and the first convolution's output are kept and nothing else.
+
+    Args:
+        x: Input, shape (batch, in, …) with one to three spatial dimensions.
+        weight: Base weight, shape (out, in / groups, …).
+        bias: Base bias, shape (out,), or None.
+        lora_A: Down projection, shape (rank, in / groups, …) with the base's kernel; or (rank, in, …), as in peft, which
+            reads all groups' channels.
+        lora_B: Up projection, shape (out, rank / groups, 1, …).
+        stride: Of the base, for each spatial dimension.
+        padding: Zeros on either side.
+        dilation: Of the base.
+        groups: Of the base.
+        scaling: Factor on the low-rank term: alpha / rank.
+        dropout: Probability with which an element of the adapter's input is dropped.
+        training: Whether dropout acts.
+
+    Example:
+        >>> x, weight = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
+        >>> down, up = torch.ones(1, 2, 3), torch.ones(1, 1, 1)
+        >>> lora_convolution(x, weight, None, down, up, stride=[1], padding=[0], dilation=[1], scaling=0.5)
+        tensor([[[9.]]])
+    """
+    p = dropout if training else 0.0
+    base = _Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
+    down_groups = x.shape[1] // lora_A.shape[1]
+    if torch.compiler.is_compiling():
+        dropped = F.dropout(x, p) if p > 0 else x
+        hidden = base.with_groups(down_groups)(dropped, lora_A, None)
+        return base(x, weight, bias) + base.pointwise()(hidden, lora_B * scaling, None)
+    dtype = working_dtype(x)
+    if dtype != x.dtype:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    plan = _Plan(base, down_groups, scaling, p, new_seed() if p > 0 else 0)
+    return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return, no-untyped-call]  # torch's are untyped
+
+
+@attrs.frozen
+class _Convolution:
+    """A convolution's settings."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        none = [0] * len(self.stride)
+        return torch.convolution(
+            x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups  # pyright: ignore[reportArgumentType]  # torch takes tuples
+        )  # fmt: skip
+
+    def backward(self, push: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool, bool]) -> list[Any]:
+        """Return the gradients of input, weight and bias, None for what is not wanted."""
+        none, bias_sizes = [0] * len(self.stride), [weight.shape[0]]
+        return list(
+            torch.ops.aten.convolution_backward(
+                push, x, weight, bias_sizes, self.stride, self.padding, self.dilation, False, none, self.groups, wants
+            )
+        )
+
+    def with_groups(self, groups: int) -> _Convolution:
+        return attrs.evolve(self, groups=groups)
+
+    def pointwise(self) -> _Convolution:
+        ones, none = (1,) * len(self.stride), (0,) * len(self.stride)
+        return _Convolution(ones, none, ones, self.groups)
+
+
+@attrs.frozen
+class _Plan:
+    """What is no tensor in the function below."""
+
+    base: _Convolution
+    down_groups: int
+    scaling: float
+    p: float
+    seed: int
+
+    @property
+    def alpha(self) -> float:
+        """The factor on the low-rank term: dropout's own folded in."""
+        return self.scaling / (1 - self.p)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return ``x`` with the same elements dropped each time."""
+        return drop(x, self.p, self.seed) if self.p > 0 else x
+
+
+class _LowRank(torch.autograd.Function):
+    """The convolution with its adapter."""
+
+    @staticmethod
+    @override
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor]:
+        y = plan.base(x, weight, bias)
+        hidden = plan.base.with_groups(plan.down_groups)(plan.dropped(x), down, None)
+        if plan.base.groups == 1 and y.is_contiguous() and hidden.is_contiguous():
+            matrix = up.flatten(1).expand(len(y), -1, -1)
+            y.flatten(2).baddbmm_(matrix, hidden.flatten(2), alpha=plan.alpha)
+        else:
+            y.add_(plan.base.pointwise()(hidden, up, None), alpha=plan.alpha)
+        return y, hidden
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, down, up, ctx.plan = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, down, up, output[1])
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, push: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # as torch documents it
+        if push is None:
+            return (None,) * 6
+        plan: _Plan = ctx.plan
+        x, weight, down, up, hidden = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, wants_down, wants_up, _ = ctx.needs_input_grad
+        narrow = plan.base.with_groups(plan.down_groups)
+        dropped = plan.dropped(x) if wants_down or torch.is_grad_enabled() else x
+        if torch.is_grad_enabled():  # gradients of gradients need to know where this came from
+            hidden = narrow(dropped, down, None)
+        into_x = into_weight = into_bias = branch = into_down = None
+        back, into_up, _ = plan.base.pointwise().backward(
+            push, hidden, up * plan.alpha, (wants_x or wants_down, wants_up, False)
+        )
+        if wants_x or wants_down:
+            branch, into_down, _ = narrow.backward(back, dropped, down, (wants_x, wants_down, False))
+        if wants_x or wants_weight or wants_bias:
+            into_x, into_weight, into_bias = plan.base.backward(push, x, weight, (wants_x, wants_weight, wants_bias))
+        if into_x is not None and branch is not None:
+            into_x = into_x + plan.dropped(branch)
+        return into_x, into_weight, into_bias, into_down, None if into_up is None else into_up * plan.alpha, None
+
+
+__all__ = ["lora_convolution"]

@@ -1,0 +1,282 @@
+"""The arithmetic of a low-rank adapter beside a matrix: one autograd function that keeps two tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import attrs
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own name for it
+from torch import Tensor
+from typing_extensions import override
+
+Rows: TypeAlias = Sequence[Sequence[int]]
+"""Slices of the output, each from and up to which row of the weight."""
+
+
+def lora_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = False,
+    rows: Rows | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """Return ``x @ weight.T + bias + scaling * dropout(x) @ lora_A.T @ lora_B.T``.
+
+    The low-rank result is accumulated into the base result by one scaled ``addmm``, so the adapter makes no elementwise
+    pass over the output. For the backward pass ``x`` and ``dropout(x) @ lora_A.T`` are kept and nothing else: what was
+    dropped is drawn again from a seed of torch's global generator. With ``lora_B`` zero the result is that of
+    ``F.linear`` bit for bit. The adapter is computed in the dtype of the base result (under autocast the lower one),
+    also where its weights are kept in float32.
+
+    Args:
+        x: Input, shape (..., in).
+        weight: Base weight W, shape (out, in).
+        bias: Base bias, shape (out,), or None.
+        lora_A: Down projection A, shape (rank, in).
+        lora_B: Up projection B, shape (out, rank).
+        scaling: Factor on the low-rank term: alpha / rank.
+        dropout: Probability with which an element of the adapter's input is dropped.
+        training: Whether dropout acts.
+        rows: Slices of the output that have adapters, each its own: ``lora_A`` then has all their A in turn, shape
+            (slices * rank, in), and ``lora_B`` all their B, shape (rows of all slices, rank). None is one adapter for all.
+        transposed: Whether ``weight`` has shape (in, out).
+
+    Returns:
+        Output, shape (..., out).
+
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, equation 3, arXiv:2106.09685.
+
+    Example:
+        >>> x, weight, down, up = torch.ones(1, 3), torch.eye(2, 3), torch.ones(1, 3), torch.ones(2, 1)
+        >>> lora_forward(x, weight, None, down, up, scaling=0.5)
+        tensor([[2.5000, 2.5000]])
+    """
+    p = dropout if training else 0.0
+    if x.is_nested or x.dim() < 2 or torch.compiler.is_compiling():
+        width = weight.shape[1 if transposed else 0]
+        base = F.linear(x, weight.t() if transposed else weight, bias)
+        return base + lora_branch(x, lora_A, lora_B, scaling=scaling, dropout=p, training=True, rows=rows, width=width)
+    dtype = working_dtype(x)
+    if dtype != x.dtype:  # autocast: cast here, once, where autograd sees it
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    plan = _Plan(scaling, p, new_seed() if p > 0 else 0, rows, transposed)
+    return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return, no-untyped-call]  # torch's are untyped
+
+
+def lora_branch(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    training: bool = False,
+    rows: Rows | None = None,
+    width: int | None = None,
+) -> Tensor:
+    """Return the low-rank term alone, ``scaling * dropout(x) @ lora_A.T @ lora_B.T``, shape (..., out).
+
+    Args:
+        x: Input, shape (..., in).
+        lora_A: Down projection, shape (rank, in).
+        lora_B: Up projection, shape (out, rank).
+        scaling: Factor: alpha / rank.
+        dropout: Probability with which an element of ``x`` is dropped.
+        training: Whether dropout acts.
+        rows: See :func:`lora_forward`.
+        width: The number of outputs, for ``rows``.
+
+    Example:
+        >>> lora_branch(torch.ones(3), torch.ones(1, 3), torch.ones(2, 1), scaling=0.5)
+        tensor([1.5000, 1.5000])
+    """
+    if rows is not None:
+        assert width is not None, "slices do not say how many outputs there are"
+        lora_B = spread(lora_B, rows, width)
+    dropped = F.dropout(x, dropout) if training and dropout > 0 else x
+    return F.linear(F.linear(dropped, lora_A.to(x.dtype)) * scaling, lora_B.to(x.dtype))
+
+
+def spread(lora_B: Tensor, rows: Rows, width: int) -> Tensor:
+    """Return the up projection of slices as one of the whole output: shape (width, slices * rank), zero elsewhere.
+
+    Example:
+        >>> spread(torch.ones(2, 1), [[0, 1], [2, 3]], width=3)
+        tensor([[1., 0.],
+                [0., 0.],
+                [0., 1.]])
+    """
+    rank, at = lora_B.shape[1], 0
+    whole = lora_B.new_zeros(width, len(rows) * rank)
+    for place, (begin, end) in enumerate(rows):
+        whole[begin:end, place * rank : (place + 1) * rank] = lora_B[at : at + end - begin]
+        at += end - begin
+    return whole
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a layer computes with ``x``: autocast's where it acts; it leaves float64 alone."""
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def new_seed() -> int:
+    """Draw the seed of one dropout from torch's global generator, the model's own, on the CPU: no device waits."""
+    return int(torch.empty((), dtype=torch.int64).random_())
+
+
+def drop(x: Tensor, p: float, seed: int) -> Tensor:
+    """Return a copy of ``x`` in which each element is zero with probability ``p``, always the same ones for a seed.
+
+    What stays is not scaled. On the CPU the distances between dropped elements are drawn, from the geometric
+    distribution, and not each element's fate: at p = 0.05 that is a twentieth of the random numbers.
+
+    Args:
+        x: Of any shape.
+        p: Above 0, below 1.
+        seed: What :func:`new_seed` drew.
+
+    Example:
+        >>> x = torch.ones(10000)
+        >>> torch.equal(drop(x, 0.25, seed=1), drop(x, 0.25, seed=1)), round(drop(x, 0.25, seed=1).mean().item(), 1)
+        (True, 0.8)
+    """
+    if x.device.type != "cpu":
+        generator = torch.Generator(x.device).manual_seed(seed)
+        return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+    return x.reshape(-1).index_fill(0, _dropped(x.numel(), p, seed), 0).view(x.shape)
+
+
+def _dropped(size: int, p: float, seed: int) -> Tensor:
+    """Return which of ``size`` elements are dropped, in order."""
+    generator = torch.Generator().manual_seed(seed)
+    expected = size * p
+    count = int(expected + 6 * math.sqrt(expected * (1 - p))) + 8
+    rate = -1 / max(-math.log1p(-p), 1e-30)
+    found, last = list[Tensor](), -1.0
+    while True:
+        # 1 - u lies in (0, 1], so its logarithm is finite. In float64 places are exact far beyond any tensor's size.
+        gaps = torch.rand(count, generator=generator).neg_().log1p_().mul_(rate).floor_().add_(1)
+        places = gaps.cumsum(0, dtype=torch.float64).add_(last)
+        end = int(torch.searchsorted(places, size))
+        found.append(places[:end].long())
+        if end < count:
+            return torch.cat(found) if len(found) > 1 else found[0]
+        last = float(places[-1])
+
+
+@attrs.frozen
+class _Plan:
+    """What is no tensor in the function below."""
+
+    scaling: float
+    p: float
+    seed: int
+    rows: Rows | None
+    transposed: bool
+
+    @property
+    def alpha(self) -> float:
+        """The factor on the low-rank term: dropout's own folded in."""
+        return self.scaling / (1 - self.p)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Return ``x`` with the same elements dropped each time."""
+        return drop(x, self.p, self.seed) if self.p > 0 else x
+
+    def added(self, base: Tensor, back: Tensor, down: Tensor) -> Tensor:
+        """Return ``base + dropped(back @ down)``; ``base`` is nobody else's, and written where no graph is recorded."""
+        if torch.is_grad_enabled():
+            return base + self.dropped(back @ down)
+        if self.p > 0 and base.device.type == "cpu":  # all is added, and what was dropped put back
+            flat, places = base.view(-1), _dropped(base.numel(), self.p, self.seed)
+            before = flat[places]
+            base.addmm_(back, down)
+            flat.index_put_((places,), before)
+            return base
+        return base.addmm_(back, down) if self.p == 0 else base.add_(self.dropped(back @ down))
+
+    def slices(self, rank: int) -> list[tuple[slice, slice, slice]]:
+        """Return for each slice: its outputs, its part of the hidden features, its rows of B."""
+        made, at = list[tuple[slice, slice, slice]](), 0
+        for place, (begin, end) in enumerate(self.rows or ()):
+            up = slice(at, at + end - begin)
+            made.append((slice(begin, end), slice(place * rank, (place + 1) * rank), up))
+            at = up.stop
+        return made
+
+
+class _LowRank(torch.autograd.Function):
+    """The layer with its adapter; saved for the backward pass are x, the hidden features, and the weights themselves."""
+
+    @staticmethod
+    @override
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor]:
+        rows = x.flatten(0, -2)
+        if plan.transposed:
+            y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+        elif x.is_contiguous():
+            y = F.linear(rows, weight, bias)
+        else:
+            # Other layouts take another kernel: there the shape must stay, or the last bits would differ from those of
+            # the layer without its adapter.
+            y = F.linear(x, weight, bias).flatten(0, -2)
+        hidden = F.linear(plan.dropped(rows), down)
+        if plan.rows is None:
+            y.addmm_(hidden, up.t(), alpha=plan.alpha)
+        for out, part, place in plan.slices(up.shape[1]):
+            y[:, out].addmm_(hidden[:, part], up[place].t(), alpha=plan.alpha)
+        return y.view(*x.shape[:-1], y.shape[-1]), hidden
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, down, up, ctx.plan = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, down, up, output[1])
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, push: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # as torch documents it
+        if push is None:
+            return (None,) * 6
+        plan: _Plan = ctx.plan
+        x, weight, down, up, hidden = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, wants_down, wants_up, _ = ctx.needs_input_grad
+        rows, push = x.flatten(0, -2), push.reshape(-1, push.shape[-1])
+        dropped = plan.dropped(rows) if wants_down or torch.is_grad_enabled() else rows
+        if torch.is_grad_enabled():  # gradients of gradients need to know where this came from
+            hidden = F.linear(dropped, down)
+        slices = plan.slices(up.shape[1])
+        back = push @ up if not slices else torch.cat([push[:, out] @ up[place] for out, _, place in slices], 1)
+        back = back * plan.alpha
+        into_x = into_up = None
+        if wants_x:
+            base = push @ (weight.t() if plan.transposed else weight)
+            into_x = plan.added(base, back, down)
+            into_x = into_x.view(x.shape)
+        if wants_up:
+            parts = [(push[:, out], hidden[:, part]) for out, part, _ in slices] or [(push, hidden)]
+            into_up = torch.cat([out.t() @ part for out, part in parts]) * plan.alpha
+        into_weight = None
+        if wants_weight:
+            into_weight = rows.t() @ push if plan.transposed else push.t() @ rows
+        return (
+            into_x, into_weight, push.sum(0) if wants_bias else None, back.t() @ dropped if wants_down else None, into_up, None,
+        )  # fmt: skip
+
+
+__all__ = ["Rows", "drop", "lora_branch", "lora_forward", "new_seed", "spread", "working_dtype"]

@@ -1,0 +1,208 @@
+"""The checks of the conformance kit that look at how fits end, and at their lengths and numbers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .engine import Engine
+from .errors import LedgerError
+from .events import Event
+from .ledger import ParameterLedger
+from .promises import check, fail, same
+from .randomness import Randomness
+from .rehearsal import LIVE_EVENTS, Rehearsal, copied, cut, quiet, weights_of
+from .state import State
+
+# -- ending ------------------------------------------------------------------------------------------------------------
+
+
+def _marks(model: nn.Module, leave_out: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Return what could be left on a model: hooks, attributes, classes, modes, gradients, flags."""
+    marks: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        inside = vars(module)
+        marks[f"hooks of {name or 'the model'}"] = {
+            key: len(value) for key, value in inside.items() if "hooks" in key and isinstance(value, dict)
+        }
+        marks[f"mode of {name or 'the model'}"] = module.training
+        # What is attached is recorded on the model itself, too.
+        if not (leave_out and not name) and not any(name == each or name.startswith(f"{each}.") for each in leave_out):
+            marks[f"attributes of {name or 'the model'}"] = sorted(inside)
+            marks[f"class of {name or 'the model'}"] = type(module).__qualname__
+            for own, parameter in module.named_parameters(recurse=False):
+                hooks = [len(getattr(parameter, key, None) or ()) for key in _PARAMETER_HOOKS]
+                state = {"hooks": hooks, "requires_grad": parameter.requires_grad, "grad": parameter.grad is not None}
+                marks[f"parameter {name}.{own}".replace(" .", " ")] = state
+    return marks
+
+
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_REMOVE = (
+    "Remove in close() what attach() set up; it is called after errors too. What is to stay, ledger.attach() attaches."
+)
+
+
+@check
+def leaves_nothing_behind(rehearsal: Rehearsal) -> None:
+    """After the fit the model has no hook, attribute, mode or flag that it had not before, but for recorded surgery."""
+    model, before = rehearsal.model(), _marks(rehearsal.model())
+    algorithms = rehearsal.make()
+    outcome = rehearsal.fit(algorithms, model=model)
+    after = _marks(model, outcome.journal)
+    same(
+        {key: before[key] for key in after if key in before}, {key: after[key] for key in after if key in before}, "the model",
+        f"{rehearsal.name} leaves something on the model after the fit. {_REMOVE}",
+    )  # fmt: skip
+    for each in algorithms:
+        each.close()
+
+
+@check
+def survives_an_exception(rehearsal: Rehearsal) -> None:
+    """An exception at any event leaves ledger and live weights as they were then, and nothing on the model."""
+    before = _marks(rehearsal.model())
+    kinds = dict.fromkeys(event for event, *_ in rehearsal.whole.events)
+    for event in kinds:
+        _explode(rehearsal, event, 1 + (sum(each is event for each, *_ in rehearsal.whole.events) > 1), before)
+
+
+class _Boom(Exception):  # noqa: N818 - no error of anybody's
+    """Raised on purpose."""
+
+
+def _explode(rehearsal: Rehearsal, at: Event, times: int, before: Mapping[str, Any]) -> None:
+    """Let a fit end with an exception at the ``times``-th event of a kind, and look at what it leaves."""
+    model, left = rehearsal.model(), times
+    live: dict[str, Tensor] = {}
+    then: dict[str, Any] = {}
+    journal: set[str] = set()
+
+    def explode(event: Event, state: State) -> None:
+        nonlocal left
+        if event in LIVE_EVENTS and event is not Event.FIT_ABORT:
+            live.clear()
+            live.update(weights_of(state.model))
+        left -= event is at
+        if event is at and not left:
+            journal.update(entry.module for entry in state.ledger.journal)
+            then.update(ledger=state.ledger, digest=state.ledger.digest())
+            raise _Boom
+
+    def closing() -> None:
+        try:
+            then["ledger"].verify()
+            then["moved"] = then["ledger"].digest() != then["digest"]
+        except LedgerError as error:
+            then["broken"] = error
+
+    where = f"{rehearsal.name}: after an exception at {at.name}"
+    try:
+        rehearsal.fit(model=model, probe=explode, closing=closing)
+    except _Boom as error:
+        if failed := [note for note in getattr(error, "__notes__", ()) if "failed as well" in note]:
+            then["failed"] = failed[0]
+    else:
+        fail(f"{where}, the fit goes on. Do not catch what is not yours.")
+    if "broken" in then:
+        fail(
+            f"{where} the ledger is not valid: {then['broken']} Change it through the ledger, at open events; not at FIT_ABORT."
+        )
+    if then["moved"]:
+        fail(f"{where} the ledger was changed. At FIT_ABORT it is closed: only put back what is the model's.")
+    if "failed" in then:
+        fail(
+            f"{where} the end fails too: {then['failed']}. At FIT_ABORT and in close(), count on nothing that was set up."
+        )
+    mend = "Put live weights back at FIT_ABORT and in close()."
+    same(live, weights_of(model), "weights", f"{where} the model does not hold the live weights. {mend}")
+    after = _marks(model, frozenset(journal))
+    known = {key: after[key] for key in after if key in before}
+    same({key: before[key] for key in known}, known, "the model", f"{where} something is left on the model. {_REMOVE}")
+
+
+# -- lengths and numbers -----------------------------------------------------------------------------------------------
+
+
+@check
+def takes_short_fits(rehearsal: Rehearsal) -> None:
+    """A fit that ends before its first batch, and one of a single batch, work."""
+    model, algorithms = rehearsal.model(), rehearsal.make()
+    ledger = ParameterLedger(model, partial(torch.optim.SGD, lr=0.1))
+    state = State(model, ledger, duration="1ba", seed=rehearsal.seed)
+    with Randomness().kept(), quiet(), Engine(algorithms, state, debug=True) as engine:
+        engine.emit(Event.FIT_START)
+        saved = copied(engine.state_dict())
+        engine.emit(Event.FIT_END)
+    again = Engine(rehearsal.make(), state)
+    again.load_state_dict(saved)
+    same(saved, again.state_dict(), "state", f"{rehearsal.name}: state_dict() after load_state_dict() is another one.")
+    rehearsal.fit(duration="1ba", debug=True)
+
+
+@check
+def trains_in_bf16(rehearsal: Rehearsal) -> None:
+    """Under bf16 autocast the fit works, resumes, and keeps finite weights of their own dtypes."""
+    kinds = {name: each.dtype for name, each in rehearsal.model().named_parameters()}
+    model = rehearsal.model()
+    with tempfile.TemporaryDirectory() as folder:
+        whole, paths = rehearsal.saved(Path(folder) / "run", model=model, precision="bf16", debug=True)
+        resumed = rehearsal.fit(resume=paths[len(paths) // 2], precision="bf16")
+    same(
+        whole.result,
+        resumed.result,
+        "the fit",
+        f"{rehearsal.name}: resumed under bf16, the fit does not go on as it was.",
+    )
+    for name, each in model.named_parameters():
+        if not bool(torch.isfinite(each).all()):
+            fail(
+                f"{rehearsal.name}: {name!r} is not finite after a fit in bf16. Compute norms and averages in float32."
+            )
+        if each.dtype is not kinds.get(name, each.dtype):
+            fail(
+                f"{rehearsal.name}: {name!r} became {each.dtype} in a bf16 fit. Write values with copy_(), not new tensors."
+            )
+
+
+@check
+def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
+    """One batch, and the same in four parts with accumulate=4, give the same updates (float64, up to rounding)."""
+    if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
+        return  # statistics of a batch are not those of its parts
+    with Randomness().kept():  # a loader draws its order from the global generator
+        batches = list(rehearsal.loader)
+    parts = [part for batch in batches for part in cut(batch, 4)]
+    wholes = [part for batch in batches for part in cut(batch, 1) if cut(batch, 4)]
+    if not parts:
+        fail(
+            "no batch of the loader can be cut into four. Give check_algorithm(loader=) batches of 4, 8 or 16 samples."
+        )
+    ends: list[dict[str, Any]] = []
+    for loader, accumulate in ((wholes, 1), (parts, 4)):
+        model = _without_dropout(rehearsal.model().double())
+        optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        outcome = rehearsal.fit(
+            model=model, loader=loader, accumulate=accumulate, optimizer=optimizer, eval_every="1ep"
+        )
+        ends.append(outcome.result)
+    same(
+        ends[0], ends[1], "the fit",
+        f"{rehearsal.name}: a batch in four parts gives other updates than the batch at once. Microbatch events come several "
+        "times a step: count steps at BATCH_END or with state.clock, and read gradients at BEFORE_STEP, where they are whole.",
+        tolerance=1e-7,
+    )  # fmt: skip
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for name in ("p", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                object.__setattr__(module, name, 0.0)
+    return model

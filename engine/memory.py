@@ -1,0 +1,211 @@
+"""Out of memory: what a batch is repeated from, and the smaller microbatches that it is repeated in."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+
+from .batches import batch_size_of, split_batch
+from .errors import DataError, OutOfMemoryError, warn
+from .forward import Forward
+from .log import get_logger
+from .state import State
+
+log = get_logger(__name__)
+
+# torch's allocators say it in these words, cuBLAS and cuDNN in the last.
+_WORDS = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on the device or on the host.
+
+    Example:
+        >>> is_out_of_memory(torch.OutOfMemoryError()), is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+        (True, False)
+    """
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and _WORDS.search(str(error)) is not None)
+
+
+@define(eq=False)
+class Microbatches:
+    """Cuts batches into microbatches, each with its share of what the batch's loss is a mean over.
+
+    Args:
+        forward: Weighs a microbatch.
+        size: Samples of a microbatch; None: the whole batch.
+        accumulate: Loader batches of a step.
+    """
+
+    forward: Forward
+    size: int | None
+    accumulate: int = 1
+    whole: bool = field(init=False)
+    _warned: bool = field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.whole = self.accumulate == 1 and self.size is None
+
+    def of(self, state: State) -> list[tuple[Any, float]]:
+        """Return the microbatches of ``state.batch``; those whose labels are all ignored are left out."""
+        batch = state.batch
+        if self.whole:
+            return [(batch, 1.0)]
+        batches = [batch] if self.accumulate == 1 else list(batch)
+        parts = batches if self.size is None else [part for each in batches for part in split_batch(each, self.size)]
+        weights = [self.forward.weight(state.model, part) for part in parts]
+        # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
+        said = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+        total = sum(weight for _, weight in said)
+        return [(part, weight / total) for part, weight in said] or [(parts[0], 1.0)]
+
+    def shrink_to(self, size: int | None) -> None:
+        """Take a size that the run has come down to; one that is larger changes nothing."""
+        if size is not None and (self.size is None or size < self.size):
+            self.size = size
+            self.whole = False
+
+    def halve(self, state: State, error: BaseException) -> None:
+        """Halve the size, for the rest of the fit.
+
+        Raises:
+            OutOfMemoryError: It is 1 already, or nobody knows how many samples the batch has.
+        """
+        place = _place(state)
+        batches = [state.batch] if self.accumulate == 1 else list(state.batch)
+        try:
+            largest = max(map(batch_size_of, batches))
+        except DataError as unknown:
+            raise OutOfMemoryError(f"out of memory at {place}, and the batch cannot be cut: {unknown}") from error
+        size = largest if self.size is None else min(self.size, largest)
+        if size == 1:
+            raise OutOfMemoryError(
+                f"out of memory at {place} with a single sample at a time. Train less of the model (LoRAInject, "
+                "head_only), write Trainer(precision='bf16'), or give shorter samples."
+            ) from error
+        self.shrink_to(size // 2)
+        log.warning("out of memory", where=place, microbatch_size=self.size, was=size, error=str(error).split("\n")[0])
+
+    def warn(self, state: State) -> None:
+        """Say once a fit which size is used from now on."""
+        if not self._warned:
+            self._warned = True
+            warn(
+                f"out of memory at {_place(state)}: this batch and all that follow go through the model {self.size} samples "
+                f"at a time. To begin so, write Trainer(microbatch_size={self.size})."
+            )
+
+
+class BatchStart:
+    """Random number generators and buffers as they were when a batch began, to repeat it from.
+
+    torch's generators are copied each batch, in 0.6 microseconds on the CPU, and so are the buffers of a model that has
+    some. Copies of NumPy's and Python's generators cost 40 microseconds, and few models draw from them: they are copied
+    in the first batch, and after it only where :meth:`look` has seen them move; until then they are as at the last look.
+
+    Args:
+        state: Model and ledger.
+        device: Where the model lies.
+
+    Example:
+        >>> from thawline.engine import ParameterLedger
+        >>> model = nn.BatchNorm1d(2)
+        >>> state = State(model, ParameterLedger(model, lambda ps: torch.optim.SGD(ps, lr=0.1)))
+        >>> start = BatchStart(state, torch.device("cpu"))
+        >>> start.keep()
+        >>> _ = model(torch.randn(4, 2))
+        >>> start.restore()
+        >>> model.running_mean.tolist()
+        [0.0, 0.0]
+    """
+
+    def __init__(self, state: State, device: torch.device) -> None:
+        self._model, self._ledger = state.model, state.ledger
+        self._generator = torch.default_generator
+        self._on_device: torch.Generator | None = None
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._on_device = torch.cuda.default_generators[index]
+        self._drawn = self.unsure = True
+        self._version = -1
+        self.keep()
+
+    def keep(self) -> None:
+        """Remember the present as the beginning of a batch."""
+        self._torch = self._generator.get_state()
+        if self._on_device is not None:
+            self._device_state = self._on_device.get_state()
+        if self._drawn:
+            self._host = _host_states()
+        if self._version != self._ledger.version:
+            self._find_buffers()
+        try:
+            for places, copies in self._buffers:
+                torch._foreach_copy_(copies, [module._buffers[name] for module, name in places])  # type: ignore[misc]  # None raises
+        except (RuntimeError, TypeError, KeyError):  # one has another shape now, or is gone
+            self._find_buffers()
+
+    def look(self) -> None:
+        """See whether the model draws from NumPy or Python: after the first batch, and seldom after that."""
+        now = _host_states()
+        moved = not _equal(now, self._host)
+        self._drawn = moved if self.unsure else self._drawn or moved
+        self.unsure = False
+        self._host = now
+
+    def restore(self) -> None:
+        """Put everything back as it was at :meth:`keep`."""
+        self._generator.set_state(self._torch)
+        if self._on_device is not None:
+            self._on_device.set_state(self._device_state)
+        if self._drawn:
+            python, numpy = self._host
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002 - the global generator is what a model would draw from
+        elif not _equal(_host_states(), self._host):
+            self._drawn = True
+            log.warning("the model has begun to draw from NumPy or Python: the repeated batch draws other numbers")
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Put the buffers alone back: a step that is skipped leaves no trace in running statistics."""
+        with torch.no_grad():
+            for places, copies in self._buffers:
+                for (module, name), copied in zip(places, copies, strict=True):
+                    buffer = module._buffers.get(name)
+                    if buffer is not None and buffer.shape == copied.shape:
+                        buffer.copy_(copied)
+
+    def _find_buffers(self) -> None:
+        """List the buffers by device and dtype, each once; surgery may have brought some."""
+        self._version = self._ledger.version
+        alike: dict[object, tuple[list[tuple[nn.Module, str]], list[Tensor]]] = {}
+        seen: set[int] = set()
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    places, copies = alike.setdefault((buffer.device, buffer.dtype), ([], []))
+                    places.append((module, name))
+                    copies.append(buffer.detach().clone())
+        self._buffers = list(alike.values())
+
+
+def _place(state: State) -> str:
+    return f"epoch {state.clock.epoch}, batch {state.clock.batch}"
+
+
+def _host_states() -> tuple[Any, Any]:
+    return random.getstate(), np.random.get_state()  # noqa: NPY002 - as above
+
+
+def _equal(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    (python, numpy), (python2, numpy2) = one, other
+    return python == python2 and numpy[2:] == numpy2[2:] and bool(np.array_equal(numpy[1], numpy2[1]))

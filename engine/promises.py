@@ -1,0 +1,66 @@
+"""A promise of the conformance kit, and the error that says which one is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, NoReturn, TypeAlias
+
+from typing_extensions import override
+
+from .errors import ThawlineError
+from .rehearsal import Rehearsal, difference
+
+Check: TypeAlias = Callable[[Rehearsal], None]
+
+
+class ConformanceError(ThawlineError, AssertionError):
+    """A promise that an algorithm does not keep: what broke, when, and how to mend it.
+
+    Args:
+        failures: The message of each check that failed, by the check's name.
+
+    Example:
+        >>> print(ConformanceError({"match_is_pure": "match() changed 'seen'"}))
+        match_is_pure: match() changed 'seen'
+    """
+
+    def __init__(self, failures: Mapping[str, str]) -> None:
+        super().__init__(dict(failures))
+        self.failures = dict(failures)
+
+    @override
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {message}" for name, message in self.failures.items())
+
+
+class _BrokenPromiseError(AssertionError):
+    """On its way out of a fit, to the check."""
+
+
+def check(function: Check) -> Check:
+    """Make a check of a function: whatever it ends with is a ConformanceError under its name."""
+
+    @wraps(function)
+    def run(rehearsal: Rehearsal) -> None:
+        try:
+            function(rehearsal)
+        except _BrokenPromiseError as error:
+            raise ConformanceError({function.__name__: str(error)}) from None
+        except Exception as error:
+            notes = "; ".join(getattr(error, "__notes__", ()))
+            said = f"{rehearsal.name}: {type(error).__name__}: {error}" + f" [{notes}]" * bool(notes)
+            raise ConformanceError({function.__name__: said}) from error
+
+    return run
+
+
+def fail(message: str) -> NoReturn:
+    """Fail the check that calls, from inside a fit as well."""
+    raise _BrokenPromiseError(message)
+
+
+def same(first: Any, second: Any, place: str, message: str, *, tolerance: float = 0.0) -> None:
+    """Fail the check that calls where two trees differ, and say where; see :func:`difference`."""
+    if found := difference(first, second, place, tolerance=tolerance):
+        fail(f"{message} First difference: {found}.")

@@ -1,0 +1,249 @@
+"""Hypothesis strategies for models, times, schedules, algorithms and whole fits; small, and shrinking to plain ones."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from functools import partial
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import attrs
+import torch
+from hypothesis import strategies as st
+from torch import nn
+
+from .algorithm import Algorithm
+from .clock import Time
+from .doubles import Bare, Residual, Shared, Tied, Transformer, cnn, mlp, tiny_loader
+from .errors import ArgumentError
+from .randomness import Randomness
+from .rehearsal import quiet
+from .schedules import Schedule, constant, cosine, inverse_sqrt, join, linear, polynomial, repeat, warmup, wsd
+from .specimens import installed, specimen
+from .trace import Trace
+from .trainer import FitResult, Trainer
+
+_KINDS: dict[str, Any] = {
+    "mlp": mlp,
+    "residual": partial(Residual, dropout=0.0),
+    "cnn": cnn,
+    "transformer": Transformer,
+    "tied": Tied,
+}
+_FIXED: dict[str, Any] = {"bare": Bare, "shared": Shared}
+
+
+@st.composite
+def models(draw: st.DrawFn) -> nn.Module:
+    """Draw a small model: an MLP, a residual network, a CNN with BatchNorm, a transformer, tied weights, a shared module, bare parameters.
+
+    All take a batch of :func:`tiny_loader`; they shrink to the MLP of least depth and seed 0.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> @settings(max_examples=5)
+        ... @given(models())
+        ... def test(model):
+        ...     assert model(torch.ones(8, 4)).shape == (8, 2)
+        >>> test()
+    """
+    kind = draw(st.sampled_from([*_KINDS, *_FIXED]), label="model")
+    build = partial(_KINDS[kind], depth=draw(st.integers(2, 4), label="depth")) if kind in _KINDS else _FIXED[kind]
+    with Randomness().kept():
+        torch.manual_seed(draw(st.integers(0, 3), label="seed"))
+        made: nn.Module = build()
+    return made
+
+
+def durations(most_batches: int = 12) -> st.SearchStrategy[Time]:
+    """Draw how long a fit lasts: a few epochs, batches or samples; shrinks to one epoch.
+
+    Args:
+        most_batches: The most batches, where it is in batches.
+
+    Example:
+        >>> from hypothesis import given
+        >>> @given(durations())
+        ... def test(time):
+        ...     assert time.unit in {"ep", "ba", "sp"} and time.value >= 1
+        >>> test()
+    """
+    epochs = st.integers(1, 3).map(lambda count: Time(f"{count}ep"))
+    batches = st.integers(1, most_batches).map(lambda count: Time(f"{count}ba"))
+    samples = st.integers(1, 8 * most_batches).map(lambda count: Time(f"{count}sp"))
+    return st.one_of(epochs, batches, samples)
+
+
+def times() -> st.SearchStrategy[Time]:
+    """Draw a time inside a fit, such as an interval: like :func:`durations`, or a share such as ``"0.25dur"``; never zero."""
+    shares = st.sampled_from([0.5, 0.25, 0.1, 0.9, 1.0]).map(lambda share: Time(f"{share}dur"))
+    return st.one_of(durations(), shares)
+
+
+def schedules(depth: int = 2) -> st.SearchStrategy[Schedule]:
+    """Draw a learning-rate schedule: a curve, or curves joined, repeated, or after a warmup; shrinks to ``constant()``.
+
+    Args:
+        depth: How deep they nest.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> @settings(max_examples=20)
+        ... @given(schedules(), st.floats(0, 1))
+        ... def test(schedule, progress):
+        ...     assert schedule(progress) >= 0
+        >>> test()
+    """
+    shares = st.sampled_from([0.5, 0.25, 0.1, 0.75])
+    ends = st.sampled_from([0.0, 0.1, 0.5])
+    plain = st.one_of(
+        st.just(constant()),
+        st.builds(linear, end=ends),
+        st.builds(cosine, end=ends),
+        st.builds(polynomial, power=st.sampled_from([2.0, 0.5]), end=ends),
+        st.builds(inverse_sqrt, shares),
+        st.builds(wsd, warmup=st.sampled_from([0.1, 0.25]), decay=st.sampled_from([0.1, 0.25])),
+    )
+    if not depth:
+        return plain
+    inner = schedules(depth - 1)
+    return st.one_of(
+        plain,
+        st.builds(warmup, shares, then=inner),
+        st.builds(lambda first, second, edge: join([first, second], [edge]), inner, inner, shares),
+        st.builds(repeat, inner, st.sampled_from([0.5, 0.25])),
+    )
+
+
+@st.composite
+def algorithms(draw: st.DrawFn, kinds: Iterable[type[Algorithm]] | None = None) -> Algorithm:
+    """Draw an algorithm with arguments by the types of its fields; shrinks to the first, with its usual arguments.
+
+    Args:
+        draw: Given by Hypothesis.
+        kinds: Classes to draw from; None is every installed one.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> @settings(max_examples=5)
+        ... @given(algorithms([Trace]))
+        ... def test(algorithm):
+        ...     assert Algorithm.from_description(algorithm.describe()).describe() == algorithm.describe()
+        >>> test()
+    """
+    usual = specimen(draw(st.sampled_from(list(installed() if kinds is None else kinds)), label="algorithm"))
+    kind: Any = usual.build
+    hints = get_type_hints(kind) if hasattr(kind, "__attrs_attrs__") else {}
+    arguments = dict(usual.arguments)
+    for name in inspect.signature(kind).parameters:
+        drawn = _of_type(hints.get(name))
+        if drawn is not None and draw(st.booleans(), label=f"other {name}"):
+            arguments[name] = draw(drawn, label=name)
+    try:
+        made: Algorithm = kind(**arguments)
+    except ArgumentError:  # two that exclude each other, or a number out of its range
+        made = usual()
+    return made
+
+
+def _of_type(hint: Any) -> st.SearchStrategy[Any] | None:
+    """Return what to draw for an argument of a type; None for one that has no short list of values."""
+    if hint is Time:
+        return times()
+    if hint is type(None):
+        return st.none()
+    if hint is bool:
+        return st.booleans()
+    if hint is int:
+        return st.integers(1, 4)
+    if hint is float:
+        return st.sampled_from([0.5, 0.9, 0.1, 1.0])
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        known = [found for each in get_args(hint) if (found := _of_type(each)) is not None]
+        return st.one_of(known) if known else None
+    return None
+
+
+@attrs.frozen(eq=False)
+class Fit:
+    """A small fit, ready to run.
+
+    Args:
+        model: To train; a fit changes it.
+        algorithms: What acts.
+        duration: How long.
+        schedule: Of the learning rates.
+        batch_size: Samples of a batch, of 16.
+        accumulate: Batches of the loader to one step.
+        settings: Further arguments of the Trainer.
+    """
+
+    model: nn.Module
+    algorithms: tuple[Algorithm, ...]
+    duration: Time
+    schedule: Schedule
+    batch_size: int
+    accumulate: int
+    settings: Mapping[str, Any] = attrs.field(factory=dict)
+
+    def run(self, **settings: Any) -> FitResult:
+        """Run it under ``debug=True``; ``settings`` are further arguments of the Trainer. The global generators are kept."""
+        return self._run(self.algorithms, settings)
+
+    def trace(self) -> Trace:
+        """Run it, and return what changed when."""
+        trace = Trace()
+        self._run((*self.algorithms, trace), {})
+        return trace
+
+    def _run(self, listed: tuple[Algorithm, ...], settings: Mapping[str, Any]) -> FitResult:
+        given: dict[str, Any] = {
+            "optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+            "loss_fn": nn.functional.cross_entropy,
+            "schedule": self.schedule,
+            "accumulate": self.accumulate,
+            "device": "cpu",
+            "distributed": False,
+            "progress": False,
+            "debug": True,
+        }
+        data = tiny_loader(16, self.batch_size)
+        with Randomness().kept(), quiet():
+            trainer = Trainer(algorithms=listed, **(given | dict(self.settings) | dict(settings)))
+            return trainer.fit(self.model, data, data, duration=self.duration)
+
+
+_algorithms, _models = algorithms, models  # `fits` has arguments of these names
+
+
+def fits(
+    algorithms: st.SearchStrategy[Any] | None = None, models: st.SearchStrategy[nn.Module] | None = None
+) -> st.SearchStrategy[Fit]:
+    """Draw a small fit to run: a model, algorithms, a duration, a schedule, and how batches are cut.
+
+    Args:
+        algorithms: Draws an algorithm or a list of them; None draws an installed one.
+        models: Draws the model; None draws from :func:`models`.
+
+    Example:
+        >>> from hypothesis import given, settings
+        >>> @settings(max_examples=3)
+        ... @given(fits(st.just([])))
+        ... def test(fit):
+        ...     assert fit.run().stop_reason == "duration"
+        >>> test()
+    """
+    drawn = _algorithms() if algorithms is None else algorithms
+    listed = drawn.map(lambda each: (each,) if isinstance(each, Algorithm) else tuple(each))
+    return st.builds(
+        Fit,
+        model=_models() if models is None else models,
+        algorithms=listed,
+        duration=durations(6),
+        schedule=schedules(1),
+        batch_size=st.sampled_from([8, 4]),
+        accumulate=st.sampled_from([1, 2]),
+    )

@@ -1,0 +1,121 @@
+"""Every registered algorithm and every preset keeps every promise; no exceptions, and none named here."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+import thawline.algorithms
+from thawline.algorithms import presets
+from thawline.engine import Algorithm, LedgerError, ThawlineError, registered, registered_names
+from thawline.engine.testing import (
+    CHECKS,
+    Fit,
+    Specimen,
+    algorithms,
+    check_algorithm,
+    fits,
+    models,
+    specimen,
+    tiny_models,
+)
+
+KINDS = [kind for kind in map(registered, registered_names()) if kind.__module__.startswith("thawline.algorithms")]
+PRESETS = [
+    preset
+    for name, preset in inspect.getmembers(presets, inspect.isfunction)
+    if preset.__module__ == presets.__name__ and not name.startswith("_")
+]
+PARTNERS = [specimen(kind) for kind in KINDS]
+
+
+def all_for(model: str) -> list[Specimen]:
+    """Return every algorithm and preset; a preset that is made for a model is given that one."""
+    given = {"model": tiny_models()[model]()}
+    return [
+        *PARTNERS,
+        *(
+            specimen(each, **{name: given[name] for name in given.keys() & inspect.signature(each).parameters})
+            for each in PRESETS
+        ),
+    ]
+
+
+ALL = all_for("residual")
+NAMES = [each.build.__name__ for each in ALL]
+
+
+def test_the_registry_is_not_empty() -> None:
+    """What is run below is what is exported, so nobody is forgotten."""
+    exported = {name for name in thawline.algorithms.__all__ if isinstance(getattr(thawline.algorithms, name), type)}
+    registered = {kind.__name__ for kind in KINDS}
+    assert {name for name in exported if issubclass(getattr(thawline.algorithms, name), Algorithm)} == registered
+    assert len(PRESETS) >= 5
+
+
+@pytest.mark.parametrize("factory", ALL, ids=NAMES)
+def test_every_algorithm_and_preset_keeps_every_promise(factory: Callable[[], Any]) -> None:
+    """All checks, beside a few others drawn by seed, resumed at a few steps."""
+    check_algorithm(factory, partners=PARTNERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factory", ALL, ids=NAMES)
+def test_every_pair_and_every_step(factory: Callable[[], Any]) -> None:
+    """Beside every other algorithm in both orders, and resumed at every step."""
+    check_algorithm(factory, partners=PARTNERS, thorough=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", sorted(tiny_models()))
+@pytest.mark.parametrize("name", NAMES)
+def test_on_every_kind_of_model(name: str, model: str) -> None:
+    """All checks on each tiny model that the algorithm takes; one that it refuses, it refuses by a typed error."""
+    build: Callable[[], nn.Module] = tiny_models()[model]
+    (factory,) = [each for each in all_for(model) if each.build.__name__ == name]
+    try:
+        check_algorithm(factory, model=build, partners=[], checks=["takes_short_fits"])
+    except ThawlineError as error:
+        if "LayerError" not in str(error) and "SelectorError" not in str(error):
+            raise
+    else:
+        check_algorithm(factory, model=build, partners=[])
+
+
+@settings(max_examples=15)
+@given(algorithms(KINDS))
+def test_any_arguments_resume_and_come_back(algorithm: Algorithm) -> None:
+    """Arguments drawn by type: described, rebuilt, pure, resumed."""
+    description = algorithm.describe()
+    checks = ["comes_back_from_its_description", "match_is_pure", "resumes", "survives_an_exception"]
+    try:
+        check_algorithm(lambda: Algorithm.from_description(description), checks=checks[:1])
+        check_algorithm(lambda: Algorithm.from_description(description), checks=checks, partners=[])
+    except ThawlineError as error:
+        if "SelectorError" not in str(error):
+            raise
+
+
+@settings(max_examples=40)
+@given(fits(algorithms(KINDS), models()))
+def test_any_fit_works_or_is_refused_by_a_typed_error(fit: Fit) -> None:
+    """Random models, algorithms, schedules and durations under debug: finite weights, or a typed refusal of ours."""
+    try:
+        fit.run()
+    except ThawlineError as error:
+        if isinstance(error, LedgerError) and "behind the ledger" in str(error):
+            raise
+        return
+    assert all(bool(torch.isfinite(each).all()) for each in fit.model.parameters())
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_check_says_what_it_promises(name: str) -> None:
+    """A check is documented by the promise that it tests."""
+    assert (CHECKS[name].__doc__ or "").endswith(".")

@@ -1,0 +1,360 @@
+"""The test kit itself: each fault is found by the check meant for it, and strategies, machine and trace work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule, run_state_machine_as_test
+from torch import nn
+
+from broken_algorithms import BROKEN
+from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, TrainOnly
+from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, Time, Trainer, on
+from thawline.engine.testing import (
+    CHECKS,
+    AlgorithmContract,
+    ConformanceError,
+    EngineMachine,
+    Fit,
+    MemoryTracker,
+    Specimen,
+    Trace,
+    algorithms,
+    check_algorithm,
+    durations,
+    fits,
+    installed,
+    models,
+    schedules,
+    specimen,
+    times,
+    tiny_loader,
+    tiny_models,
+)
+
+PARTNERS = [specimen(each) for each in (LayerThaw, LoRAInject, EMA)]
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_each_fault_is_found_by_the_check_meant_for_it(name: str) -> None:
+    """The message names the algorithm and says how to mend it."""
+    with pytest.raises(ConformanceError) as caught:
+        check_algorithm(BROKEN[name], partners=PARTNERS, checks=[name])
+    assert list(caught.value.failures) == [name]
+    assert BROKEN[name].__name__ in str(caught.value)
+    assert len(caught.value.failures[name].split()) > 12
+
+
+def test_there_are_ten_faults_and_each_has_a_check() -> None:
+    """Names of checks, not of anything else."""
+    assert len(BROKEN) >= 10
+    assert set(BROKEN) <= set(CHECKS)
+
+
+def test_a_fault_is_found_in_the_middle_of_all_checks() -> None:
+    """All checks run, also after one that failed; failures are told by name."""
+    with pytest.raises(ConformanceError) as caught:
+        check_algorithm(BROKEN["leaves_nothing_behind"], partners=[])
+    assert {"leaves_nothing_behind", "survives_an_exception"} <= set(caught.value.failures)
+    assert "hooks of the model" in str(caught.value)
+
+
+def test_the_fault_by_hand_is_named_with_parameter_and_call() -> None:
+    """An edit of requires_grad is told as what to write instead."""
+    with pytest.raises(ConformanceError, match=r"'head\.weight'.*ledger\.freeze\('head\.weight'.*EPOCH_END"):
+        check_algorithm(BROKEN["keeps_the_ledger_whole"], partners=[], checks=["keeps_the_ledger_whole"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda group, _: group.update(weight_decay=0.5),
+            r"weight_decay of the group of '0\.weight'.*Trainer\(optimizer=",
+        ),
+        (lambda group, _: group.update(lr=0.5), r"learning rate of the group of '0\.weight'.*ledger\.set_lr"),
+        (lambda group, _: group["params"].pop(), r"'4\.bias' trains but is in no.*ledger\.freeze\('4\.bias'"),
+        (
+            lambda group, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+            r"'a foreign parameter'.*ledger\.freeze",
+        ),
+        (lambda group, optimizer: optimizer.param_groups.clear(), r"that of '0\.weight'.*ledger\.freeze"),
+    ],
+)
+def test_an_edit_of_the_optimizers_groups_is_named(edit: Callable[[Any, Any], object], message: str) -> None:
+    """Under debug=True the next event says which parameter's group was edited, and what to write instead."""
+
+    class Editor(Algorithm):
+        events = frozenset({Event.BATCH_END})
+
+        def apply(self, event: Event, state: Any) -> None:
+            edit(state.optimizers[0].param_groups[0], state.optimizers[0])
+
+    trainer = Trainer(
+        algorithms=[Editor()], optimizer=SGD, loss_fn=nn.functional.cross_entropy, progress=False, debug=True
+    )
+    with pytest.raises(Exception, match=message) as caught:
+        trainer.fit(tiny_models()["mlp"](), tiny_loader(), duration=1)
+    assert "in Editor.apply at BATCH_END" in caught.value.__notes__[0]
+
+
+def test_an_edit_in_a_hook_is_found_at_the_next_event() -> None:
+    """What no algorithm did in its turn is found before the next one's."""
+    model = tiny_models()["mlp"]()
+    freeze = partial(model[0].weight.requires_grad_, False)
+    model.register_forward_hook(lambda *_: [freeze(), None][1])
+    trainer = Trainer(optimizer=SGD, loss_fn=nn.functional.cross_entropy, progress=False, debug=True)
+    with pytest.raises(Exception, match=r"'0\.weight' has requires_grad=False") as caught:
+        trainer.fit(model, tiny_loader(), duration=1)
+    assert "found at AFTER_FORWARD, before any algorithm's turn" in caught.value.__notes__[0]
+
+
+def test_checks_are_chosen_by_name() -> None:
+    """Another name lists the nearest."""
+    check_algorithm(partial(GradClip, 1.0), checks=["match_is_pure"])
+    with pytest.raises(ArgumentError, match="'match_is_pure'"):
+        check_algorithm(partial(GradClip, 1.0), checks=["match_is_pur"])
+
+
+@pytest.mark.parametrize("factory", [GradClip(1.0), 3, lambda: 3, list])
+def test_what_builds_no_algorithm_is_refused(factory: Any) -> None:
+    """An instance says to pass a function."""
+    with pytest.raises(ArgumentError, match=r"check_algorithm\(factory\)"):
+        check_algorithm(factory)
+
+
+def test_a_model_and_data_of_ones_own() -> None:
+    """What needs another model is given it, and the batches that fit it."""
+    batches = [(torch.randn(8, 3), torch.randint(5, (8,))) for _ in range(3)]
+    build = lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5))  # noqa: E731
+    check_algorithm(LayerThaw, model=build, loader=batches, partners=PARTNERS[2:])
+
+
+def test_the_global_generators_are_left_alone() -> None:
+    """The kit's fits seed and draw; afterwards the caller's generators stand where they stood."""
+    before = torch.get_rng_state()
+    check_algorithm(EMA, partners=[], checks=["resumes", "does_not_count_microbatches", "keeps_instances_apart"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestGradClip(AlgorithmContract):
+    """Each check is a test of its own."""
+
+    factory = staticmethod(partial(GradClip, 1.0))
+    partners = PARTNERS
+
+
+def test_the_contract_has_a_test_for_each_check() -> None:
+    """They are methods, with the checks' docstrings."""
+    tests = {name for name in dir(TestGradClip) if name.startswith("test_")}
+    assert tests == {f"test_{name}" for name in CHECKS}
+    assert TestGradClip.test_resumes.__doc__ == CHECKS["resumes"].__doc__  # type: ignore[attr-defined]
+
+
+def test_the_contract_fails_where_the_check_does() -> None:
+    """The attributes of the class are the arguments of check_algorithm."""
+
+    class Broken(AlgorithmContract):
+        factory = BROKEN["resumes"]
+        partners = PARTNERS
+
+    with pytest.raises(ConformanceError, match="resumed at batch"):
+        Broken().test_resumes()  # type: ignore[attr-defined]
+    Broken().test_match_is_pure()  # type: ignore[attr-defined]
+
+
+# -- specimens and strategies ------------------------------------------------------------------------------------------
+
+
+def test_a_specimen_reads_the_example_of_the_error() -> None:
+    """Needed arguments come from the ArgumentError's corrected call; long times become short."""
+    found = {each.__name__: specimen(each) for each in (*installed(), TrainOnly)}
+    assert {"EMA", "GradClip", "LayerThaw"} <= set(found)
+    assert repr(found["GradClip"]) == "GradClip(max_norm=1.0)"
+    assert repr(found["TrainOnly"]) == "TrainOnly(select='head')"
+    assert all(isinstance(each(), Algorithm) for each in found.values())
+
+
+def test_an_example_that_is_no_call_is_refused() -> None:
+    """The text of an error is read, never run."""
+
+    class Odd(Algorithm):
+        def __init__(self, size: int) -> None:
+            raise ArgumentError("Odd(size=)", got=size, takes="a number", example="Odd(size=print('run'))")
+
+    with pytest.raises(ArgumentError, match=r"ArgumentError\(example=\)"):
+        specimen(Odd)
+    assert isinstance(specimen(EMA), Specimen)
+
+
+@given(durations(), times())
+def test_times_are_above_zero(duration: Time, time: Time) -> None:
+    """Durations are no shares of themselves."""
+    assert duration.value > 0 < time.value
+    assert duration.unit != "dur"
+
+
+@settings(max_examples=50)
+@given(schedules(), st.integers(1, 10))
+def test_schedules_are_factors(schedule: Any, batches: int) -> None:
+    """Finite and not negative wherever a fit may stand."""
+    assert all(0 <= schedule(step / batches) < float("inf") for step in range(batches + 1))
+
+
+@settings(max_examples=30)
+@given(models())
+def test_models_take_a_batch_of_the_tiny_loader(model: nn.Module) -> None:
+    """Logits of two classes, and layers that a ledger finds."""
+    x, _ = next(iter(tiny_loader()))
+    assert model(x).shape == (8, 2)
+    assert ParameterLedger(model, SGD).trainable
+
+
+def test_drawing_a_model_leaves_the_global_generator_alone() -> None:
+    """Weights are drawn from a seed."""
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+
+    @settings(max_examples=3)
+    @given(models())
+    def draw(_: nn.Module) -> None:
+        assert torch.equal(torch.get_rng_state(), before)
+
+    draw()
+
+
+def test_a_failing_example_shrinks_to_a_plain_one() -> None:
+    """The least algorithm and duration that fail are shown."""
+    found: list[Fit] = []
+
+    @settings(max_examples=20, database=None)
+    @given(fits(algorithms([LayerThaw])))
+    def fails(fit: Fit) -> None:
+        if fit.duration.unit == "ep":
+            found.append(fit)
+            raise AssertionError
+
+    with pytest.raises(AssertionError):
+        fails()
+    assert found[-1].algorithms[0].describe() == LayerThaw().describe()
+    assert found[-1].duration == Time("1ep")
+    assert "constant" in str(found[-1].schedule.describe())
+
+
+# -- machine -----------------------------------------------------------------------------------------------------------
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+
+
+class BesideAlgorithms(EngineMachine):
+    """With built-in algorithms beside the rules, and a rule of one's own."""
+
+    def algorithms(self) -> list[Algorithm]:
+        return [EMA(), GradClip(1.0), LayerThaw(every="3ba")]
+
+    @rule(owner=st.sampled_from(["a", "b"]))
+    def freeze_the_head(self, owner: str) -> None:
+        """A rule that a user adds tells the oracle too."""
+        self.ledger.freeze("head", owner=owner)
+        self.oracle.freeze("head", self.ledger.select("head"), owner)
+
+
+TestBesideAlgorithms = BesideAlgorithms.TestCase
+TestBesideAlgorithms.settings = settings(max_examples=15, stateful_step_count=20, deadline=None)
+
+
+def test_the_machine_finds_a_ledger_that_disagrees() -> None:
+    """A rule that forgets to tell the oracle is found, and shrinks to itself."""
+
+    class Forgetful(EngineMachine):
+        @rule()
+        def freeze_in_secret(self) -> None:
+            self.ledger.freeze("*", owner="a")
+
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(Forgetful, settings=settings(max_examples=20, database=None, deadline=None))
+
+
+def test_the_machine_finds_an_edit_behind_the_ledger() -> None:
+    """The invariant after each rule verifies the ledger."""
+
+    class Sneaky(EngineMachine):
+        @rule()
+        def edit(self) -> None:
+            next(iter(self.ledger.parameters.values())).requires_grad_(False)
+
+    with pytest.raises(Exception, match="behind the ledger"):
+        run_state_machine_as_test(Sneaky, settings=settings(max_examples=20, database=None, deadline=None))
+
+
+# -- doubles -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_lists_what_changed() -> None:
+    """Golden lines of a thaw with surgery; schedules, which change every batch, are not in it."""
+    trace = Trace([Event.FIT_END])
+    trainer = Trainer(
+        algorithms=[LoRAInject(rank=2, target="0"), LayerThaw(), trace], optimizer=SGD,
+        loss_fn=nn.functional.cross_entropy, progress=False,
+    )  # fmt: skip
+    trainer.fit(tiny_models()["mlp"](), tiny_loader(16), duration="4ep")
+    assert trace == [
+        "FIT_START 0: freeze blocks[0], blocks[1]; lr 0.1 head; attach lora to 0",
+        "EPOCH_START 2: thaw 0.lora_A, 0.lora_B; lr 0.05 0.lora_A, 0.lora_B",
+        "FIT_END 8",
+    ]
+    assert (len(trace), trace[-1], trace[:1]) == (3, "FIT_END 8", trace.lines[:1])
+    assert "\n    'FIT_END 8',\n" in repr(trace)
+    assert trace != ["FIT_END 8"]
+
+
+def test_a_trace_says_who_stops() -> None:
+    """The reason of a stop is a change."""
+
+    @on(Event.BATCH_END)
+    def stop_at_once(state: Any) -> None:
+        state.stop("enough")
+
+    trace = Trace()
+    tracker = MemoryTracker()
+    trainer = Trainer(
+        algorithms=[stop_at_once(), trace], loss_fn=nn.functional.cross_entropy, progress=False, trackers=[tracker]
+    )
+    trainer.fit(tiny_models()["mlp"](), tiny_loader(), duration=2)
+    assert trace[-1] == "BATCH_END 1: stop (enough)"
+
+
+def test_a_trace_keeps_the_contract() -> None:
+    """It is an algorithm like any other: it resumes in the middle of its lines."""
+    check_algorithm(partial(Trace, [Event.EPOCH_END]), partners=PARTNERS)
+    with pytest.raises(ArgumentError, match=r"Trace\(events=\)"):
+        Trace("epoch_end")
+
+
+def test_without_hypothesis_the_import_says_what_to_install() -> None:
+    """A package that is missing is named with its extra."""
+    script = """
+        import sys
+        sys.modules["hypothesis"] = None
+        import thawline.engine
+        try:
+            import thawline.engine.testing
+        except thawline.engine.MissingExtraError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, capture_output=True, text=True)
+    assert "pip install 'thawline[test]'" in done.stdout, done.stderr
