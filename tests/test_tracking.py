@@ -403,6 +403,7 @@ class CometRun:
 SCRIPT = """
 import os, sys, threading, warnings
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "Comet failed")  # as it does, of the missing file
 from pathlib import Path
 from thawline.engine.log import configure_logging
 from thawline.engine.tracking import CometTracker, Trackers
@@ -436,7 +437,7 @@ def run_comet(folder: Path, *, show_log: bool = True, environment: Mapping[str, 
     head = f"LOGGING, ARGUMENTS = {show_log}, {arguments!r}\n"
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("COMET")}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore:Comet failed", "-c", head + SCRIPT],
+        [sys.executable, "-W", "error", "-c", head + SCRIPT],
         cwd=folder,
         # A home of its own: whoever runs the tests may have a key in theirs.
         env={**inherited, "HOME": str(folder), **environment},
