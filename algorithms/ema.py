@@ -249,6 +249,10 @@ class EMA(Algorithm):
         self._left = saved["left"]
         self._version = None
 
+    @override
+    def evaluated_weights(self) -> Mapping[str, Tensor]:
+        return self.average
+
     # -- averaging ---------------------------------------------------------------------------------------------
 
     def _follow(self, state: State) -> None:

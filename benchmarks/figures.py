@@ -19,6 +19,7 @@ from thawline.engine import Algorithm, Engine, Event, ParameterLedger, State, Tr
 
 from .adapters import adapting
 from .measure import Row, race, told
+from .saving import adapters, resuming, saving
 
 Figure = Callable[[int, torch.device], list[Row]]
 
@@ -247,4 +248,7 @@ FIGURES: dict[str, Figure] = {
     "freezing": freezing,
     "import": importing,
     "construction": construction,
+    "saving": saving,
+    "adapters": adapters,
+    "resuming": resuming,
 }

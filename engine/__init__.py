@@ -1,6 +1,7 @@
 """The engine of thawline: events, state, ledger, trainer. It knows no algorithm by name."""
 
 from .algorithm import Algorithm, Stage, register, registered, registered_names
+from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .engine import Engine, TraceEntry
 from .errors import (
@@ -49,11 +50,11 @@ from .schedules import (
 )
 from .selectors import Selector
 from .state import State
-from .store import Checkpointing
 from .surgery import Attachment, JournalEntry, Site, surgery_op
 from .tracking import CometTracker, JsonlTracker, MemoryTracker, Tracker
 from .trainer import FitResult, Trainer
 from .typing import Json
+from .weights import export, load_weights
 
 __all__ = [
     "Algorithm",
@@ -105,10 +106,12 @@ __all__ = [
     "cosine",
     "derive_seed",
     "direction_of",
+    "export",
     "get_logger",
     "inverse_sqrt",
     "join",
     "linear",
+    "load_weights",
     "nearest",
     "on",
     "one_cycle",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 import attrs
 import torch
+from torch import Tensor
 
 from .clock import Time
 from .errors import ArgumentError, nearest
@@ -98,6 +99,14 @@ class Algorithm(_Remembering):
         """Take back what :meth:`state_dict` returned. The default sets attributes of those names."""
         for name, value in saved.items():
             setattr(self, name, value)
+
+    def evaluated_weights(self) -> Mapping[str, Tensor]:
+        """Return what evaluations run with instead of the live weights, by parameter and buffer name; empty for nothing.
+
+        A checkpoint names them, so that :func:`~thawline.engine.load_weights` gives what a metric was measured on.
+        Of several algorithms that return some, those of the first count, in the order in which they act.
+        """
+        return {}
 
     def reset(self) -> None:
         """Become as constructed, keeping the owner's name: what a fresh fit starts from."""

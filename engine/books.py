@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .clock import Clock
 from .events import Event
@@ -74,6 +75,8 @@ class Books:
         self._names: tuple[str, ...] | None = None
         self._groups_of_layers: dict[str, tuple[int, ...]] | None = None
         self._trainable_names: frozenset[str] | None = None
+        self._trained: set[str] = set()
+        self._trained_until = -1  # the version whose trainable set is in it
         self._modes = ModeKeeper(model)
         self._gathering = 0
         self._behind = False
@@ -94,6 +97,11 @@ class Books:
         if self._trainable_names is None:
             self._trainable_names = frozenset(self._trainable)
         return self._trainable_names
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that trained when some batch began."""
+        return frozenset(self._trained)
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -171,6 +179,14 @@ class Books:
         return resolve(select, self._parameters, self._aliases, self.layers)
 
     # -- following ---------------------------------------------------------------------------------------------
+
+    def begin_batch(self, clock: Clock) -> None:
+        """Do what each batch needs before it: modes, learning rates, and a note of what trains in it."""
+        if self._trained_until != self.version:
+            self._trained |= self._trainable
+            self._trained_until = self.version
+        self.sync_modes()
+        self.apply_lr(clock)
 
     def apply_lr(self, clock: Clock) -> None:
         """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedules(progress), min_lr)``."""
@@ -394,6 +410,11 @@ class Books:
             key: _copied(value, device if key != "step" or on_device else torch.device("cpu"))
             for key, value in values.items()
         }
+
+    def _shared(self, optimizer: Optimizer, values: Any, device: str) -> Any:
+        """Put an optimizer's saved state of its own on the device of its parameters, unless it lay on the CPU."""
+        first = next(chain.from_iterable(group["params"] for group in optimizer.param_groups), None)
+        return _copied(values, torch.device("cpu") if device == "cpu" or first is None else first.device)
 
 
 def _copied(value: Any, device: torch.device) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -11,25 +13,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .algorithm import Algorithm
 from .clock import Clock
 from .engine import Engine
-from .errors import CheckpointError, warn, with_article
-from .log import get_logger
+from .errors import CheckpointError, ThawlineError, warn, with_article
 from .precision import Precision
-from .resume import check_same_run, differences
+from .pristine import Pristine
+from .resume import OnChange, changes_of, check_same_run, differences
 
 SCHEMA = 1
-log = get_logger(__name__)
 
-# What a difference in each means for a resumed run.
-_MEANING = {
-    "torch": "another version's kernels may round differently",
-    "threads": "sums are split differently over another number of threads",
-}
+
+@contextmanager
+def well_formed() -> Generator[None]:
+    """Raise a CheckpointError for whatever fails inside, where a tree that was read is taken for what :func:`capture` made."""
+    try:
+        yield
+    except ThawlineError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the checkpoint does not hold what this version of thawline and these algorithms write: {error!r}"
+        ) from error
 
 
 def capture(
-    engine: Engine, precision: Precision, *, settings: Mapping[str, Any], extra: Mapping[str, Any]
+    engine: Engine,
+    precision: Precision,
+    *,
+    settings: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    pristine: Pristine | None = None,
 ) -> dict[str, Any]:
     """Return everything that the next batch depends on.
 
@@ -38,17 +52,21 @@ def capture(
         precision: Its gradient scaler is part of the fit.
         settings: The Trainer's description; compared on resume.
         extra: What the loop itself needs: history, running sums, timeline.
+        pristine: The tensors as the fit found them, of which fingerprints are enough; None to hold every tensor.
     """
     state = engine.state
+    known = {} if pristine is None else pristine.fingerprints(state.ledger)
     return {
         "schema": SCHEMA,
         "clock": attrs.asdict(state.clock),
         "duration": str(state.duration),
         "settings": dict(settings),
-        "environment": environment(),
+        "environment": environment(state.model),
         "ledger": state.ledger.state_dict(),
-        "model": weights_of(state.model),
-        "buffers": _passing_buffers(state.model),
+        "model": {name: each for name, each in weights_of(state.model).items() if name not in known},
+        "buffers": {name: each for name, each in _passing_buffers(state.model).items() if name not in known},
+        "fingerprints": known,
+        "evaluated": dict(engine.evaluated_weights()),
         "algorithms": engine.state_dict(),
         "precision": precision.state_dict(),
         "metrics": dict(state.metrics),
@@ -60,44 +78,94 @@ def capture(
 
 
 def restore(
-    tree: Mapping[str, Any], engine: Engine, precision: Precision, *, settings: Mapping[str, Any]
+    tree: Mapping[str, Any],
+    engine: Engine,
+    precision: Precision,
+    *,
+    settings: Mapping[str, Any],
+    pristine: Pristine | None = None,
+    on_change: OnChange = "refuse",
 ) -> dict[str, Any]:
     """Make a fresh fit what :func:`capture` saw, random number generators last; return its ``extra``.
 
+    Args:
+        tree: What :func:`capture` returned.
+        engine: The fresh fit's engine.
+        precision: Its precision.
+        settings: The Trainer's description.
+        pristine: The fresh model's tensors, if they were looked at before.
+        on_change: ``"migrate"`` lets algorithms, schedule and ``min_lr`` be others. Algorithms that are the same keep
+            their state. Holds, factors, schedules and rates of those that are gone or changed are released. Those that
+            are new or changed are given FIT_START at the clock of the checkpoint.
+
     Raises:
-        CheckpointError: The checkpoint belongs to another kind of run; the message says what differs. Nothing has
-            been changed then.
+        CheckpointError: The checkpoint belongs to another kind of run, or another model; the message says what differs.
+            Nothing has been changed then.
 
     Warns:
-        ThawlineWarning: For each setting that differs and may.
+        ThawlineWarning: For each setting that differs and may, and for each change of the environment.
     """
+    state, migrate = engine.state, on_change == "migrate"
+    with well_formed():
+        _check_fits(tree, engine, settings=settings, pristine=pristine, migrate=migrate)
+        changed = list(differences(tree["settings"], settings, tree["ledger"], state.ledger.state_dict()))
+        if difference := engine.difference(tree["algorithms"]):
+            changed.append(
+                f"resumed with other algorithms: {difference}. What is new starts here, what is gone lets go."
+            )
+        changed += changes_of(tree["environment"], environment(state.model))
+    for each in changed:
+        warn(each)
+    with well_formed():
+        new = _load(tree, engine, precision, migrate=migrate)
+    if new:
+        engine.begin(new)
+    state.ledger.apply_lr(state.clock)
+    with well_formed():
+        restore_rng(tree["rng"])
+        return dict(tree["extra"])
+
+
+def _load(tree: Mapping[str, Any], engine: Engine, precision: Precision, *, migrate: bool) -> tuple[Algorithm, ...]:
+    """Put back everything but the random generators; return the algorithms that are new."""
+    state = engine.state
+    state.ledger.load_state_dict(tree["ledger"])
+    put_weights(state.model, tree["model"], tree["fingerprints"])
+    for name, buffer in _passing_buffers(state.model).items():
+        if name in tree["buffers"] and tree["buffers"][name].shape == buffer.shape:
+            buffer.copy_(tree["buffers"][name])
+    new = engine.load_state_dict(tree["algorithms"], migrate=migrate)
+    precision.load_state_dict(tree["precision"])
+    state.clock = state.ledger.clock = Clock.from_json(tree["clock"])
+    state.metrics, state.logged = dict(tree["metrics"]), dict(tree["logged"])
+    for owner in engine.gone(tree["algorithms"]):
+        state.ledger.dismiss(owner)
+    return new
+
+
+def _check_fits(
+    tree: Mapping[str, Any],
+    engine: Engine,
+    *,
+    settings: Mapping[str, Any],
+    pristine: Pristine | None,
+    migrate: bool,
+) -> None:
+    """Raise a CheckpointError where the fresh fit cannot go on from the checkpoint."""
     state = engine.state
     if tree.get("schema") != SCHEMA:
         raise CheckpointError(f"the checkpoint has schema {tree.get('schema')!r}, this version reads {SCHEMA}.")
-    compared = tree["settings"], settings, tree["ledger"], state.ledger.state_dict()
-    engine.check_same(tree["algorithms"])
-    check_same_run(*compared)
-    _compare_environment(tree["environment"], environment())
+    if not migrate:
+        engine.check_same(tree["algorithms"])
+    check_same_run(tree["settings"], settings, tree["ledger"], state.ledger.state_dict(), migrate=migrate)
     length, saved_length = state.clock.batches_per_epoch, tree["clock"]["batches_per_epoch"]
     if length != saved_length:
         raise CheckpointError(
             f"the run was saved with {saved_length} batches an epoch, and the loader gives {length} now: where to go on is "
             "not defined. Give the same data and batch size, or start anew in another run_dir."
         )
-    for difference in differences(*compared):
-        warn(difference)
-    state.ledger.load_state_dict(tree["ledger"])
-    load_weights(state.model, tree["model"])
-    for name, buffer in _passing_buffers(state.model).items():
-        if name in tree["buffers"] and tree["buffers"][name].shape == buffer.shape:
-            buffer.copy_(tree["buffers"][name])
-    engine.load_state_dict(tree["algorithms"])
-    precision.load_state_dict(tree["precision"])
-    state.clock = state.ledger.clock = Clock(**tree["clock"])
-    state.metrics, state.logged = dict(tree["metrics"]), dict(tree["logged"])
-    state.ledger.apply_lr(state.clock)
-    restore_rng(tree["rng"])
-    return dict(tree["extra"])
+    if tree["fingerprints"]:
+        (Pristine(state.model) if pristine is None else pristine).check(tree["fingerprints"])
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -123,21 +191,40 @@ def _passing_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: each for name, each in model.named_buffers() if name not in persistent}
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor], present: Collection[str] = ()) -> None:
     """Copy weights into a model, in place.
+
+    Args:
+        model: The model.
+        weights: By name.
+        present: Names that the model has already as they shall be.
 
     Raises:
         CheckpointError: Names or shapes differ.
     """
     try:
-        model.load_state_dict(dict(weights), strict=True)
+        found = model.load_state_dict(dict(weights), strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint's weights are not this model's: {error}") from error
+    missing = [name for name in found.missing_keys if name not in present]
+    if missing or found.unexpected_keys:
+        raise CheckpointError(
+            f"the checkpoint's weights are not this model's: it lacks {missing[:3]}, and the model has no "
+            f"{found.unexpected_keys[:3]}. Build the model as in the run that was saved."
+        )
 
 
-def environment() -> dict[str, Any]:
+def environment(model: nn.Module) -> dict[str, Any]:
     """Return what bit-exactness depends on besides checkpoint and settings."""
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    cuda = next(model.parameters()).device.type == "cuda"
+    return {
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "world": int(os.environ.get("WORLD_SIZE", "1") or 1),
+        "processor": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "matmul": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
 
 
 def rng_state(model: nn.Module) -> dict[str, Any]:
@@ -166,15 +253,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - as above
     torch.manual_seed(seed)
-
-
-def _compare_environment(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for key, value in now.items():
-        if saved.get(key) != value:
-            log.warning(
-                "resumed in another environment: not bit-exact",
-                what=key,
-                saved=saved.get(key),
-                now=value,
-                meaning=_MEANING[key],
-            )

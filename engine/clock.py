@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from attrs import field, frozen
 from typing_extensions import override
@@ -146,6 +147,20 @@ class Clock:
     sample: int = 0
     progress: float = 0.0
     batches_per_epoch: int = field(default=0)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Clock:
+        """Build from the fields as a checkpoint holds them.
+
+        Raises:
+            ArgumentError: They are not those of a clock.
+        """
+        start = cls()
+        kinds = {name: type(getattr(start, name)) for name in cls.__slots__ if not name.startswith("_")}
+        found = {name: type(value) for name, value in saved.items()}
+        if found != kinds or not all(0 <= value <= LONGEST for value in saved.values()):
+            raise ArgumentError("Clock.from_json", got=saved, takes=f"{', '.join(kinds)}", example="Clock(batch=8)")
+        return cls(**saved)
 
     def after_batch(self, *, samples: int, duration: Time) -> Clock:
         """Return the clock one batch of ``samples`` samples later."""

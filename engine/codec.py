@@ -289,14 +289,14 @@ class _Decoder:
             raise self._malformed(node, place) from None
 
     def _bytes(self, node: dict[str, Json], place: Place) -> bytes:
-        return self._raw(node, "$bytes", place).numpy().tobytes()
+        return self._own(node, "$bytes", place)
 
     def _array(self, node: dict[str, Json], place: Place) -> np.ndarray[Any, np.dtype[Any]]:
         shape, name = shape_of(node["shape"]), node["dtype"]
-        raw = self._raw(node, "$array", place).numpy()
+        raw = self._own(node, "$array", place)
         if shape is None or not isinstance(name, str) or name not in _ARRAY_DTYPES:
             raise self._malformed(node, place)
-        return self._shaped(raw.tobytes(), name, shape, node, place)
+        return self._shaped(raw, name, shape, node, place)
 
     def _scalar(self, node: dict[str, Json], place: Place) -> Any:
         name = node["dtype"]
@@ -348,6 +348,13 @@ class _Decoder:
         if raw.dtype is not torch.uint8 or raw.dim() != 1:
             raise self._malformed(node, place)
         return raw
+
+    def _own(self, node: dict[str, Json], tag: str, place: Place) -> bytes:
+        """Return a copy of bytes that nothing else refers to: many copies of a large tensor would take all memory."""
+        name = node[tag]
+        if isinstance(name, str) and name in self.used:
+            raise self._malformed(node, place)
+        return self._raw(node, tag, place).numpy().tobytes()
 
     def _named(self, node: dict[str, Json], tag: str, place: Place) -> Tensor:
         name = node[tag]

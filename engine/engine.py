@@ -107,6 +107,15 @@ class Engine:
             self._note(error, event, handler)
             raise
 
+    def begin(self, algorithms: Collection[Algorithm]) -> None:
+        """Emit FIT_START to some of the algorithms alone: those that join a run that is under way."""
+        everybody = self._handlers[Event.FIT_START]
+        self._handlers[Event.FIT_START] = tuple(each for each in everybody if self._authors.get(each) in algorithms)
+        try:
+            self.emit(Event.FIT_START)
+        finally:
+            self._handlers[Event.FIT_START] = everybody
+
     def attach(self) -> None:
         """Let every algorithm set up its hooks and caches."""
         for each in self.algorithms:
@@ -155,15 +164,36 @@ class Engine:
         """Return every algorithm's description and state by owner."""
         return {each.owner: {"description": each.describe(), "state": each.state_dict()} for each in self.algorithms}
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Give every algorithm back its state.
+    def load_state_dict(self, saved: Mapping[str, Any], *, migrate: bool = False) -> tuple[Algorithm, ...]:
+        """Give every algorithm its state back.
+
+        Args:
+            saved: What :meth:`state_dict` returned.
+            migrate: Whether other algorithms than those that were saved are let pass.
+
+        Returns:
+            The algorithms that are new or changed, which were given nothing.
 
         Raises:
-            CheckpointError: As :meth:`check_same`.
+            CheckpointError: As :meth:`check_same`, unless ``migrate``.
         """
-        self.check_same(saved)
+        if not migrate:
+            self.check_same(saved)
+        new = tuple(each for each in self.algorithms if not _is_same(each, saved))
         for each in self.algorithms:
-            each.load_state_dict(saved[each.owner]["state"])
+            if each not in new:
+                each.load_state_dict(saved[each.owner]["state"])
+        return new
+
+    def gone(self, saved: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the owners in what :meth:`state_dict` returned that are not here, or not as they were."""
+        same = {each.owner for each in self.algorithms if _is_same(each, saved)}
+        return tuple(owner for owner in saved if owner not in same)
+
+    def difference(self, saved: Mapping[str, Any]) -> str:
+        """Return in words how the algorithms differ from those that were saved, in whatever order; empty where not."""
+        here = {each.owner: each.describe() for each in self.algorithms}
+        return _difference({owner: entry["description"] for owner, entry in saved.items()}, here)
 
     def check_same(self, saved: Mapping[str, Any]) -> None:
         """Compare the algorithms with those whose :meth:`state_dict` was saved; their order may differ.
@@ -171,13 +201,16 @@ class Engine:
         Raises:
             CheckpointError: They are not the same; the message says which differ and how.
         """
-        here = {each.owner: each.describe() for each in self.algorithms}
-        there = {owner: entry["description"] for owner, entry in saved.items()}
-        if here != there:
+        if difference := self.difference(saved):
             raise CheckpointError(
-                f"the algorithms are not those of the run that is resumed: {_difference(there, here)}. "
-                "Give the same list, or start anew with fit(resume=False) and Trainer(run_dir=<another directory>)."
+                f"the algorithms are not those of the run that is resumed: {difference}. Give the same list, let it change "
+                "with fit(on_change='migrate'), or start anew with fit(resume=False) and Trainer(run_dir=<another directory>)."
             )
+
+    def evaluated_weights(self) -> Mapping[str, Tensor]:
+        """Return what evaluations run with instead of the live weights, by name; empty where with the live ones."""
+        ordered = sorted(self.algorithms, key=lambda each: each.stage)
+        return next((found for each in ordered if (found := each.evaluated_weights())), {})
 
     def _handler(self, algorithm: Algorithm) -> Handler:
         """Return what to call for an algorithm: its bare ``apply`` where nothing else is needed."""
@@ -280,8 +313,12 @@ def _nearest_event(given: object) -> str:
 
 def _begin_batch(_: Event, state: State) -> None:
     """What every loop needs before a batch: modes that follow the trainable set, and the step's learning rate."""
-    state.ledger.sync_modes()
-    state.ledger.apply_lr(state.clock)
+    state.ledger.begin_batch(state.clock)
+
+
+def _is_same(algorithm: Algorithm, saved: Mapping[str, Any]) -> bool:
+    entry = saved.get(algorithm.owner)
+    return entry is not None and entry["description"] == algorithm.describe()
 
 
 def _options(ledger: ParameterLedger) -> dict[str, Mapping[str, Any]]:
@@ -308,6 +345,8 @@ def _difference(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         there, here = saved.get(owner), now.get(owner)
         if there is None or here is None:
             changed.append(f"{owner} is {'new' if there is None else 'missing'}")
+        elif there["name"] != here["name"]:
+            changed.append(f"{owner}: saved {there['name']}, given {here['name']}")
         elif there != here:
             before, after = there["arguments"], here["arguments"]
             names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, Final
 
+import torch
 from attrs import Factory, define, frozen
 from torch import nn
 
-from .errors import SurgeryError
-from .surgery import Attachment, JournalEntry
+from .errors import SurgeryError, nearest
+from .surgery import Attachment, JournalEntry, Site, op_named
+from .typing import Json
 
 
 class _Missing(Enum):
@@ -73,6 +76,33 @@ def keep_record(model: nn.Module, record: Record) -> None:
         vars(model)[_RECORD] = record
     else:
         vars(model).pop(_RECORD, None)
+
+
+def build_grafts(
+    model: nn.Module, name: str, op: str, arguments: Mapping[str, Json], *, overrides: Overrides, seed: int
+) -> tuple[Graft, ...]:
+    """Build what a surgery op attaches to the module called ``name``, and put it on.
+
+    Args:
+        model: The model.
+        name: The module's name.
+        op: Name of a registered op.
+        arguments: The op's.
+        overrides: The model's record of attributes that were set.
+        seed: Of the run: what is drawn depends on it, the module and the op alone.
+
+    Raises:
+        SurgeryError: No such module or op, or the op refuses the module. The model is as before.
+    """
+    try:
+        module = model.get_submodule(name)
+    except (AttributeError, TypeError):
+        known = nearest(str(name), [each for each, _ in model.named_modules() if each])
+        raise SurgeryError(f"the model has no module {name!r}. Nearest: {known}.") from None
+    drawn = int.from_bytes(hashlib.sha256(f"{seed}/{name}/{op}".encode()).digest()[:8]) >> 1
+    attachments = tuple(op_named(op)(Site(model, name, module, torch.Generator().manual_seed(drawn)), **arguments))
+    check_grafts(model, attachments, op)
+    return tuple(apply_graft(model, each, overrides) for each in attachments)
 
 
 def check_grafts(model: nn.Module, attachments: Sequence[Attachment], op: str) -> None:

@@ -187,6 +187,18 @@ class Holds:
         for owner in [owner for owner, mine in self.held.items() if not mine]:
             del self.held[owner]
 
+    def dismiss(self, owner: str) -> list[str]:
+        """Drop all wishes of an owner; return the names that it held."""
+        held = list(self.held.pop(owner, {}))
+        for table in (self.standing, self.factors):
+            table.pop(owner, None)
+        for settings in self.settings.values():
+            for name in [name for name, setting in settings.items() if setting.owner == owner]:
+                del settings[name]
+        for warmups in self.warmups.values():
+            warmups.pop(owner, None)
+        return held
+
     def _stand(self, selection: Selection, owner: str, wish: Hold | None) -> None:
         if selection.patterns:
             mine = self.standing.setdefault(owner, {})

@@ -146,8 +146,10 @@ def names_of(optimizers: Sequence[Optimizer]) -> tuple[str, ...]:
     return tuple(kind if count == 1 else f"{kind} {count}" for kind, count in zip(kinds, seen, strict=True))
 
 
-def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, dict[Any, Any]]:
+def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
     """Return an optimizer's state: of parameters by name, and ``"shared"`` what lies under keys of the optimizer's own.
+
+    ``"shared_on"`` is the kind of device on which each of the latter lies; a checkpoint's tensors come back on the CPU.
 
     Args:
         optimizer: The optimizer.
@@ -175,7 +177,15 @@ def state_by_name(optimizer: Optimizer, names: Mapping[int, str]) -> dict[str, d
                 "cannot hold it. Keep it under a text: optimizer.state[parameter] = {'value': …}"
             )
         state[name] = dict(values)
-    return {"state": state, "shared": shared}
+    return {"state": state, "shared": shared, "shared_on": [_device_type(each) for each in shared.values()]}
+
+
+def _device_type(value: object) -> str:
+    """Return the kind of device of the first tensor in a value off the CPU; ``"cpu"`` where there is none."""
+    if isinstance(value, Tensor):
+        return value.device.type
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((found for each in inside if (found := _device_type(each)) != "cpu"), "cpu")
 
 
 def refuse_closure(optimizer: Optimizer) -> None:

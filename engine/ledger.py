@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 from typing_extensions import override
 
 from .clock import Time
 from .errors import ArgumentError, LedgerError, SurgeryError, nearest
-from .grafts import Graft, Overrides, apply_graft, check_grafts, keep_record, record_of, undo_graft
+from .grafts import Graft, build_grafts, keep_record, record_of, undo_graft
 from .groups import Origin, options_of
 from .holds import USER, Hold, Holds, Mode, Moments
 from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_options, check_parameter, check_rates
 from .rates import Rates
 from .selectors import Selector, covers
-from .surgery import JournalEntry, Site, op_named
+from .surgery import JournalEntry
 from .typing import Json
 
 
@@ -40,6 +40,7 @@ class ParameterLedger(Rates):
         LayerError, OptimizerError, SelectorError: As their docstrings say.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> ledger = ParameterLedger(model, torch.optim.AdamW(model.parameters(), lr=0.1))
         >>> ledger.freeze("blocks[0]", owner="me")
@@ -137,7 +138,9 @@ class ParameterLedger(Rates):
         try:
             for name in [module_name] if isinstance(module_name, str) else module_name:
                 entry = JournalEntry(name, op, owner, dict(arguments))
-                made.append((entry, self._graft(name, op, arguments, record.overrides)))
+                made.append(
+                    (entry, build_grafts(self.model, name, op, arguments, overrides=record.overrides, seed=self.seed))
+                )
         except BaseException:
             for graft in reversed([graft for _, grafts in made for graft in grafts]):
                 undo_graft(self.model, graft, record.overrides)
@@ -178,6 +181,18 @@ class ParameterLedger(Rates):
         self._read_names()
         self.layers.follow(self._parameters, {})
         self._modes.scan()
+        self._regroup()
+
+    def dismiss(self, owner: str) -> None:
+        """Release every hold, factor, schedule and rate of ``owner``; what it attached stays, and so does its training.
+
+        Raises:
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("dismiss", owner)
+        released = self._holds.dismiss(owner)
+        self._place(self._homes)
+        self._join([name for name in self._holds.free(released) if name in self._homes])
         self._regroup()
 
     def drop_moments(self, select: Selector, *, owner: str) -> None:
@@ -256,6 +271,7 @@ class ParameterLedger(Rates):
             "parameters": list(self._parameters),
             "trainable": [name for name in self._parameters if name in self._trainable],
             "given_frozen": sorted(self._given_frozen),
+            "trained": sorted(self._trained),
             "holds": self._holds.state_dict(),
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
             "layers": {layer.name: list(layer.parameters) for layer in self.layers},
@@ -293,7 +309,7 @@ class ParameterLedger(Rates):
             home.lr, home.given, home.replaced = entry["lr"], dict(entry["given"]), dict(entry["replaced"])
             home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
-        trainable = set(saved["trainable"])
+        trainable, self._trained = set(saved["trainable"]), set(saved["trained"])
         # A fit that rolls back brings optimizer state of later steps along.
         self._leave([name for name in self._parameters if name in self._trainable], keep=False)
         self._kept = {}
@@ -312,27 +328,13 @@ class ParameterLedger(Rates):
             # Not the rate: it is a function of the clock, and the saved one is that of the step before.
             group.update({key: value for key, value in entry["options"].items() if key != "lr"})
         for optimizer, entry in zip(self.optimizers, saved["optimizers"].values(), strict=True):
-            optimizer.state.update(entry["shared"])
+            for (key, values), device in zip(entry["shared"].items(), entry["shared_on"], strict=True):
+                optimizer.state[key] = self._shared(optimizer, values, device)
             self._kept.update({name: self._placed(name, values) for name, values in entry["kept"].items()})
             for name, values in entry["state"].items():
                 optimizer.state[self._parameters[name]] = self._placed(name, values)
 
     # -- inside ------------------------------------------------------------------------------------------------
-
-    def _graft(self, name: str, op: str, arguments: Mapping[str, Json], overrides: Overrides) -> tuple[Graft, ...]:
-        """Build what ``op`` attaches to one module, and put it on."""
-        seed = int.from_bytes(hashlib.sha256(f"{self.seed}/{name}/{op}".encode()).digest()[:8]) >> 1
-        site = Site(self.model, name, self._module(name), torch.Generator().manual_seed(seed))
-        attachments = tuple(op_named(op)(site, **arguments))
-        check_grafts(self.model, attachments, op)
-        return tuple(apply_graft(self.model, each, overrides) for each in attachments)
-
-    def _module(self, name: str) -> nn.Module:
-        try:
-            return self.model.get_submodule(name)
-        except (AttributeError, TypeError):
-            known = nearest(str(name), [each for each, _ in self.model.named_modules() if each])
-            raise SurgeryError(f"the model has no module {name!r}. Nearest: {known}.") from None
 
     def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
         self._read_names()
@@ -373,3 +375,35 @@ class ParameterLedger(Rates):
                 f"the optimizer was saved with {len(saved['homes'])} groups of its own and has {len(self._home_list)} now. "
                 "Build it as in the run that was saved."
             )
+
+
+@contextmanager
+def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[None]:
+    """Attach what a saved journal says to a model that has nothing attached, and take it off again where the block fails.
+
+    Args:
+        model: The model; one with the same journal already is left as it is.
+        journal: Module, op, owner and arguments of each attachment, as the ledger saves them.
+
+    Raises:
+        SurgeryError: Something else is attached to the model, or an op refuses it.
+    """
+    record = record_of(model)
+    wanted = [JournalEntry(module, op, owner, dict(arguments)) for module, op, owner, arguments in journal]
+    here = [entry for entry, _ in record.entries]
+    if here and here != wanted:
+        raise SurgeryError(
+            f"{here[0].op!r} is attached to {here[0].module!r} already. Give the model as it was before the fit."
+        )
+    made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
+    try:
+        for entry in () if here else wanted:
+            grafts = build_grafts(model, entry.module, entry.op, entry.arguments, overrides=record.overrides, seed=0)
+            made.append((entry, grafts))
+        yield
+    except BaseException:
+        for graft in reversed([graft for _, grafts in made for graft in grafts]):
+            undo_graft(model, graft, record.overrides)
+        raise
+    record.entries += made
+    keep_record(model, record)

@@ -94,8 +94,8 @@ class Plan:
         """Build from :meth:`to_json`."""
         spans = tuple(
             Span(
-                Clock(**each["start"]),
-                Clock(**each["end"]),
+                Clock.from_json(each["start"]),
+                Clock.from_json(each["end"]),
                 each["trainable"],
                 each["share"],
                 tuple(each["layers"]),

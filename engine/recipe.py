@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .algorithm import Algorithm, as_json
+from .checkpointing import Checkpointing
 from .clock import Time
 from .engine import check_algorithms
 from .errors import ArgumentError
@@ -31,7 +32,6 @@ from .settings import (
     precision_name,
     whole,
 )
-from .store import Checkpointing
 from .tracking import Tracker
 from .typing import Json
 

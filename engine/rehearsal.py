@@ -18,13 +18,13 @@ from typing_extensions import override
 
 from .algorithm import Algorithm, Stage
 from .batches import batch_size_of
+from .checkpointing import Checkpointing
 from .errors import ArgumentError, ThawlineWarning, shorten
 from .events import Event
 from .randomness import Randomness
 from .schedules import linear
 from .settings import duration_of
 from .state import State
-from .store import Checkpointing
 from .trainer import Trainer
 
 LIVE_EVENTS = frozenset(Event) - {Event.EVAL_START, Event.EVAL_BATCH_START, Event.EVAL_BATCH_END}

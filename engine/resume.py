@@ -7,7 +7,7 @@ the optimizer is given is not, as ``torch.optim.Optimizer.load_state_dict`` has 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from .algorithm import as_json
 from .errors import CheckpointError, shorten
@@ -27,11 +27,28 @@ _MAY_CHANGE = {
     "metrics": "",
     "on_nonfinite": "",
 }
+# Settings that it takes as given only with on_change="migrate".
+_MAY_MIGRATE = ("schedule", "min_lr")
+# What another environment means.
+_ENVIRONMENT = {
+    "torch": "another version's kernels may round differently",
+    "threads": "sums are split over another number of threads",
+    "world": "gradients are summed over another number of processes",
+    "processor": "another processor's kernels may round differently",
+    "matmul": "products of matrices are rounded otherwise",
+    "deterministic": "kernels that add up in any order may be used or not",
+}
+OnChange: TypeAlias = Literal["refuse", "migrate"]
 _ANEW = "or start anew with fit(resume=False) and Trainer(run_dir=<another directory>)"
 
 
 def check_same_run(
-    settings: Mapping[str, Any], now: Mapping[str, Any], ledger: Mapping[str, Any], ledger_now: Mapping[str, Any]
+    settings: Mapping[str, Any],
+    now: Mapping[str, Any],
+    ledger: Mapping[str, Any],
+    ledger_now: Mapping[str, Any],
+    *,
+    migrate: bool = False,
 ) -> None:
     """Raise a CheckpointError where what defines the run differs.
 
@@ -40,12 +57,13 @@ def check_same_run(
         now: The Trainer's description.
         ledger: The ledger's state that was saved.
         ledger_now: The fresh ledger's state.
+        migrate: Whether the schedule and its floor may change.
 
     Raises:
         CheckpointError: Names each setting with the saved and the given value, and what to write.
     """
-    given = {key: now.get(key) for key in ("schedule", "min_lr", "seed", "accumulate")}
-    pairs = {key: (settings.get(key), value) for key, value in given.items()}
+    keys = (*(() if migrate else _MAY_MIGRATE), "seed", "accumulate")
+    pairs = {key: (settings.get(key), now.get(key)) for key in keys}
     pairs["optimizer"] = (_optimizers(ledger), _optimizers(ledger_now))
     changed = [f"{key}: saved {before!r}, given {after!r}" for key, (before, after) in pairs.items() if before != after]
     moved = _moved(ledger, ledger_now)
@@ -53,8 +71,11 @@ def check_same_run(
         name, before, after = moved
         changed.append(f"layers: {name!r} was saved in {before!r}, given in {after!r}")
     if changed:
+        soft = all(each.startswith(_MAY_MIGRATE) for each in changed)
+        migrating = "let them change with fit(on_change='migrate'), " if soft else ""
         raise CheckpointError(
-            f"the run cannot be continued with other settings: {'; '.join(changed)}. Give the same as before, {_ANEW}."
+            f"the run cannot be continued with other settings: {'; '.join(changed)}. Give the same as before, "
+            f"{migrating}{_ANEW}."
         )
 
 
@@ -69,7 +90,7 @@ def differences(
         ledger: The ledger's state that was saved.
         ledger_now: The fresh ledger's state.
     """
-    for key, meaning in _MAY_CHANGE.items():
+    for key, meaning in {**dict.fromkeys(_MAY_MIGRATE, "rates follow it from here on"), **_MAY_CHANGE}.items():
         if settings.get(key) != now.get(key):
             used = "The given one is used" + (f": {meaning}." if meaning else ".")
             yield f"resumed with another {key}: saved {_show(settings.get(key))}, given {_show(now.get(key))}. {used}"
@@ -89,6 +110,21 @@ def differences(
     for name in [name for name in ledger_now["parameters"] if (name in frozen) != (name in frozen_now)][:1]:
         saved_so, given_so = ("frozen" if name in each else "training" for each in (frozen, frozen_now))
         yield f"resumed with another requires_grad of {name!r}: saved {saved_so}, given {given_so}. The saved one is kept, {_ANEW}."
+
+
+def changes_of(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what to say of each part of the environment that differs: the saved and the present value, what it means.
+
+    Args:
+        saved: The environment that was saved.
+        now: The present one.
+    """
+    for key, meaning in _ENVIRONMENT.items():
+        if saved.get(key) != now[key]:
+            yield (
+                f"resumed in another environment: {key} was {_show(saved.get(key))}, is {_show(now[key])}: {meaning}, so what "
+                "follows is not bit for bit what would have been."
+            )
 
 
 def _optimizers(ledger: Mapping[str, Any]) -> str:

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 from torch import nn
 
-from .checkpoint import capture, restore, seed_everything
+from .checkpoint import capture, restore, seed_everything, well_formed
+from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, gathered
 from .engine import Engine
@@ -33,11 +34,11 @@ from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
+from .resume import OnChange
 from .rundir import RunDir
 from .settings import bound_schedule, total_batches
 from .signals import StopSignals
 from .state import State
-from .store import Checkpointing
 from .workers import DeferredDeaths
 
 # Once a batch: a name of the module is found in a fraction of the time that a member of an enum takes.
@@ -65,19 +66,19 @@ class Run:
         optimizer: OptimizerLike,
         layers: LayerMap | LayerSpec | None,
         resume: bool | str | Path,
+        on_change: OnChange = "refuse",
     ) -> None:
         self.trainer = trainer
+        self._on_change = on_change
         self.history: list[dict[str, float]] = []
         self.progress = progress_for(trainer.progress)
         self.forward = trainer.forward()
         self.precision = Precision(trainer.precision, trainer.device)
         self.functions = self.precision.autocasted(self.forward.outputs), self.precision.autocasted(self.forward.loss)
         self.data = ResumableLoader(train_loader, seed=trainer.seed, accumulate=trainer.accumulate)
-        self.eval_data = (
-            None
-            if eval_loader is None
-            else ResumableLoader(eval_loader, seed=trainer.seed, argument="Trainer.fit(eval_loader=)")
-        )
+        self.eval_data: ResumableLoader | None = None
+        if eval_loader is not None:
+            self.eval_data = ResumableLoader(eval_loader, seed=trainer.seed, argument="Trainer.fit(eval_loader=)")
         length = self.data.length
         clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
         self.settings = {**trainer.describe(), "duration": str(duration)}
@@ -100,6 +101,7 @@ class Run:
         except BaseException:
             self.folder.close()
             raise
+        self._pristine = self.folder.pristine(model)
         self._losses = RunningLoss()
         self._shown: dict[str, float] = {}
         self._evaluated_at: int | None = None
@@ -244,6 +246,7 @@ class Run:
         state.microbatch = state.outputs = state.loss = None
         state.log(values)
         self.engine.emit(Event.EVAL_END)
+        self.folder.note_evaluation(state.metrics)
         self._log({})
 
     def _do_what_is_due(self, before: Clock) -> None:
@@ -254,7 +257,7 @@ class Run:
         if trainer.log_every.crossed(before, clock):
             self._log_loss()
         self.folder.note(before, clock)
-        times = (trainer.eval_every, trainer.log_every, self.folder.policy.every, self.state.duration)
+        times = (trainer.eval_every, trainer.log_every, *self.folder.policy.times, self.state.duration)
         if self._batch_start.unsure:
             self._batch_start.look()
         self._next_due = min(time.not_before(clock) for time in times)
@@ -350,12 +353,8 @@ class Run:
         state, model = self.state, self.state.model
         for limit in self.data.limits:
             log.warning("data order", limit=limit)
-        self.folder.warned = warn_of_monitors(
-            self.engine.algorithms,
-            self.folder.policy.monitor,
-            self.trainer.metrics,
-            evaluated=self.eval_data is not None,
-        )
+        watched = self.engine.algorithms, self.folder.policy.monitor, self.trainer.metrics
+        self.folder.warned = warn_of_monitors(*watched, evaluated=self.eval_data is not None)
         seed_everything(self.trainer.seed)
         model.train()
         self.engine.attach()
@@ -373,19 +372,21 @@ class Run:
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
         """Put everything back as the checkpoint says; random number generators last."""
         state = self.state
-        extra = restore(tree, self.engine, self.precision, settings=self.settings)
-        self.history = list(extra["history"])
-        self._losses = RunningLoss(*extra["losses"])
-        self._guard.skipped = extra["skipped"]
-        self._epoch_begun = extra["epoch_begun"]
-        self._last_rates = tree["clock"]["batch"], extra["rates"]
-        if tree["settings"]["microbatch_size"] == self.trainer.microbatch_size:
-            self._microbatches.shrink_to(extra["microbatch_size"])
-        self._evaluated_at = extra["evaluated_at"]
-        self._batch_start = BatchStart(state, self.trainer.device)
-        state.stop_reason = tree["stop_reason"]
-        self.recorder.load_state_dict(extra["timeline"])
-        self.data.load_state_dict(extra["loader"], *self._cursor())
+        extra = restore(
+            tree, self.engine, self.precision, settings=self.settings, pristine=self._pristine, on_change=self._on_change
+        )  # fmt: skip
+        with well_formed():
+            self.history, self._losses = list(extra["history"]), RunningLoss(*extra["losses"])
+            self._guard.skipped, self._epoch_begun = extra["skipped"], extra["epoch_begun"]
+            self._last_rates = tree["clock"]["batch"], extra["rates"]
+            if tree["settings"]["microbatch_size"] == self.trainer.microbatch_size:
+                self._microbatches.shrink_to(extra["microbatch_size"])
+            self._evaluated_at = extra["evaluated_at"]
+            self._batch_start = BatchStart(state, self.trainer.device)
+            state.stop_reason = tree["stop_reason"]
+            moved = {"current": False} if self.engine.difference(tree["algorithms"]) else {}
+            self.recorder.load_state_dict({**extra["timeline"], **moved})
+            self.data.load_state_dict(extra["loader"], *self._cursor())
         self.folder.forget_after(state.clock.batch)
         self.progress.message(f"resumed from {path} at epoch {state.clock.epoch}, batch {state.clock.batch}")
         log.info("resumed", checkpoint=str(path), epoch=state.clock.epoch, batch=state.clock.batch)
@@ -394,9 +395,8 @@ class Run:
         """Go back to the last checkpoint."""
         newest = self.folder.newest()
         if newest is None:
-            raise NonFiniteError(
-                f"{setback.what}, and no checkpoint could be written that the fit could go back to."
-            ) from None
+            text = "and no checkpoint could be written that the fit could go back to"
+            raise NonFiniteError(f"{setback.what}, {text}.") from None
         self._guard.count_rollback(setback, newest[1]["clock"]["batch"])
         log.warning("rolling back", why=setback.what, checkpoint=str(newest[0]))
         self.state.ledger.phase = None
@@ -408,8 +408,8 @@ class Run:
         self._next_due = 0
 
     def _save(self) -> None:
-        evaluated = self._evaluated_at is not None
-        self.folder.save(self._capture, step=self.state.clock.batch, metrics=self.state.metrics, evaluated=evaluated)
+        step, metrics = self.state.clock.batch, self.state.metrics
+        self.folder.save(self._capture, step=step, metrics=metrics, evaluated_at=self._evaluated_at)
 
     def _capture(self) -> dict[str, Any]:
         extra = {
@@ -423,7 +423,7 @@ class Run:
             "timeline": self.recorder.state_dict(self.state.clock),
             "loader": self.data.state_dict(*self._cursor()),
         }
-        return capture(self.engine, self.precision, settings=self.settings, extra=extra)
+        return capture(self.engine, self.precision, settings=self.settings, extra=extra, pristine=self._pristine)
 
     def __enter__(self) -> Self:
         self._handlers.enter_context(self._deaths)

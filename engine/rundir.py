@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from .checkpoint import well_formed
+from .checkpointing import Checkpointing
 from .clock import Clock
 from .errors import CheckpointError, RunDirError, warn
 from .log import get_logger
 from .monitor import missing_metric, of_evaluation
+from .pristine import Pristine
 from .snapshot import read_checkpoint
-from .store import Checkpointing, CheckpointStore, checkpoints_in
+from .store import CheckpointStore, checkpoints_in
 from .tracking import JsonlTracker, Tracker, Trackers
 
 log = get_logger(__name__)
@@ -38,7 +44,8 @@ class RunDir:
     ) -> None:
         self.policy = policy
         self.due = False
-        self.warned = self._unwritten = False
+        self.warned = self._unwritten = self._permanent = False
+        self._best: float | None = None
         self.loaded: tuple[Path, dict[str, Any]] | None = None
         self._store: CheckpointStore | None = None
         self._jsonl: JsonlTracker | None = None
@@ -46,7 +53,7 @@ class RunDir:
             if folder is not None and Path(resume).resolve() == folder.resolve() and _checkpoints(folder):
                 resume = True
             else:
-                self.loaded = _load(Path(resume))
+                self.loaded = load_checkpoint(Path(resume))
         if folder is not None:
             self._store = _opened(folder, policy)
             try:
@@ -54,6 +61,7 @@ class RunDir:
             except BaseException:
                 self._store.close()
                 raise
+            self._best = self._store.best_metric
             self._jsonl = JsonlTracker(folder)
             if self.loaded is None:  # a run that was cut before its first checkpoint starts anew
                 self._jsonl.truncate_after(-1)
@@ -70,13 +78,27 @@ class RunDir:
         """The newest checkpoint."""
         return None if self._store is None else self._store.latest()
 
+    def pristine(self, model: nn.Module) -> Pristine | None:
+        """Return the model's tensors as they are now, where checkpoints are to hold fingerprints of what stays so."""
+        return Pristine(model) if self._store is not None and self.policy.frozen == "fingerprint" else None
+
     def note(self, before: Clock, after: Clock) -> None:
-        """Remember that a checkpoint is due where the interval's end lies between two ticks."""
-        if self._store is not None and self.policy.every.crossed(before, after):
-            self.due = True
+        """Remember that a checkpoint is due where an interval's end lies between two ticks."""
+        if self._store is not None:
+            self.due |= any(time.crossed(before, after) for time in self.policy.times)
+            self._permanent |= self.policy.keep_every is not None and self.policy.keep_every.crossed(before, after)
+
+    def note_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Remember that a checkpoint is due where the monitored metric is the best so far: these weights were evaluated."""
+        monitor = self.policy.monitor
+        if self._store is None or not of_evaluation(monitor):
+            return
+        value = metrics.get(str(monitor), math.nan)
+        if self._store.is_best(value, than=self._best):
+            self._best, self.due = float(value), True
 
     def save(
-        self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: Mapping[str, float], evaluated: bool
+        self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: Mapping[str, float], evaluated_at: int | None
     ) -> None:
         """Write a checkpoint; a full disk leaves the old one, warns, and is tried again at the next interval.
 
@@ -84,23 +106,26 @@ class RunDir:
             tree: Returns what to save.
             step: Batches completed.
             metrics: What was logged.
-            evaluated: Whether an evaluation has passed: from then on the monitored metric is missed.
+            evaluated_at: The batch of the latest evaluation. What it measured is this checkpoint's if that is its step,
+                and from then on a monitored metric is missed.
         """
         self.due = False
         if self._store is None:
             return
         monitor = self.policy.monitor
         metric = None if monitor is None else metrics.get(monitor)
+        score = metric if not of_evaluation(monitor) or evaluated_at == step else None
         try:
-            path = self._store.save(tree(), step=step, metric=metric)
+            path = self._store.save(tree(), step=step, metric=score, permanent=self._permanent)
         except CheckpointError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
             log.error("checkpoint not written; trying again at the next interval", error=str(error))
             self._warn_unwritten(error)
         else:
+            self._permanent = False
             log.info("checkpoint", path=str(path))
-        if monitor is not None and metric is None and evaluated:
+        if monitor is not None and metric is None and evaluated_at is not None:
             self._warn_missing(monitor, metrics)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -137,7 +162,9 @@ class RunDir:
             self.loaded = store.load_newest()
         elif self.loaded is not None:
             if self.loaded[0].resolve().parent == folder.resolve():
-                store.rewind(int(self.loaded[1]["clock"]["batch"]))
+                with well_formed():
+                    step = int(self.loaded[1]["clock"]["batch"])
+                store.rewind(step)
         elif store.holds_run or (folder / "metrics.jsonl").exists():
             raise RunDirError(
                 f"{folder} holds a run already. Continue it: trainer.fit(…, resume=True), or start another one: "
@@ -158,17 +185,25 @@ def _opened(folder: Path, policy: Checkpointing) -> CheckpointStore:
         ) from error
 
 
-def _load(resume: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint that a path means, itself or the newest one in it, or say which others there are."""
-    inside = _checkpoints(resume)
-    path = inside[-1] if inside else resume
+def load_checkpoint(given: Path, *, call: str = "trainer.fit(…, resume={!r})") -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint that a path means, itself or the newest one in it, and its tree.
+
+    Args:
+        given: A checkpoint, or a run's directory.
+        call: What to write with another path instead, for the error.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged; the message says which others there are.
+    """
+    inside = _checkpoints(given)
+    path = inside[-1] if inside else given
     try:
         return path, read_checkpoint(path)
     except CheckpointError as error:
-        others = [str(each) for each in inside or _checkpoints(resume.parent) if each != path]
+        others = [str(each) for each in inside or _checkpoints(given.parent) if each != path]
         there = f" There are {', '.join(others[-5:])}." if others else ""
         example = others[-1] if others else "runs/first/ba00000120"
-        raise type(error)(f"{error}{there} Write: trainer.fit(…, resume='{example}')") from error
+        raise type(error)(f"{error}{there} Write: {call.format(example)}") from error
 
 
 def _checkpoints(folder: Path) -> tuple[Path, ...]:

@@ -115,11 +115,11 @@ def path_of(argument: str, value: str | Path, example: str) -> Path:
     """Return a path that the system can be asked for.
 
     Raises:
-        ArgumentError: It is empty, holds a NUL, or cannot be encoded.
+        ArgumentError: It is no path, is empty, holds a NUL, or cannot be encoded.
     """
     try:
         sound = bool(str(value)) and b"\0" not in os.fsencode(value)
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, TypeError):
         sound = False
     if not sound:
         raise ArgumentError(argument, got=value, takes="a path the file system can have", example=example)

@@ -11,9 +11,9 @@ from pathlib import Path
 from reprlib import repr as brief  # bounded also for what is huge or deep
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from attrs import define, field, frozen
+from attrs import define, field
 
-from .clock import Time
+from .checkpointing import check_keep, check_mode, check_monitor
 from .errors import ArgumentError, CheckpointError
 from .lock import RunLock
 from .log import get_logger
@@ -33,13 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-    from attrs import Attribute
-
 __all__ = [
     "BAD",
     "DISCARDED",
     "CheckpointStore",
-    "Checkpointing",
     "Manifest",
     "UnreadableError",
     "checkpoints_in",
@@ -60,67 +57,6 @@ _LEFTOVER = re.compile(re.escape(TEMPORARY) + r".+-[0-9a-f]{12}")
 _log = get_logger(__name__)
 
 
-def _every(every: str | int | Time) -> Time:
-    try:
-        time = Time(every)
-    except ArgumentError as error:
-        argument, example = "Checkpointing(every=)", "Checkpointing(every='1ep')"
-        raise ArgumentError(argument, got=every, takes=error.takes, example=example) from None
-    if not time.value:
-        example = "Checkpointing(every='1ep')"
-        raise ArgumentError("Checkpointing(every=)", got=every, takes="a time above zero", example=example)
-    return time
-
-
-def _check_keep(instance: object, _: Attribute[Any], value: Any) -> None:
-    owner = type(instance).__name__
-    if type(value) is not int or value < 1:
-        takes = "a whole number of checkpoints, at least 1"
-        raise ArgumentError(f"{owner}(keep=)", got=value, takes=takes, example=f"{owner}(keep=2)")
-
-
-def _check_monitor(instance: object, _: Attribute[Any], value: Any) -> None:
-    owner = type(instance).__name__
-    if value is not None and not (isinstance(value, str) and value):
-        takes = "the name of a metric, or None"
-        raise ArgumentError(f"{owner}(monitor=)", got=value, takes=takes, example=f"{owner}(monitor='eval/loss')")
-
-
-def _check_mode(instance: object, _: Attribute[Any], value: Any) -> None:
-    owner = type(instance).__name__
-    if value not in ("auto", "min", "max"):
-        example = f"{owner}(monitor='eval/accuracy', mode='max')"
-        raise ArgumentError(f"{owner}(mode=)", got=value, takes="'auto', 'min' or 'max'", example=example)
-
-
-@frozen
-class Checkpointing:
-    """When to save, and what to keep.
-
-    Args:
-        every: The time between checkpoints: ``"1ep"``, ``"200ba"``, ``"0.1dur"``.
-        keep: How many of the newest checkpoints to keep.
-        monitor: The metric that the best checkpoint, kept besides, is chosen by, such as ``"eval/loss"``; None for none.
-        mode: Whether the smallest (``"min"``) or largest (``"max"``) metric is the best; ``"auto"`` goes by the metric's
-            name, as :func:`direction_of` does: ``"max"`` for an accuracy, ``"min"`` for a loss.
-
-    Raises:
-        ArgumentError: A wrong argument.
-
-    Warns:
-        ThawlineWarning: During the fit, once, where an evaluation has passed and nobody has logged ``monitor``.
-
-    Example:
-        >>> Checkpointing(every="200ba", monitor="eval/accuracy")
-        Checkpointing(every=Time('200ba'), keep=2, monitor='eval/accuracy', mode='auto')
-    """
-
-    every: Time = field(default=Time("1ep"), converter=_every)
-    keep: int = field(default=2, validator=_check_keep)
-    monitor: str | None = field(default=None, validator=_check_monitor)
-    mode: Literal["auto", "min", "max"] = field(default="auto", validator=_check_mode)
-
-
 @define(eq=False)
 class CheckpointStore:
     """The checkpoints of one run: one writer, the newest and the best kept, the newest whole one loaded.
@@ -133,7 +69,7 @@ class CheckpointStore:
         keep: How many of the newest checkpoints to keep. The best one and permanent ones are kept besides.
         monitor: What the metric is, such as ``"eval/loss"``. Metrics saved under another name are not compared.
         mode: Whether the smallest (``"min"``) or largest (``"max"``) metric is the best; ``"auto"`` as in
-            :class:`Checkpointing`. NaN never is.
+            :class:`~thawline.engine.Checkpointing`. NaN never is.
 
     Raises:
         RunDirError: Another process, or another store in this one, holds the lock; the message says which.
@@ -150,9 +86,9 @@ class CheckpointStore:
     """
 
     folder: Path = field(converter=Path)
-    keep: int = field(default=2, validator=_check_keep)
-    monitor: str | None = field(default=None, kw_only=True, validator=_check_monitor)
-    mode: Literal["auto", "min", "max"] = field(default="auto", kw_only=True, validator=_check_mode)
+    keep: int = field(default=2, validator=check_keep)
+    monitor: str | None = field(default=None, kw_only=True, validator=check_monitor)
+    mode: Literal["auto", "min", "max"] = field(default="auto", kw_only=True, validator=check_mode)
     _lock: RunLock = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -179,6 +115,18 @@ class CheckpointStore:
     def best(self) -> Path | None:
         """The checkpoint with the best metric, the earliest of several; None where none has one."""
         return self._best(self._manifests())
+
+    @property
+    def best_metric(self) -> float | None:
+        """The metric of the best checkpoint."""
+        best = self.best
+        return None if best is None else float(read_manifest(best).info["metric"])
+
+    def is_best(self, metric: float, *, than: float | None) -> bool:
+        """Return whether ``metric`` is better than another, or the first one; NaN never is."""
+        sign = 1 if direction_of(self.monitor, self.mode) == "min" else -1
+        value = _number(metric)
+        return not math.isnan(value) and (than is None or sign * value < sign * than)
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint, unverified; None where there is none."""

@@ -20,6 +20,7 @@ from .layers import LayerMap, LayerSpec
 from .plan import Plan
 from .precision import Precision
 from .recipe import Recipe, check_optimizer
+from .resume import OnChange
 from .run import Run
 from .settings import duration_of, path_of, refuse_ranks, require_weights
 
@@ -105,6 +106,7 @@ class Trainer(Recipe):
         optimizer: OptimizerLike | None = None,
         layers: LayerMap | LayerSpec | None = None,
         resume: bool | str | Path = False,
+        on_change: OnChange = "refuse",
     ) -> FitResult:
         """Train ``model`` in place.
 
@@ -118,6 +120,10 @@ class Trainer(Recipe):
             resume: True goes on from ``run_dir`` where it holds a checkpoint and starts otherwise; a path goes
                 on from that checkpoint, or from the newest one of that run's directory; False starts, and refuses
                 a ``run_dir`` that holds a run.
+            on_change: What a resumed fit does where algorithms, ``schedule`` or ``min_lr`` are not those of the checkpoint.
+                ``"refuse"``: an error with the difference. ``"migrate"``: algorithms that are the same keep their state, of
+                others the holds, factors and rates are released, new ones are given FIT_START where the run goes on, and
+                the given schedule and ``min_lr`` are used; a warning says so.
 
         Raises:
             ArgumentError: A wrong argument.
@@ -148,10 +154,16 @@ class Trainer(Recipe):
                 "Trainer.fit(resume=)", got=True, takes="a run_dir to resume from, or a checkpoint's path",
                 example="Trainer(run_dir='runs/first').fit(…, resume=True)",
             )  # fmt: skip
+        if on_change not in ("refuse", "migrate"):
+            example = "trainer.fit(model, train_loader, duration='3ep', resume=True, on_change='migrate')"
+            raise ArgumentError(
+                "Trainer.fit(on_change=)", got=on_change, takes="'refuse' or 'migrate'", example=example
+            )
         chosen = self._chosen(optimizer)
         with Run(
-            self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume
-        ) as run:
+            self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
+            on_change=on_change,
+        ) as run:  # fmt: skip
             run.train()
             return FitResult(
                 run.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,

@@ -253,29 +253,48 @@ FORBIDDEN = (
 
 
 def hostile(folder: Path) -> dict[str, Any]:
-    """Read every checkpoint in ``folder`` while an audit hook watches for code that runs and files outside."""
+    """Read every checkpoint in ``folder``, each in a fork under an audit hook that forbids code to run and other files."""
     paths = sorted(folder.iterdir())
-    for path in paths[:1]:  # whatever is imported late is imported now
-        refused(path)
-    events: list[str] = []
+    refused(paths[0])  # whatever is imported late is imported now
+    report = {}
+    for path in paths:
+
+        def work(writing: int, path: Path = path) -> None:
+            os.write(writing, json.dumps(watched(path, folder)).encode())
+
+        child, reading = forked(work)
+        with os.fdopen(reading, "rb") as pipe:
+            report[path.name] = json.loads(pipe.read() or b"null")
+        os.waitpid(child, 0)
+    return report
+
+
+def watched(path: Path, folder: Path) -> dict[str, Any]:
+    """Read one checkpoint and return the error's type, what was forbidden, and seconds and memory that it took."""
+    forbidden: list[str] = []
     watching = True
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if not watching:
             return
-        if event.startswith(FORBIDDEN):
-            events.append(f"{event} {arguments!r}"[:200])
+        found = event.startswith(FORBIDDEN)
         if event == "open" and isinstance(arguments[0], str) and not arguments[0].startswith(str(folder)):
-            name = arguments[0]
-            if name not in ("tensors.safetensors", "state.json", "manifest.json"):  # relative to the directory
-                events.append(f"open {name}")
+            # relative to the directory
+            found = arguments[0] not in ("tensors.safetensors", "state.json", "manifest.json")
+        if found:
+            forbidden.append(f"{event} {arguments!r}"[:200])
+            raise PermissionError(forbidden[-1])
 
     before = peak_kib(forget=True)
     sys.addaudithook(hook)
-    outcomes = {path.name: refused(path) for path in paths}
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    outcome = refused(path)
+    spent = resource.getrusage(resource.RUSAGE_SELF)
     watching = False
-    grown = (peak_kib() - before) >> 10
-    return {"outcomes": outcomes, "events": events, "grown_mib": grown}
+    seconds = spent.ru_utime - used.ru_utime + spent.ru_stime - used.ru_stime
+    return {
+        "outcome": outcome, "forbidden": forbidden, "seconds": seconds, "mebibytes": (peak_kib() - before) >> 10
+    }  # fmt: skip
 
 
 def peak_kib(*, forget: bool = False) -> int:

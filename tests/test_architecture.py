@@ -36,6 +36,7 @@ TIERS: tuple[frozenset[str], ...] = (
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
         | {"batches", "flops", "randomness", "keyed", "order", "stateful", "layering", "shift", "criterion"}
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
+        | {"checkpointing", "pristine", "weights"}
         | {"comet", "tracking", "signals", "workers"}
     ),
     frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "run", "trainer"}),

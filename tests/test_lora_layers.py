@@ -353,9 +353,9 @@ class TestArguments:
     def test_rank_and_alpha_by_pattern(self) -> None:
         """The first glob that matches; globs for nothing and targets without one are refused."""
         model: Any = mlp()
-        injected(model, "all-linear", rank={"0": 6, "*": 2}, alpha={"2": 8, "*": 3})
-        assert (model[0].lora_A.shape[0], model[2].lora_A.shape[0]) == (6, 2)
-        assert (model[0].lora_scaling, model[2].lora_scaling) == (0.5, 4.0)
+        injected(model, "all-linear", rank={"0": 3, "*": 2}, alpha={"2": 8, "*": 3})
+        assert (model[0].lora_A.shape[0], model[2].lora_A.shape[0]) == (3, 2)
+        assert (model[0].lora_scaling, model[2].lora_scaling) == (1.0, 4.0)
         with pytest.raises(ArgumentError, match="no glob for '2'"):
             injected(mlp(), "all-linear", rank={"0": 6})
         with pytest.raises(ArgumentError, match="'7' that matches no target"):
@@ -541,10 +541,10 @@ class TestFiles:
     def test_names_that_end_alike_are_told_apart(self, tmp_path: Path) -> None:
         """A target whose name another module's ends with becomes a regular expression."""
         model = nn.ModuleDict(
-            {"a": nn.Linear(2, 2), "b": nn.ModuleDict({"a": nn.Linear(2, 2)}), "head": nn.Linear(2, 2)}
+            {"a": nn.Linear(8, 8), "b": nn.ModuleDict({"a": nn.Linear(8, 8)}), "head": nn.Linear(8, 8)}
         )
         injected(model, "a")
-        inject_lora(ParameterLedger(model, partial(torch.optim.SGD, lr=0.1)), "a", rank=4, alpha=6)
+        inject_lora(ParameterLedger(model, partial(torch.optim.SGD, lr=0.1)), "a", rank=2, alpha=6)
         save_adapter(model, tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "a"
 

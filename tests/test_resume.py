@@ -30,6 +30,7 @@ from thawline.engine import (
     cosine,
     warmup,
 )
+from thawline.engine.snapshot import read_checkpoint, write_checkpoint
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 Trainer_ = partial(Trainer, loss_fn=cross_entropy, optimizer=SGD, progress=False)
@@ -94,12 +95,26 @@ def test_what_defines_the_run_is_refused(
 def test_what_may_differ_is_said_once(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
     """With the old and the new value and which is used; the warning points to the call of fit."""
     saved_run(tmp_path)
-    evaluated = [loader()] if "metrics" in arguments else []
     with pytest.warns(ThawlineWarning) as caught:
-        Trainer_(run_dir=tmp_path, **arguments).fit(mlp(), loader(), *evaluated, duration="2ep", resume=True)
+        Trainer_(run_dir=tmp_path, **arguments).fit(mlp(), loader(), loader(), duration="2ep", resume=True)
     (warning,) = caught
     assert f"resumed with another {message}" in str(warning.message)
     assert warning.filename == __file__
+
+
+def test_another_environment_is_said_line_by_line(tmp_path: Path) -> None:
+    """Torch, threads, processes, processor, rounding and determinism: what it was, what it is, what that means."""
+    saved_run(tmp_path)
+    tree = read_checkpoint(tmp_path / "ba00000008")
+    assert set(tree["environment"]) == {"torch", "threads", "world", "processor", "matmul", "deterministic"}
+    other = {"torch": "1.0", "threads": 64, "world": 8, "processor": "Z80", "matmul": "low", "deterministic": 3}
+    path = write_checkpoint(tmp_path, "other", {**tree, "environment": other})
+    with pytest.warns(ThawlineWarning) as caught:
+        Trainer_().fit(mlp(), loader(), duration="2ep", resume=path)
+    said = [str(each.message) for each in caught]
+    assert [text.split()[4:6] for text in said] == [[key, "was"] for key in other]
+    assert "threads was 64, is 1: sums are split over another number of threads, so what follows is not bit" in said[1]
+    assert {each.filename for each in caught} == {__file__}
 
 
 def test_a_longer_duration_is_said(tmp_path: Path) -> None:
@@ -291,6 +306,34 @@ class Unnamed(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step()
         self.put(self.state, self.param_groups[0]["params"][0])
+
+
+class Central(torch.optim.SGD):
+    """Keeps a tensor of its own beside the parameters' state, where the parameters are, and a counter on the CPU."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        device = self.param_groups[0]["params"][0].device
+        norm = self.state.setdefault("norm", {"running": torch.zeros(2, device=device), "steps": torch.zeros(())})
+        norm["running"] += norm["running"] + 1
+        self.state.setdefault("seen", torch.zeros((), device="cpu")).add_(1)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_an_optimizers_own_tensors_come_back_where_they_lay(tmp_path: Path, device: str) -> None:
+    """A checkpoint's tensors are read on the CPU; those that lay beside the parameters return to them, copied."""
+    recipe = partial(Trainer_, optimizer=partial(Central, lr=0.1), device=device)
+    recipe(run_dir=tmp_path, checkpoint=Checkpointing(every="1ba", keep=9)).fit(mlp(), loader(), duration="1ep")
+    model = mlp()
+    optimizer = Central(model.to(device).parameters(), lr=0.1)
+    recipe().fit(model, loader(), duration="1ep", optimizer=optimizer, resume=tmp_path / "ba00000002")
+    own = optimizer.state["norm"]
+    assert own["running"].tolist() == [15.0, 15.0]  # 2^4 - 1
+    assert own["running"].device.type == device
+    assert (float(optimizer.state["seen"]), optimizer.state["seen"].device.type) == (4.0, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import sys
 from functools import partial
@@ -110,3 +111,22 @@ def test_loading_a_truncated_checkpoint_leaves_no_file_open(
                 resumed(folder / resume, **own)
     gc.collect()
     assert not unraisable
+
+
+def test_a_run_that_was_cut_before_its_first_checkpoint_starts_its_metrics_anew(tmp_path: Path) -> None:
+    """With the lines of the first attempt dropped."""
+
+    def fail(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ZeroDivisionError
+        return cross_entropy(outputs, targets)
+
+    calls = 0
+    with pytest.raises(ZeroDivisionError):
+        Trainer_(run_dir=tmp_path, log_every="1ba", loss_fn=fail).fit(mlp(), loader(), duration=1)
+    Trainer_(run_dir=tmp_path, log_every="1ba").fit(mlp(), loader(), duration=1, resume=True)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if "epoch" not in json.loads(line)]
+    assert steps == [1, 2, 3, 4]

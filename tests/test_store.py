@@ -6,10 +6,14 @@ import errno
 import json
 import logging
 import math
+import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +21,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 
+from helpers import loader, mlp
+from thawline.engine import Trainer, load_weights
+from thawline.engine.checkpointing import Checkpointing
 from thawline.engine.clock import Time
 from thawline.engine.errors import ArgumentError, CheckpointError, RunDirError
 from thawline.engine.snapshot import MANIFEST, SCHEMA, STATE, TENSORS, _signed, read_checkpoint, read_manifest
-from thawline.engine.store import Checkpointing, CheckpointStore
+from thawline.engine.store import CheckpointStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -299,6 +307,15 @@ def test_a_wrong_argument_is_named(cls: Any, argument: str, value: object) -> No
     assert not Path("never made").exists()
 
 
+@pytest.mark.parametrize("keep_every", ["0ba", "often", 0, 1.5, True])
+def test_a_wrong_interval_of_snapshots_is_named(keep_every: Any) -> None:
+    """None alone means none."""
+    with pytest.raises(
+        ArgumentError, match=r"Checkpointing\(keep_every=\) takes .*Write: Checkpointing\(keep_every='1ep'\)"
+    ):
+        Checkpointing(keep_every=keep_every)
+
+
 @pytest.mark.parametrize("every", ["0ba", "-1ep", "often", 0, 1.5, None, True])
 def test_a_wrong_interval_is_named(every: Any) -> None:
     """The error names Checkpointing's argument, not the type behind it."""
@@ -324,6 +341,105 @@ def test_a_metric_may_be_a_tensor(tmp_path: Path) -> None:
     """What a metric's compute() returns is taken as it is."""
     with CheckpointStore(tmp_path) as store:
         assert read_manifest(store.save({}, step=1, metric=torch.tensor(0.5))).info["metric"] == 0.5  # type: ignore[arg-type]
+
+
+def damage(path: Path, kind: str, rng: random.Random) -> None:
+    """Do to a checkpoint what disks, crashes and people do."""
+    file = path / rng.choice((TENSORS, STATE, MANIFEST))
+    raw = bytearray(file.read_bytes())
+    at = rng.randrange(len(raw))
+    if kind == "flipped bit":
+        raw[at] ^= 1 << rng.randrange(8)
+    elif kind == "truncated":
+        del raw[at:]
+    elif kind == "zeroed page":
+        begin = at // 4096 * 4096
+        raw[begin : begin + 4096] = bytes(len(raw[begin : begin + 4096]))
+    elif kind == "swapped":
+        raw = bytearray((path.with_name("ba00000020") / file.name).read_bytes())
+    file.write_bytes(raw)
+    if kind == "missing":
+        file.unlink()
+    elif kind == "swapped whole":
+        shutil.rmtree(path)
+        shutil.copytree(path.with_name("ba00000020"), path)
+    elif kind == "link":
+        path.rename(path.with_name("elsewhere"))
+        path.symlink_to(path.with_name("elsewhere"))
+
+
+KINDS = ("flipped bit", "truncated", "zeroed page", "swapped", "missing", "swapped whole", "link")
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_damage_of_any_kind_is_found_and_the_next_one_is_used(tmp_path: Path, count: int) -> None:
+    """Seeded: one of seven kinds, at a random place of a random file; the rest of the run is as it was."""
+    rng = random.Random(2024)
+    whole = tmp_path / "whole"
+    with CheckpointStore(whole, keep=3) as store:
+        for step in (10, 20, 30):
+            weight = torch.full((4096,), float(step))
+            store.save({"step": step, "weight": weight, "log": list(range(step, 2000))}, step=step)
+    for number in range(count):
+        folder = Path(shutil.copytree(whole, tmp_path / str(number), symlinks=True))
+        kind = KINDS[number % len(KINDS)]
+        damage(folder / "ba00000030", kind, rng)
+        with CheckpointStore(folder, keep=3) as store:
+            found = store.load_newest()
+            assert found is not None, kind
+            assert (found[0].name, found[1]["step"], names(store)) == (
+                "ba00000020",
+                20,
+                ["ba00000010", "ba00000020"],
+            ), kind
+            assert os.path.lexists(folder / ".bad-ba00000030")
+            # and on: the run saves the same step again
+            store.save({"step": 30}, step=30)
+            assert names(store) == ["ba00000010", "ba00000020", "ba00000030"]
+        shutil.rmtree(folder)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_never_starts_at_step_0(tmp_path: Path) -> None:
+    """`fit(resume=True)` is an error that says why each cannot be used, also at the second try; nothing is deleted."""
+    trainer = Trainer(loss_fn=cross_entropy, run_dir=tmp_path, checkpoint=Checkpointing(every="2ba"), progress=False)
+    trainer.fit(mlp(), loader(), duration="1ep")
+    for path in tmp_path.glob("ba*"):
+        break_(path)
+    before = inside(tmp_path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole(.|\n)*ba00000004(.|\n)*ba00000002"):
+            trainer.fit(mlp(), loader(), duration="1ep", resume=True)
+    assert [name for name in inside(tmp_path) if name.startswith("ba")] == [n for n in before if n.startswith("ba")]
+
+
+def test_snapshots_are_kept_for_good_besides_the_newest(tmp_path: Path) -> None:
+    """At each end of `keep_every`, also between two of `every`; a resumed run goes on with them."""
+    policy = Checkpointing(every="2ba", keep=1, keep_every="3ba")
+    for duration, resume, warned in (("2ep", False, nullcontext()), ("3ep", True, pytest.warns(match="duration"))):
+        trainer = Trainer(loss_fn=cross_entropy, run_dir=tmp_path, checkpoint=policy, progress=False)
+        with warned:
+            trainer.fit(mlp(), loader(), duration=duration, resume=resume)
+    kept = {path.name: read_manifest(path).info["permanent"] for path in tmp_path.glob("ba*")}
+    assert kept == {"ba00000003": True, "ba00000006": True, "ba00000009": True, "ba00000012": True}
+
+
+def test_the_best_is_scored_on_weights_that_were_evaluated(tmp_path: Path) -> None:
+    """Saving seldom and at other batches than evaluating: each better evaluation is saved, and no other is scored."""
+    policy = Checkpointing(every="5ba", keep=9, monitor="eval/loss")
+    trainer = Trainer(
+        loss_fn=cross_entropy, run_dir=tmp_path, checkpoint=policy, progress=False, eval_every="3ba",
+        optimizer=partial(torch.optim.SGD, lr=0.5),
+    )  # fmt: skip
+    result = trainer.fit(mlp(), loader(), loader(seed=1), duration="16ba")
+    scores = {path.name: read_manifest(path).info["metric"] for path in sorted(tmp_path.glob("ba*"))}
+    assert {name for name, score in scores.items() if score is None} == {"ba00000005", "ba00000010"}
+    scored = {name: score for name, score in scores.items() if score is not None}
+    assert {"ba00000003", "ba00000016"} <= set(scored) <= {f"ba{step:08d}" for step in (3, 6, 9, 12, 15, 16)}
+    assert result.best is not None
+    assert result.best.name == min(scored, key=scored.__getitem__)
+    fresh = mlp()
+    load_weights(result.best, fresh)
+    assert trainer.evaluate(fresh, loader(seed=1))["eval/loss"] == scores[result.best.name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

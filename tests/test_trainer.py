@@ -886,7 +886,7 @@ def test_metrics_without_evaluation_data_warn() -> None:
     assert [each.filename for each in said] == [__file__]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own code, where it loads its compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # what torch.compile imports
 @pytest.mark.parametrize("call", ["fit", "plan"])
 def test_a_compiled_model_is_refused(call: str) -> None:
     """Its parameters have other names than the module's, and a checkpoint would keep them."""
