@@ -42,7 +42,8 @@ class _Remembering:
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Remember the arguments, for ``reset`` and ``describe``."""
+        """Remember the arguments, for ``reset`` and ``describe``; say which there are where one is unknown."""
+        _check_keywords(cls, kwargs)
         self = super().__new__(cls)
         # attrs classes may be frozen, and a copy brings its own arguments along in __dict__.
         self.__dict__.setdefault("_arguments", (args, kwargs))
@@ -163,6 +164,17 @@ class Algorithm(_Remembering):
         fields = attrs.fields(kind) if attrs.has(kind) else ()
         kept = [each.name for each in fields if each.init and each.alias == argument]
         return getattr(self, kept[0], value) if kept else value
+
+
+def _check_keywords(kind: type[_Remembering], keywords: Mapping[str, Any]) -> None:
+    """Raise a TypeError that lists the arguments of a class where it is given another."""
+    if not keywords:  # a copy is made without any
+        return
+    _, *known = inspect.signature(kind.__init__).parameters.values()
+    names = [each.name for each in known]
+    unknown = next((name for name in keywords if name not in names), None)
+    if unknown is not None and not any(each.kind is each.VAR_KEYWORD for each in known):
+        raise TypeError(f"{kind.__name__}() has no argument {unknown!r}. It takes: {', '.join(names) or 'none'}.")
 
 
 Kind = TypeVar("Kind", bound=type[Algorithm])

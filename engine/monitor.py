@@ -91,7 +91,7 @@ def misspelled(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> It
 
     Example:
         >>> dict(misspelled({"EarlyStop": "val_loss", "Mine": "grad_norm"}, ["accuracy"]))
-        {'EarlyStop': "nothing in this fit logs 'val_loss'. Write: EarlyStop(monitor='eval/loss')"}
+        {'EarlyStop': "nothing in this fit logs 'val_loss', which EarlyStop monitors. Write: 'eval/loss'"}
     """
     known = ["eval/loss", "train/loss", *(f"eval/{name}" for name in metrics)]
     for owner, monitor in monitors.items():
@@ -99,8 +99,8 @@ def misspelled(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> It
             continue
         close = get_close_matches(monitor, known, n=1)
         if close or monitor.startswith(("eval/", "train/")):
-            call = f"{owner.partition('#')[0]}(monitor={nearest(monitor, known, count=1)})"
-            yield owner, f"nothing in this fit logs {monitor!r}. Write: {call}"
+            meant = nearest(monitor, known, count=1)
+            yield owner, f"nothing in this fit logs {monitor!r}, which {owner} monitors. Write: {meant}"
 
 
 def missing_metric(monitor: str, logged: Iterable[str], *, call: str) -> str:

@@ -106,7 +106,7 @@ def differences(
     there, here = ledger["home_of"], ledger_now["home_of"]
     for name in [name for name in here if there.get(name, here[name]) != here[name]][:1]:
         yield f"resumed with another optimizer group of {name!r}: saved {there[name]}, given {here[name]}. {kept}"
-    frozen, frozen_now = _frozen_by_user(ledger), _frozen_by_user(ledger_now)
+    frozen, frozen_now = ledger["given_frozen"], ledger_now["given_frozen"]
     for name in [name for name in ledger_now["parameters"] if (name in frozen) != (name in frozen_now)][:1]:
         saved_so, given_so = ("frozen" if name in each else "training" for each in (frozen, frozen_now))
         yield f"resumed with another requires_grad of {name!r}: saved {saved_so}, given {given_so}. The saved one is kept, {_ANEW}."
@@ -129,11 +129,6 @@ def changes_of(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
 
 def _optimizers(ledger: Mapping[str, Any]) -> str:
     return ", ".join(ledger["optimizers"])
-
-
-def _frozen_by_user(ledger: Mapping[str, Any]) -> frozenset[str]:
-    """Return what was frozen before the fit."""
-    return frozenset(ledger["given_frozen"])
 
 
 def _options(home: Mapping[str, Any]) -> dict[str, Json]:

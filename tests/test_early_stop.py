@@ -167,7 +167,7 @@ def test_the_direction_follows_from_the_name_unless_said(monitor: str, direction
 def test_a_monitor_that_nobody_logs_is_refused_at_the_first_evaluation() -> None:
     """The error lists what was logged and writes the call with the nearest name."""
     trainer = Trainer(algorithms=[EarlyStop("eval/los", patience=2)], loss_fn=cross_entropy, progress=False)
-    said = r"nothing in this fit logs 'eval/los'. Write: EarlyStop\(monitor='eval/loss'\)"
+    said = r"nothing in this fit logs 'eval/los', which EarlyStop monitors. Write: 'eval/loss\'"
     refused = r"'eval/loss'.*Write: EarlyStop\('eval/loss', patience=2\)"
     with pytest.warns(ThawlineWarning, match=said), pytest.raises(ArgumentError, match=refused):
         trainer.fit(mlp(), loader(), loader(), duration="2ep")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from helpers import mlp, same_weights, weights
+from thawline.algorithms import GradClip
 from thawline.engine import (
     Algorithm,
     ArgumentError,
@@ -403,3 +404,9 @@ def test_every_event_is_in_the_loop_of_the_docstring() -> None:
         assert Event[name].opens_ledger
         assert "ledger open" in lines[name]
     assert sum(event.opens_ledger for event in Event) == 5
+
+
+def test_an_unknown_argument_of_an_algorithm_is_answered_with_those_there_are() -> None:
+    """Also of one that another library calls otherwise."""
+    with pytest.raises(TypeError, match=r"GradClip\(\) has no argument 'clip'. It takes: max_norm, value, norm_type"):
+        GradClip(clip=1.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

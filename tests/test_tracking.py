@@ -403,6 +403,7 @@ class CometRun:
 SCRIPT = """
 import os, sys, threading, warnings
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "Comet failed")  # as it does, of the missing file
 from pathlib import Path
 from thawline.engine.log import configure_logging
 from thawline.engine.tracking import CometTracker, Trackers

@@ -851,7 +851,7 @@ def test_a_misspelled_monitor_warns_once_at_the_start(monitor: str, tmp_path: Pa
     with pytest.warns(ThawlineWarning) as caught:
         result = trainer.fit(mlp(), loader(), loader(), duration="3ep")
     (warning,) = caught
-    message = f"nothing in this fit logs {monitor!r}. Write: Checkpointing(monitor='eval/accuracy')"
+    message = f"nothing in this fit logs {monitor!r}, which Checkpointing monitors. Write: 'eval/accuracy'"
     assert str(warning.message) == message
     assert warning.filename == __file__
     assert (result.best, result.last) == (None, tmp_path / "ba00000012")
