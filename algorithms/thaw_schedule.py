@@ -52,7 +52,9 @@ class ThawSchedule(Algorithm):
 
     At FIT_START everything is held that the first phase does not thaw. What ends a phase may be seen at any time; the next
     begins at the next EPOCH_START or BATCH_START, at EPOCH_START alone where the end is in epochs. Times count from
-    the phase's begin. Another owner's hold stays: beside LoRAInject a thawed layer trains its adapters.
+    the phase's begin; behind a time in the same unit from the end that it named, so that what is rounded up to whole
+    batches does not add up. A phase trains for one batch at least. Another owner's hold stays: beside LoRAInject a
+    thawed layer trains its adapters.
 
     A phase's rates: ``lr`` is the base rate of what it thaws, ``lr_scale`` a factor on all that trained before, so that
     factors of later phases multiply; ``schedule`` replaces the fit's for all that trains, over the phase's length.
@@ -100,6 +102,9 @@ class ThawSchedule(Algorithm):
     events: frozenset[Event] = attrs.field(init=False, repr=False)
     _place: int = attrs.field(init=False, default=-1, repr=False)
     _begun: Clock = attrs.field(init=False, factory=Clock, repr=False)
+    _late: float = attrs.field(
+        init=False, default=0.0, repr=False
+    )  # behind the begin that was named, in the phase's unit
     _watch: PhaseWatch = attrs.field(init=False, factory=PhaseWatch, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -239,11 +244,16 @@ class ThawSchedule(Algorithm):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"place": self._place, "begun": attrs.asdict(self._begun), "watch": self._watch.state_dict()}
+        return {
+            "place": self._place,
+            "begun": attrs.asdict(self._begun),
+            "late": self._late,
+            "watch": self._watch.state_dict(),
+        }
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        self._place, self._begun = saved["place"], Clock(**saved["begun"])
+        self._place, self._begun, self._late = saved["place"], Clock(**saved["begun"]), saved["late"]
         self._watch.load_state_dict(saved["watch"])
 
     # -- from phase to phase ---------------------------------------------------------------------------------------
@@ -279,7 +289,17 @@ class ThawSchedule(Algorithm):
         time = until.at_most if isinstance(until, Plateau) else until
         if not isinstance(time, Time) or (time.unit == "ep" and event not in (Event.EPOCH_START, Event.EPOCH_END)):
             return False
-        return time.elapsed(clock) - time.elapsed(self._begun) >= time.value - _TOLERANCE
+        return clock.batch > self._begun.batch and self._overdue(time, clock) >= -_TOLERANCE
+
+    def _overdue(self, time: Time, clock: Clock) -> float:
+        """Return how much later than the named end of the running phase the clock stands."""
+        return time.elapsed(clock) - time.elapsed(self._begun) + self._late - time.value
+
+    def _lateness(self, clock: Clock) -> float:
+        """Return how much later than the running phase named the next begins, where both end by times of one unit."""
+        before, after = self._until, self.phases[(self._place + 1) % len(self.phases)].until
+        follows = isinstance(before, Time) and isinstance(after, Time) and before.unit == after.unit
+        return self._overdue(before, clock) if follows else 0.0
 
     def _leave(self, state: State) -> None:
         """End the running phase: put its best weights back, and drop the optimizer's moments, which belong to others."""
@@ -289,6 +309,7 @@ class ThawSchedule(Algorithm):
 
     def _enter(self, state: State) -> None:
         """Begin the next phase: make the ledger say what the phases of this round have brought about."""
+        self._late = self._lateness(state.clock)
         self._place, self._begun, self._watch = self._place + 1, state.clock, PhaseWatch()
         phase = self.phase
         if phase is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from helpers import cnn, encoder, loader, mlp, same_weights, weights
 from thawline.algorithms import EMA, EarlyStop, LayerFreeze, LoRAInject, Phase, Plateau, ThawSchedule
+from thawline.algorithms.schedule_check import never_begin
 from thawline.algorithms.standing import Standing, standing_after
 from thawline.engine import (
     Algorithm,
@@ -220,7 +223,7 @@ def timed_phases(draw: Any) -> list[Phase]:
 def simulated(phases: Sequence[Phase], repeat: int, batches: int, epochs: int) -> list[Rates]:
     """Return the rates of each batch by counting in fractions, with no ledger, clock or event."""
     rows: list[Rates] = []
-    place, begun, found = -1, 0, dict[str, tuple[float, float]]()
+    place, begun, named, found = -1, 0, Fraction(0), dict[str, tuple[float, float]]()
     for batch in range(epochs * batches):
         passed = {
             "ba": Fraction(1),
@@ -231,11 +234,15 @@ def simulated(phases: Sequence[Phase], repeat: int, batches: int, epochs: int) -
         if place >= 0:
             until = phases[place % len(phases)].until
             last = place == len(phases) * repeat - 1
-            due = (batch - begun) * passed[until.unit] >= Fraction(str(until.value))  # type: ignore[union-attr,index]
-            due = due and not last and (until.unit != "ep" or batch % batches == 0)  # type: ignore[union-attr]
+            due = batch * passed[until.unit] >= named + Fraction(str(until.value))  # type: ignore[union-attr,index]
+            due = due and batch > begun and not last
+            due = due and (until.unit != "ep" or batch % batches == 0)  # type: ignore[union-attr]
         if place < 0 or due:
             place, begun = place + 1, batch
             phase = phases[place % len(phases)]
+            before, unit = phases[(place - 1) % len(phases)].until, phase.until.unit  # type: ignore[union-attr]
+            follows = place > 0 and before.unit == unit  # type: ignore[union-attr]
+            named = named + Fraction(str(before.value)) if follows else batch * passed[unit]  # type: ignore[union-attr]
             found = {} if place % len(phases) == 0 else found
             found = {layer: (lr, factor * (phase.lr_scale or 1)) for layer, (lr, factor) in found.items()}
             found = {layer: each for layer, each in found.items() if layer not in phase.freeze}
@@ -254,6 +261,49 @@ def test_the_trainable_set_is_a_function_of_schedule_and_clock(
         warnings.simplefilter("ignore", ThawlineWarning)
         rows = timeline(schedule(*phases, repeat=repeat), duration=epochs, batches=batches)
     assert [pytest.approx(row, rel=1e-14) for row in rows] == simulated(phases, repeat, batches, epochs)
+
+
+@settings(max_examples=80)
+@given(timed_phases(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
+def test_the_phases_that_never_begin_are_known_at_the_start(
+    phases: list[Phase], repeat: int, batches: int, epochs: int
+) -> None:
+    """As many begin as are not reported, rounding up to whole batches included; samples are not known before."""
+    phases = [attrs.evolve(each, until="1ba") if each.until.unit == "sp" else each for each in phases]  # type: ignore[union-attr]
+    thaw = schedule(*phases, repeat=repeat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ThawlineWarning)
+        loop = Loop([thaw], duration=epochs, batches=batches)
+        late = never_begin(thaw.phases, len(phases) * repeat, loop.state)
+        loop.run()
+    assert thaw.remaining == len(late)
+
+
+@pytest.mark.parametrize(("layers", "batches"), [(14, 100), (3, 7), (7, 11), (9, 9)])
+def test_rounding_up_to_whole_batches_does_not_add_up(layers: int, batches: int) -> None:
+    """Each phase of equal shares begins at the first batch behind its share of the fit, and all of them begin."""
+    thaw = ThawSchedule.generate(stack(layers - 2))
+    share = Fraction(str(thaw.phases[0].until.value))  # type: ignore[union-attr]
+    rows = timeline(thaw, stack(layers - 2), duration="1ep", batches=batches)
+    begins = [next(at for at, row in enumerate(rows) if len(row) == count) for count in range(1, layers + 1)]
+    assert begins == [math.ceil(place * share * batches) for place in range(layers)]
+
+
+def test_the_last_of_equal_shares_is_not_lost() -> None:
+    """Four quarters of six batches: 0, 1.5, 3, 4.5."""
+    quarters = [Phase(thaw=layer, until="0.25dur") for layer in LAYERS[:0:-1]]
+    rows = timeline(silently(*quarters), duration="1ep", batches=6)
+    assert [len(row) for row in rows] == [1, 1, 2, 3, 3, 4]
+
+
+def test_behind_a_plateau_a_time_counts_from_the_real_begin() -> None:
+    """The plateau ends at batch 8 by patience, and not at its latest end."""
+    until = Plateau("eval/score", patience=2, at_most="0.9dur")
+    thaw = schedule(
+        Phase(thaw="head", until=until), Phase(thaw="blocks[-1]", until="0.25dur"), Phase(thaw="blocks[:-1]")
+    )
+    _, result = fit(Script(VALUES), thaw, duration="4ep")
+    assert spans(result) == [(0, 8, 1), (8, 12, 2), (12, 16, 4)]
 
 
 def test_what_stands_after_phases_is_a_pure_function() -> None:
@@ -670,7 +720,7 @@ def test_without_evaluations_a_plateau_is_said_to_wait_in_vain() -> None:
             algorithms=[schedule(Phase(thaw="head", until=Plateau("eval/loss")), Phase(thaw="blocks"))],
             loss_fn=cross_entropy,
             progress=False,
-        ).fit(mlp(), loader(), duration="1ba")
+        ).fit(mlp(), loader(), duration="2ba")
 
 
 @pytest.mark.parametrize(
