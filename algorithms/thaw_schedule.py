@@ -236,8 +236,11 @@ class ThawSchedule(Algorithm):
             self._leave(state)
             self._enter(state)
         elif event is Event.FIT_END:
-            self._watch.weights.put_back(state)  # what the fit's end has cut short; the last checkpoint could go on
-        else:
+            # Where a signal or another algorithm's EPOCH_END has ended the fit; the last checkpoint could go on.
+            if not state.restored:
+                self._watch.weights.put_back(state)
+            self._watch = PhaseWatch()
+        elif not state.restored:
             if self.phase is not None:
                 self._watch.look(event, state, self.phase, self._until)
             self._end(event, state)
@@ -301,11 +304,13 @@ class ThawSchedule(Algorithm):
         follows = isinstance(before, Time) and isinstance(after, Time) and before.unit == after.unit
         return self._overdue(before, clock) if follows else 0.0
 
-    def _leave(self, state: State) -> None:
-        """End the running phase: put its best weights back, and drop the optimizer's moments, which belong to others."""
-        if names := self._watch.weights.put_back(state):
+    def _leave(self, state: State) -> bool:
+        """Put the phase's best weights back, and drop the optimizer's moments, which belong to others; return whether."""
+        names = self._watch.weights.put_back(state)
+        if names:
             state.ledger.drop_moments(names, owner=self.owner)
             log.info("restored the best weights", phase=self.phase and self.phase.name)
+        return bool(names)
 
     def _enter(self, state: State) -> None:
         """Begin the next phase: make the ledger say what the phases of this round have brought about."""
@@ -354,15 +359,15 @@ class ThawSchedule(Algorithm):
     # -- the end of the last ----------------------------------------------------------------------------------------------
 
     def _end(self, event: Event, state: State) -> None:
-        """End the fit with its last phase; at the EPOCH_END that follows, the best weights come back."""
-        if not (self._is_last and self.end_with_last_phase and self._until is not None):
-            return
-        if event is not Event.EVAL_END and self._has_passed(event, state.clock):
-            self._watch.over = True
-        if self._watch.over:
-            state.stop(COMPLETED)
-            if event is Event.EPOCH_END:
-                self._leave(state)
+        """End the fit with its last phase; at the fit's last EPOCH_END the best weights come back."""
+        if self._is_last and self.end_with_last_phase and self._until is not None:
+            if event is not Event.EVAL_END and self._has_passed(event, state.clock):
+                self._watch.over = True
+            if self._watch.over:
+                state.stop(COMPLETED)
+        ends = state.stop_reason is not None or state.duration.reached(state.clock)
+        if ends and event is Event.EPOCH_END:
+            state.restored = self._leave(state)
 
     # -- before the first --------------------------------------------------------------------------------------------
 

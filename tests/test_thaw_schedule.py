@@ -37,6 +37,7 @@ from thawline.engine import (
     ThawlineWarning,
     Trainer,
 )
+from thawline.engine.snapshot import read_checkpoint
 from timelines import Loop, Rates, rates, stack, timeline
 
 LAYERS = ("stem", "blocks[0]", "blocks[1]", "blocks[2]", "head")
@@ -467,13 +468,51 @@ def test_a_timed_phase_restores_by_another_metric() -> None:
         assert equal == [4 if monitor else min(list(script.losses)[:4], key=script.losses.__getitem__)]
 
 
-def test_what_the_fits_end_cuts_short_is_restored_after_the_last_checkpoint(tmp_path: Path) -> None:
-    """The model has the best weights, and the checkpoint those from which a longer fit could go on."""
+@pytest.mark.parametrize(
+    ("until", "duration", "batch"), [(None, "2ep", 8), (None, "7ba", 7), ("2ep", "3ep", 8), ("7ba", "3ep", 7)]
+)
+def test_at_the_fits_end_model_metrics_and_checkpoint_agree(
+    until: str | None, duration: str, batch: int, tmp_path: Path
+) -> None:
+    """Whether the phase or the fit ends: the best weights are in all of them, and what was logged last is theirs."""
     script = Script(VALUES)
-    thaw = schedule(Phase(thaw=("head", "blocks"), restore="best", restore_monitor="eval/score"))
-    model, result = fit(script, thaw, duration="2ep", folder=tmp_path)
-    assert same_weights(weights(model), script.evaluated[4])
-    assert result.clock.batch == 8
+    thaw = schedule(Phase(thaw=("head", "blocks"), until=until, restore="best", restore_monitor="eval/score"))
+    losses: dict[int, list[float]] = {}
+    model, result = fit(Evaluations(losses), script, thaw, duration=duration, folder=tmp_path)
+    assert result.clock.batch == batch
+    inputs, targets = (torch.cat(each) for each in zip(*loader(seed=1), strict=True))
+    with torch.no_grad():
+        loss = cross_entropy(model(inputs), targets).item()
+    assert result.metrics["eval/loss"] == result.history[-1]["eval/loss"] == pytest.approx(loss, rel=1e-5)
+    assert losses[4] == pytest.approx([loss], rel=1e-5)
+    assert losses[8 if batch == 8 else 7][-1] == pytest.approx(loss, rel=1e-5)
+    assert result.last is not None
+    assert same_weights(read_checkpoint(result.last)["model"], weights(model))
+
+
+class Evaluations(Algorithm):
+    """Notes the loss of each evaluation by batch."""
+
+    stage: ClassVar[Stage] = Stage.OBSERVE
+    events = frozenset({Event.EVAL_END})
+
+    def __init__(self, losses: dict[int, list[float]]) -> None:
+        self.losses = losses
+
+    def apply(self, event: Event, state: State) -> None:
+        """Note."""
+        self.losses.setdefault(state.clock.batch, []).append(state.metrics["eval/loss"])
+
+
+def test_a_longer_fit_goes_on_in_the_phase_that_was_cut(tmp_path: Path) -> None:
+    """From the best weights, and with the best value: what is worse afterwards is not kept."""
+    script = Script([0, 0, 0, 9, 9, 3])
+    phase = Phase(thaw=("head", "blocks"), restore="best", restore_monitor="eval/score")
+    first, _ = fit(Script([0, 0, 0, 9, 9, 3]), schedule(phase), duration="2ep", folder=tmp_path)
+    best = weights(first)
+    second, result = fit(script, schedule(phase), duration="4ep", folder=tmp_path, resume=True)
+    assert result.clock.batch == 16
+    assert same_weights(weights(second), best)
 
 
 def test_restoring_puts_buffers_back_as_well() -> None:
