@@ -88,7 +88,7 @@ class ThawSchedule(Algorithm):
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY
 
-    source: Source
+    source: Source = attrs.field(metadata={"call": "[Phase(thaw='head', until='2ep')]"})
     repeat: int = attrs.field(default=1, kw_only=True, validator=whole(at_least=1))
     max_depth: int | None = attrs.field(
         default=None, kw_only=True, validator=whole(at_least=1, or_none=True, example=3)
@@ -115,7 +115,7 @@ class ThawSchedule(Algorithm):
         for phase in self.phases:
             _check_length(phase)
         if not self.phases[0].thaw:
-            example = "ThawSchedule([Phase(thaw='head'), …])"
+            example = "ThawSchedule([Phase(thaw='head')])"
             raise ArgumentError(
                 "ThawSchedule(source=)", got=self.phases[0], takes="a first phase that thaws", example=example
             )

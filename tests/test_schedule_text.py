@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import ast
 import re
 import warnings
 from pathlib import Path
