@@ -78,6 +78,12 @@ def _check_selectors(_instance: object, attribute: attrs.Attribute[Any], value: 
         raise ArgumentError(argument, got=value, takes="each selector once", example=example)
 
 
+def _check_restore_monitor(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (isinstance(value, str) and value):
+        example = "Phase(thaw='head', restore='best', restore_monitor='eval/loss')"
+        raise ArgumentError("Phase(restore_monitor=)", got=value, takes="a string or None", example=example)
+
+
 def _rates(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
@@ -143,7 +149,7 @@ class Phase:
     schedule: str | None = attrs.field(default=None, validator=one_of((None, *SCHEDULES), example="cosine"))
     until: Until = attrs.field(default=None, converter=_until)
     restore: Literal["best"] | None = attrs.field(default=None, validator=one_of((None, "best"), example="best"))
-    restore_monitor: str | None = attrs.field(default=None, validator=text(example="eval/loss", or_none=True))
+    restore_monitor: str | None = attrs.field(default=None, validator=_check_restore_monitor)
 
     def __attrs_post_init__(self) -> None:
         if not (self.thaw or self.freeze or self.lr_scale or self.schedule):

@@ -194,7 +194,7 @@ class _Reading:
     def _warn_surplus(self, pattern: str, names: Sequence[str], item: Item) -> None:
         beyond = {name for name in names if cuts_number(pattern, name)}
         write, meant = "", [name for name in names if name not in beyond]
-        for corrected in (precise(pattern), _guarded(pattern)):
+        for corrected in (precise(pattern), *([_guarded(pattern)] if beyond else [])):
             try:
                 found = self._search(corrected)
             except (re.error, ValueError):  # too long now, or made of what only looked like numbers

@@ -64,7 +64,8 @@ class ThawSchedule(Algorithm):
             argument goes before them.
         repeat: How often the whole sequence runs. Each time it begins as the first did: the rest is frozen again, and
             rates, factors and weight decay are those of the first phase.
-        max_depth: The number of the phase, from 1 on, that is kept to the end of the fit.
+        max_depth: The number of the phase, from 1 on, that is kept to the end of the fit; above the
+            number of phases nothing is kept.
         batchnorm: ``"eval"``: the statistics of frozen normalization layers stand still. ``"train"``: they go on, where
             nobody else holds the layer.
         base_max_lr: The base rate of what a phase after the first thaws without a rate of its own.
@@ -268,7 +269,7 @@ class ThawSchedule(Algorithm):
 
     @property
     def _is_capped(self) -> bool:
-        return self.max_depth is not None and self.max_depth < len(self.phases)
+        return self.max_depth is not None and self.max_depth <= len(self.phases)
 
     @property
     def _is_last(self) -> bool:

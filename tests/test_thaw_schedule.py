@@ -92,6 +92,14 @@ def silently(*phases: Phase, **options: Any) -> ThawSchedule:
             [HEAD, *[{"stem": 1.0}] * 5],
         ),
         (
+            silently(Phase(thaw="head", until=1), Phase(thaw="stem", freeze="head", until=1), max_depth=2),
+            [HEAD, *[{"stem": 1.0}] * 5],
+        ),
+        (
+            silently(Phase(thaw="head", until=1), Phase(thaw="stem", freeze="head", until=1), max_depth=2, repeat=2),
+            [HEAD, *[{"stem": 1.0}] * 5],
+        ),
+        (
             silently(Phase(thaw="head", lr=0.5, until=2), Phase(thaw="blocks[2]", lr_scale=0.1, until=1), repeat=2),
             [{"head": 0.5}] * 2 + [{"blocks[2]": 1.0, "head": 0.05}] + [{"head": 0.5}] * 2
             + [{"blocks[2]": 1.0, "head": 0.05}],
