@@ -11,7 +11,7 @@ from typing import Any, Literal
 import attrs
 from torch import nn
 
-from ..engine import Time, nearest, warn
+from ..engine import ArgumentError, Time, nearest, warn
 from .phases import Phase, Plateau
 from .schedule_tree import Faults, Item, read_tree
 
@@ -72,6 +72,14 @@ def phases_from_fts(
         ('1',) None Plateau(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', at_most=Time('3ep'))
         ('0',) 1e-05 Plateau(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', at_most=None)
     """
+    for argument, got, kind, example in (
+        ("model", model, nn.Module, "model"),
+        ("callback", callback, (Callback, type(None)), "model, callback=Callback(patience=5)"),
+    ):
+        if not isinstance(got, kind):
+            takes = "a torch.nn.Module" if argument == "model" else "a Callback or None"
+            example = f"ThawSchedule.from_fts('old.yaml', {example})"
+            raise ArgumentError(f"from_fts({argument}=)", got=got, takes=takes, example=example)
     faults, notes = Faults(), list[str]()
     name, tree = read_tree(source, faults)
     entries = _numbered(tree, faults)

@@ -137,6 +137,9 @@ class ThawSchedule(Algorithm):
             model: The model, or its LayerMap.
             **options: As for the constructor.
         """
+        if not isinstance(model, (nn.Module, LayerMap)):
+            takes = "a torch.nn.Module or a LayerMap"
+            raise ArgumentError("ThawSchedule.generate(model=)", got=model, takes=takes, example="generate(model)")
         layers = model if isinstance(model, LayerMap) else LayerMap(model)
         return cls(generate_phases(layers), **options)
 
@@ -327,7 +330,8 @@ class ThawSchedule(Algorithm):
         with ledger.at_once():
             if held:
                 ledger.freeze(all_but(state.layers, standing), owner=owner, mode=self._mode)
-            if phase.warmup is not None and not self._place:  # what was never held is not released
+            # What is not held is not released: neither would its warmup begin, nor one of the round before end.
+            if (phase.warmup is not None or self._place) and not self._place % len(self.phases):
                 ledger.freeze(free, owner=owner, moments="keep", mode=self._mode)
             self._settle(ledger, phase, {**dict.fromkeys(held, Standing()), **standing}, free)
             ledger.thaw(free, owner=owner, warmup=phase.warmup)

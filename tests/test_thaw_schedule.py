@@ -169,6 +169,37 @@ def test_rates_of_a_round_are_not_carried_into_the_next() -> None:
     assert [seen[0], seen[1], seen[3], seen[4]] == [head, both, head, both]
 
 
+def test_a_warmup_of_one_round_does_not_reach_into_the_next() -> None:
+    """Round two begins as round one did: the head at its whole rate, or with the warmup of the first phase."""
+    last = Phase(thaw="head", freeze="stem", warmup="4ep", until=1)
+    rows = timeline(silently(Phase(thaw=("head", "stem"), until=1), Phase(freeze="head", until=1), last, repeat=2))
+    assert rows[:3] == rows[3:]
+    rows = timeline(silently(Phase(thaw="head", warmup="4ep", until=2), Phase(thaw="stem", until=1), repeat=2))
+    assert rows[:3] == rows[3:]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: ThawSchedule.generate("x"),  # type: ignore[arg-type]
+        lambda: ThawSchedule.from_fts("0: {params: ['.*']}", "x"),  # type: ignore[arg-type]
+        lambda: ThawSchedule.from_fts("0: {params: ['.*']}", mlp(), callback={"patience": 3}),  # type: ignore[arg-type]
+        lambda: timeline(schedule(Phase(thaw=LAYERS, until=lambda _: torch.ones(2) > 0))),  # type: ignore[arg-type,return-value]
+    ],
+)
+def test_what_is_no_model_callback_or_answer_is_a_typed_error(wrong: Any) -> None:
+    """It says what to write."""
+    with pytest.raises(ArgumentError, match="Write: "):
+        wrong()
+
+
+def test_a_folder_is_no_schedule(tmp_path: Path) -> None:
+    """Said once."""
+    with pytest.raises(ScheduleError) as caught:
+        ThawSchedule(tmp_path)
+    assert str(caught.value).count("has 1 error") == 1
+
+
 def test_weight_decay_is_that_of_what_the_phase_thaws() -> None:
     """The group of the layer has it, the others the optimizer's."""
     loop = Loop([silently(Phase(thaw="head", until=1), Phase(thaw="stem", weight_decay=0.2))])
