@@ -72,13 +72,13 @@ def phases_from_fts(
         ('1',) None Plateau(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', at_most=Time('3ep'))
         ('0',) 1e-05 Plateau(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', at_most=None)
     """
-    for argument, got, kind, example in (
+    for argument, got, kind, last in (
         ("model", model, nn.Module, "model"),
         ("callback", callback, (Callback, type(None)), "model, callback=Callback(patience=5)"),
     ):
         if not isinstance(got, kind):
             takes = "a torch.nn.Module" if argument == "model" else "a Callback or None"
-            example = f"ThawSchedule.from_fts('old.yaml', {example})"
+            example = f"ThawSchedule.from_fts('old.yaml', {last})"
             raise ArgumentError(f"from_fts({argument}=)", got=got, takes=takes, example=example)
     faults, notes = Faults(), list[str]()
     name, tree = read_tree(source, faults)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from thawline import algorithms, engine
 from thawline.algorithms import Phase, Plateau, ThawSchedule
 from thawline.engine import ArgumentError, Trainer, join, repeat, warmup
 
-NAMES = {**{name: getattr(engine, name) for name in engine.__all__}, **vars(algorithms)}
+NAMES = {"torch": torch, **{name: getattr(engine, name) for name in engine.__all__}, **vars(algorithms)}
 HEAD: list[Any] = [Phase(thaw="head", until=1)]
 
 
@@ -24,7 +25,7 @@ def end(_state: object) -> bool:
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: Phase(),
+        Phase,
         *(lambda name=name: Phase(**{"thaw": "head", name: -1}) for name in Phase.__annotations__),
         *(lambda name=name: Plateau(**{"monitor": "a", name: -1}) for name in Plateau.__annotations__),
         lambda: Phase(thaw="head", lr={}),
@@ -64,4 +65,4 @@ def test_what_an_error_says_to_write_can_be_written(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArgumentError) as caught:
         wrong()
-    eval(caught.value.example, dict(NAMES))  # noqa: S307 - our own text
+    eval(caught.value.example, dict(NAMES))

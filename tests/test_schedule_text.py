@@ -1,8 +1,8 @@
 """Schedules as text: every error with its line and the corrected line, and what is written reads back the same."""
 
+import ast
 import pickle
 import random
-import ast
 import re
 import warnings
 from pathlib import Path
