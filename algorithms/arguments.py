@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import attrs
 
@@ -183,7 +183,7 @@ def _named(instance: object, attribute: attrs.Attribute[Any], example: object) -
     owner, name = type(instance).__name__, attribute.alias
     if example is None and attribute.default is not attrs.NOTHING:
         example = attribute.default
-    fields = attrs.fields(type(instance))
+    fields = attrs.fields(cast("type[attrs.AttrsInstance]", type(instance)))
     needed = [each.metadata["call"] for each in fields if "call" in each.metadata and each.name != attribute.name]
     return f"{owner}({name}=)", f"{owner}({', '.join([*needed, f'{name}={example!r}'])})"
 

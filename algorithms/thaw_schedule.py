@@ -305,8 +305,9 @@ class ThawSchedule(Algorithm):
     def _lateness(self, clock: Clock) -> float:
         """Return how much later than the running phase named the next begins, where both end by times of one unit."""
         before, after = self._until, self.phases[(self._place + 1) % len(self.phases)].until
-        follows = isinstance(before, Time) and isinstance(after, Time) and before.unit == after.unit
-        return self._overdue(before, clock) if follows else 0.0
+        if isinstance(before, Time) and isinstance(after, Time) and before.unit == after.unit:
+            return self._overdue(before, clock)
+        return 0.0
 
     def _leave(self, state: State) -> bool:
         """Put the phase's best weights back, and drop the optimizer's moments, which belong to others; return whether."""
