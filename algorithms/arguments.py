@@ -5,7 +5,8 @@ As attrs validators they know by themselves whose argument they check::
     rank: int = attrs.field(default=8, validator=whole(at_least=1))
 
 says ``LoRAInject(rank=) takes a whole number, 1 or above, got 0. Write: LoRAInject(rank=8)``: the example is the
-field's default, or what ``example=`` says. The ``check_…`` functions are the same for arguments of plain functions
+field's default, or what ``example=`` says. Where a call needs another argument as well, the field of that one has it
+written out as ``metadata={"call": "thaw='head'"}``. The ``check_…`` functions are the same for arguments of plain functions
 and for converters; they are told the argument's name.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import attrs
 
@@ -182,7 +183,9 @@ def _named(instance: object, attribute: attrs.Attribute[Any], example: object) -
     owner, name = type(instance).__name__, attribute.alias
     if example is None and attribute.default is not attrs.NOTHING:
         example = attribute.default
-    return f"{owner}({name}=)", f"{owner}({name}={example!r})"
+    fields = attrs.fields(cast("type[attrs.AttrsInstance]", type(instance)))
+    needed = [each.metadata["call"] for each in fields if "call" in each.metadata and each.name != attribute.name]
+    return f"{owner}({name}=)", f"{owner}({', '.join([*needed, f'{name}={example!r}'])})"
 
 
 def _within(

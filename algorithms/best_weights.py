@@ -38,7 +38,7 @@ class BestWeights:
 
     @torch.no_grad()
     def put_back(self, state: State) -> list[str]:
-        """Copy them into the model, and forget them; return the names of the parameters among them.
+        """Copy them into the model; return the names of the parameters among them.
 
         Parameters keep identity and storage. What was detached or got another shape since is left out.
         """
@@ -46,12 +46,7 @@ class BestWeights:
         found = [name for name, each in self.tensors.items() if name in live and live[name].shape == each.shape]
         for name in found:
             live[name].copy_(self.tensors[name])
-        self.clear()
         return [name for name in found if name in state.ledger.parameters]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.value, self.tensors = None, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return value and copies."""

@@ -50,7 +50,7 @@ class FreezeAt(Algorithm):
     stage: ClassVar[Stage] = Stage.TRAINABILITY
     events = frozenset({Event.FIT_START, Event.BATCH_START})
 
-    times: Mapping[str, Time] = attrs.field(converter=_times)
+    times: Mapping[str, Time] = attrs.field(converter=_times, metadata={"call": "{'stem': '0.5dur'}"})
     frozen: frozenset[str] = attrs.field(default=frozenset(), init=False, repr=False)
     """The selectors whose time has come."""
 

@@ -52,7 +52,13 @@ class PhaseWatch:
             if value is not None:
                 self._judge(value, until)
         if callable(until) and event is not Event.EVAL_END:
-            self.over = bool(until(state))
+            said = until(state)
+            try:
+                self.over = bool(said)
+            except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor of several
+                takes = "a function that returns True or False"
+                example = "Phase(thaw='head', until=lambda state: state.metrics.get('eval/loss', 1.0) < 0.1)"
+                raise ArgumentError("Phase(until=)", got=said, takes=takes, example=example) from error
 
     def _judge(self, value: float, plateau: Plateau) -> None:
         if improved(value, self.best, mode=direction_of(plateau.monitor, plateau.mode), min_delta=plateau.min_delta):

@@ -19,8 +19,12 @@ SCHEDULES = ("constant", "linear", "cosine")
 """The engine's schedules that need no argument, by the names under which a phase asks for one."""
 
 
+_NEEDS = {"Phase": "thaw='head'", "Plateau": "'eval/loss'"}
+
+
 def _span(value: Any, argument: str, example: str = "2ep") -> Time | None:
-    call = f"{argument.removesuffix(')')}{example!r})"
+    owner, name = argument.removesuffix(")").split("(")
+    call = f"{owner}({_NEEDS[owner]}, {name}{example!r})"
     return None if value is None else check_time(argument, value, example=call, or_none=True)
 
 
@@ -51,7 +55,7 @@ class Plateau:
         Time('5ep')
     """
 
-    monitor: str = attrs.field(validator=text(example="eval/loss"))
+    monitor: str = attrs.field(validator=text(example="eval/loss"), metadata={"call": _NEEDS["Plateau"]})
     patience: int = attrs.field(default=3, validator=whole(at_least=1))
     min_delta: float = attrs.field(default=0.0, validator=in_range(at_least=0))
     mode: Literal["auto", "min", "max"] = attrs.field(default="auto", validator=one_of(("auto", "min", "max")))
@@ -74,6 +78,12 @@ def _check_selectors(_instance: object, attribute: attrs.Attribute[Any], value: 
         raise ArgumentError(argument, got=value, takes="each selector once", example=example)
 
 
+def _check_restore_monitor(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not (isinstance(value, str) and value):
+        example = "Phase(thaw='head', restore='best', restore_monitor='eval/loss')"
+        raise ArgumentError("Phase(restore_monitor=)", got=value, takes="a string or None", example=example)
+
+
 def _rates(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
@@ -82,9 +92,9 @@ def _check_rates(_instance: object, _attribute: attrs.Attribute[Any], value: obj
     if value is None:
         return
     if not isinstance(value, Mapping):
-        check_in_range("Phase(lr=)", value, above=0, example="Phase(lr=0.001)", or_none=True)
+        check_in_range("Phase(lr=)", value, above=0, example="Phase(thaw='head', lr=0.001)", or_none=True)
         return
-    example = "Phase(lr={'head': 0.001})"
+    example = "Phase(thaw='head', lr={'head': 0.001})"
     if not value or not all(isinstance(each, str) and each for each in value):
         takes = "a number above 0, or a mapping of selectors to such numbers"
         raise ArgumentError("Phase(lr=)", got=value, takes=takes, example=example)
@@ -98,7 +108,7 @@ def _until(value: Any) -> Any:
     if isinstance(value, (str, int, Time)) and not isinstance(value, bool):
         return _span(value, "Phase(until=)")
     takes = "a time ('2ep', '100ba', '0.3dur', an int for epochs), a Plateau, a function of the state, or None"
-    raise ArgumentError("Phase(until=)", got=value, takes=takes, example="Phase(until='2ep')")
+    raise ArgumentError("Phase(until=)", got=value, takes=takes, example="Phase(thaw='head', until='2ep')")
 
 
 @attrs.frozen
@@ -128,7 +138,9 @@ class Phase:
     """
 
     name: str | None = attrs.field(default=None, validator=text(example="head", or_none=True))
-    thaw: tuple[str, ...] = attrs.field(default=(), converter=_selectors, validator=_check_selectors)
+    thaw: tuple[str, ...] = attrs.field(
+        default=(), converter=_selectors, validator=_check_selectors, metadata={"call": _NEEDS["Phase"]}
+    )
     freeze: tuple[str, ...] = attrs.field(default=(), converter=_selectors, validator=_check_selectors)
     lr: float | Mapping[str, float] | None = attrs.field(default=None, converter=_rates, validator=_check_rates)
     lr_scale: float | None = attrs.field(default=None, validator=positive(example=0.5, or_none=True))
@@ -137,7 +149,7 @@ class Phase:
     schedule: str | None = attrs.field(default=None, validator=one_of((None, *SCHEDULES), example="cosine"))
     until: Until = attrs.field(default=None, converter=_until)
     restore: Literal["best"] | None = attrs.field(default=None, validator=one_of((None, "best"), example="best"))
-    restore_monitor: str | None = attrs.field(default=None, validator=text(example="eval/loss", or_none=True))
+    restore_monitor: str | None = attrs.field(default=None, validator=_check_restore_monitor)
 
     def __attrs_post_init__(self) -> None:
         if not (self.thaw or self.freeze or self.lr_scale or self.schedule):
@@ -153,7 +165,7 @@ class Phase:
             example = f"Phase(thaw={both[0]!r})"
             raise ArgumentError("Phase(freeze=)", got=both[0], takes="what thaw= does not name", example=example)
         if self.restore_monitor is not None and self.restore is None:
-            example = f"Phase(restore='best', restore_monitor={self.restore_monitor!r})"
+            example = f"Phase(thaw='head', restore='best', restore_monitor={self.restore_monitor!r})"
             takes = "restore='best' beside it"
             raise ArgumentError("Phase(restore_monitor=)", got=self.restore_monitor, takes=takes, example=example)
 
@@ -181,10 +193,10 @@ def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> tuple[Phase, .
     seen: set[str | None] = set()
     for place, phase in enumerate(named, 1):
         if phase.name in seen:
-            example = f"Phase(name='{phase.name} again')"
+            example = f"Phase(name={f'{phase.name} again'!r}, thaw='head')"
             raise ArgumentError("Phase(name=)", got=phase.name, takes="a name that no other phase has", example=example)
         seen.add(phase.name)
         if phase.until is None and (place < len(named) or repeat > 1):
             takes = f"an end in {phase.name!r}: only the phase that is the last of all may go on to the end of the fit"
-            raise ArgumentError("Phase(until=)", got=None, takes=takes, example="Phase(until='2ep')")
+            raise ArgumentError("Phase(until=)", got=None, takes=takes, example="Phase(thaw='head', until='2ep')")
     return named

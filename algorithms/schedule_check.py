@@ -84,13 +84,20 @@ def never_begin(phases: Sequence[Phase], count: int, state: State) -> list[str]:
         state: The state at the start of the fit.
     """
     late: list[str] = []
-    begin = 0.0
+    batch, epoch = (share_of_fit(Time(one), state) for one in ("1ba", "1ep"))
+    begin, named, unit = 0.0, 0.0, None
     for place in range(count):
         phase = phases[place % len(phases)]
         if begin >= 1 - 1e-9:  # shares are floats: ten times 0.1 is a little less than 1
             late.append(f"{phase.name}" + f" of round {place // len(phases) + 1}" * (place >= len(phases)))
-        if isinstance(phase.until, Time):
-            begin += share_of_fit(phase.until, state) or 0.0
+        end, until = begin + (batch or 0.0), phase.until
+        if isinstance(until, Time):
+            # Behind a time in the same unit from the end that it named, not from where that was rounded up to.
+            named = (named if until.unit == unit else begin) + (share_of_fit(until, state) or 0.0)
+            end = max(end, named)
+        unit = until.unit if isinstance(until, Time) else None
+        whole = epoch if unit == "ep" else batch
+        begin = math.ceil(end / whole - 1e-6) * whole if whole else end
     return late
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import attrs
 from torch import nn
 
-from ..engine import Time, nearest, warn
+from ..engine import ArgumentError, Time, nearest, warn
 from .phases import Phase, Plateau
 from .schedule_tree import Faults, Item, read_tree
 
@@ -72,6 +72,14 @@ def phases_from_fts(
         ('1',) None Plateau(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', at_most=Time('3ep'))
         ('0',) 1e-05 Plateau(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', at_most=None)
     """
+    for argument, got, kind, last in (
+        ("model", model, nn.Module, "model"),
+        ("callback", callback, (Callback, type(None)), "model, callback=Callback(patience=5)"),
+    ):
+        if not isinstance(got, kind):
+            takes = "a torch.nn.Module" if argument == "model" else "a Callback or None"
+            example = f"ThawSchedule.from_fts('old.yaml', {last})"
+            raise ArgumentError(f"from_fts({argument}=)", got=got, takes=takes, example=example)
     faults, notes = Faults(), list[str]()
     name, tree = read_tree(source, faults)
     entries = _numbered(tree, faults)
@@ -192,15 +200,21 @@ class _Reading:
         return [name for name in self._names if expression.match(name)]
 
     def _warn_surplus(self, pattern: str, names: Sequence[str], item: Item) -> None:
-        corrected = precise(pattern)
-        if corrected == pattern:
-            return
-        meant = self._search(corrected)
+        beyond = {name for name in names if cuts_number(pattern, name)}
+        write, meant = "", [name for name in names if name not in beyond]
+        for corrected in (precise(pattern), *([_guarded(pattern)] if beyond else [])):
+            try:
+                found = self._search(corrected)
+            except (re.error, ValueError):  # too long now, or made of what only looked like numbers
+                continue
+            if found and beyond.isdisjoint(found) and set(found) < set(names):
+                write, meant = repr(corrected), found
+                break
         surplus = [name for name in names if name not in meant]
         if meant and surplus:
             self._notes.append(
                 f"{item.where}: the expression {pattern!r} also takes {surplus[0]!r} and "
-                f"{len(surplus) - 1} more. Write: {corrected!r}"
+                f"{len(surplus) - 1} more. Write: {write or list(compact(meant, self._names))}"
             )
 
     def _lr(self, number: int, item: Item | None) -> float | None:
@@ -304,6 +318,28 @@ def precise(pattern: str) -> str:
     dotted = re.sub(r"(?<=[\w\])}*])(?<!\\)\.(?![*+?{])", r"\\.", pattern)
     dotted = re.sub(r"(?<=\d)\.(?=[*+])", r"\\..", dotted)
     return dotted + r"\." if re.search(r"\d$", dotted) else dotted
+
+
+def cuts_number(pattern: str, name: str) -> bool:
+    r"""Return whether a regular expression takes a number in a name for its first digits.
+
+    Example:
+        >>> cuts_number("layer.(1|2).*", "layer.10.w"), cuts_number(r"layer\.(1|10)\.", "layer.10.w")
+        (True, False)
+    """
+    expression = re.compile(pattern)
+    for number in re.finditer(r"\d{2,}", name):
+        before, digits, after = name[: number.start()], number[0], name[number.end() :]
+        forms = [digits[:count] + "x" * (len(digits) - count) for count in range(len(digits))]
+        without, *cut = (bool(expression.match(before + form + after)) for form in forms)
+        if any(cut) and not without:
+            return True
+    return False
+
+
+def _guarded(pattern: str) -> str:
+    """Return a regular expression in which no digit follows where a number may end."""
+    return re.sub(r"(\[[^\]]*\]|\\d|(?<!\\)\d+|\))(?![*+?{\d]|\\d)", r"\1(?!\\d)", pattern)
 
 
 def compact(names: Sequence[str], everything: Sequence[str]) -> tuple[str, ...]:

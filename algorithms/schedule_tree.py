@@ -121,6 +121,8 @@ def _file_text(path: Path) -> str:
             raise ScheduleError(str(path), [("the file", "it is none", "the path of a YAML file, or its text")])
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
+    except ScheduleError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL or a lone surrogate in it
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         problem, write = f"it cannot be read: {why}", "the path of a YAML file, or its text"

@@ -52,7 +52,9 @@ class ThawSchedule(Algorithm):
 
     At FIT_START everything is held that the first phase does not thaw. What ends a phase may be seen at any time; the next
     begins at the next EPOCH_START or BATCH_START, at EPOCH_START alone where the end is in epochs. Times count from
-    the phase's begin. Another owner's hold stays: beside LoRAInject a thawed layer trains its adapters.
+    the phase's begin; behind a time in the same unit from the end that it named, so that what is rounded up to whole
+    batches does not add up. A phase trains for one batch at least. Another owner's hold stays: beside LoRAInject a
+    thawed layer trains its adapters.
 
     A phase's rates: ``lr`` is the base rate of what it thaws, ``lr_scale`` a factor on all that trained before, so that
     factors of later phases multiply; ``schedule`` replaces the fit's for all that trains, over the phase's length.
@@ -62,7 +64,8 @@ class ThawSchedule(Algorithm):
             argument goes before them.
         repeat: How often the whole sequence runs. Each time it begins as the first did: the rest is frozen again, and
             rates, factors and weight decay are those of the first phase.
-        max_depth: The number of the phase, from 1 on, that is kept to the end of the fit.
+        max_depth: The number of the phase, from 1 on, that is kept to the end of the fit; above the
+            number of phases nothing is kept.
         batchnorm: ``"eval"``: the statistics of frozen normalization layers stand still. ``"train"``: they go on, where
             nobody else holds the layer.
         base_max_lr: The base rate of what a phase after the first thaws without a rate of its own.
@@ -86,7 +89,7 @@ class ThawSchedule(Algorithm):
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY
 
-    source: Source
+    source: Source = attrs.field(metadata={"call": "[Phase(thaw='head', until='2ep')]"})
     repeat: int = attrs.field(default=1, kw_only=True, validator=whole(at_least=1))
     max_depth: int | None = attrs.field(
         default=None, kw_only=True, validator=whole(at_least=1, or_none=True, example=3)
@@ -100,6 +103,9 @@ class ThawSchedule(Algorithm):
     events: frozenset[Event] = attrs.field(init=False, repr=False)
     _place: int = attrs.field(init=False, default=-1, repr=False)
     _begun: Clock = attrs.field(init=False, factory=Clock, repr=False)
+    _late: float = attrs.field(
+        init=False, default=0.0, repr=False
+    )  # behind the begin that was named, in the phase's unit
     _watch: PhaseWatch = attrs.field(init=False, factory=PhaseWatch, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -110,7 +116,7 @@ class ThawSchedule(Algorithm):
         for phase in self.phases:
             _check_length(phase)
         if not self.phases[0].thaw:
-            example = "ThawSchedule([Phase(thaw='head'), …])"
+            example = "ThawSchedule([Phase(thaw='head')])"
             raise ArgumentError(
                 "ThawSchedule(source=)", got=self.phases[0], takes="a first phase that thaws", example=example
             )
@@ -131,6 +137,9 @@ class ThawSchedule(Algorithm):
             model: The model, or its LayerMap.
             **options: As for the constructor.
         """
+        if not isinstance(model, (nn.Module, LayerMap)):
+            takes = "a torch.nn.Module or a LayerMap"
+            raise ArgumentError("ThawSchedule.generate(model=)", got=model, takes=takes, example="generate(model)")
         layers = model if isinstance(model, LayerMap) else LayerMap(model)
         return cls(generate_phases(layers), **options)
 
@@ -231,19 +240,27 @@ class ThawSchedule(Algorithm):
             self._leave(state)
             self._enter(state)
         elif event is Event.FIT_END:
-            self._watch.weights.put_back(state)  # what the fit's end has cut short; the last checkpoint could go on
-        else:
+            # Where a signal or another algorithm's EPOCH_END has ended the fit; the last checkpoint could go on.
+            if not state.restored:
+                self._watch.weights.put_back(state)
+            self._watch = PhaseWatch()
+        elif not state.restored:
             if self.phase is not None:
                 self._watch.look(event, state, self.phase, self._until)
             self._end(event, state)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"place": self._place, "begun": attrs.asdict(self._begun), "watch": self._watch.state_dict()}
+        return {
+            "place": self._place,
+            "begun": attrs.asdict(self._begun),
+            "late": self._late,
+            "watch": self._watch.state_dict(),
+        }
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        self._place, self._begun = saved["place"], Clock(**saved["begun"])
+        self._place, self._begun, self._late = saved["place"], Clock(**saved["begun"]), saved["late"]
         self._watch.load_state_dict(saved["watch"])
 
     # -- from phase to phase ---------------------------------------------------------------------------------------
@@ -255,7 +272,7 @@ class ThawSchedule(Algorithm):
 
     @property
     def _is_capped(self) -> bool:
-        return self.max_depth is not None and self.max_depth < len(self.phases)
+        return self.max_depth is not None and self.max_depth <= len(self.phases)
 
     @property
     def _is_last(self) -> bool:
@@ -279,16 +296,30 @@ class ThawSchedule(Algorithm):
         time = until.at_most if isinstance(until, Plateau) else until
         if not isinstance(time, Time) or (time.unit == "ep" and event not in (Event.EPOCH_START, Event.EPOCH_END)):
             return False
-        return time.elapsed(clock) - time.elapsed(self._begun) >= time.value - _TOLERANCE
+        return clock.batch > self._begun.batch and self._overdue(time, clock) >= -_TOLERANCE
 
-    def _leave(self, state: State) -> None:
-        """End the running phase: put its best weights back, and drop the optimizer's moments, which belong to others."""
-        if names := self._watch.weights.put_back(state):
+    def _overdue(self, time: Time, clock: Clock) -> float:
+        """Return how much later than the named end of the running phase the clock stands."""
+        return time.elapsed(clock) - time.elapsed(self._begun) + self._late - time.value
+
+    def _lateness(self, clock: Clock) -> float:
+        """Return how much later than the running phase named the next begins, where both end by times of one unit."""
+        before, after = self._until, self.phases[(self._place + 1) % len(self.phases)].until
+        if isinstance(before, Time) and isinstance(after, Time) and before.unit == after.unit:
+            return self._overdue(before, clock)
+        return 0.0
+
+    def _leave(self, state: State) -> bool:
+        """Put the phase's best weights back, and drop the optimizer's moments, which belong to others; return whether."""
+        names = self._watch.weights.put_back(state)
+        if names:
             state.ledger.drop_moments(names, owner=self.owner)
             log.info("restored the best weights", phase=self.phase and self.phase.name)
+        return bool(names)
 
     def _enter(self, state: State) -> None:
         """Begin the next phase: make the ledger say what the phases of this round have brought about."""
+        self._late = self._lateness(state.clock)
         self._place, self._begun, self._watch = self._place + 1, state.clock, PhaseWatch()
         phase = self.phase
         if phase is None:
@@ -300,7 +331,8 @@ class ThawSchedule(Algorithm):
         with ledger.at_once():
             if held:
                 ledger.freeze(all_but(state.layers, standing), owner=owner, mode=self._mode)
-            if phase.warmup is not None and not self._place:  # what was never held is not released
+            # What is not held is not released: neither would its warmup begin, nor one of the round before end.
+            if (phase.warmup is not None or self._place) and not self._place % len(self.phases):
                 ledger.freeze(free, owner=owner, moments="keep", mode=self._mode)
             self._settle(ledger, phase, {**dict.fromkeys(held, Standing()), **standing}, free)
             ledger.thaw(free, owner=owner, warmup=phase.warmup)
@@ -333,15 +365,15 @@ class ThawSchedule(Algorithm):
     # -- the end of the last ----------------------------------------------------------------------------------------------
 
     def _end(self, event: Event, state: State) -> None:
-        """End the fit with its last phase; at the EPOCH_END that follows, the best weights come back."""
-        if not (self._is_last and self.end_with_last_phase and self._until is not None):
-            return
-        if event is not Event.EVAL_END and self._has_passed(event, state.clock):
-            self._watch.over = True
-        if self._watch.over:
-            state.stop(COMPLETED)
-            if event is Event.EPOCH_END:
-                self._leave(state)
+        """End the fit with its last phase; at the fit's last EPOCH_END the best weights come back."""
+        if self._is_last and self.end_with_last_phase and self._until is not None:
+            if event is not Event.EVAL_END and self._has_passed(event, state.clock):
+                self._watch.over = True
+            if self._watch.over:
+                state.stop(COMPLETED)
+        ends = state.stop_reason is not None or state.duration.reached(state.clock)
+        if ends and event is Event.EPOCH_END:
+            state.restored = self._leave(state)
 
     # -- before the first --------------------------------------------------------------------------------------------
 

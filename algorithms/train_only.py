@@ -124,7 +124,7 @@ class TrainOnly(Algorithm):
     events = frozenset({Event.FIT_START})
     stage: ClassVar[Stage] = Stage.TRAINABILITY
 
-    select: tuple[str, ...] = attrs.field(converter=_selectors)
+    select: tuple[str, ...] = attrs.field(metadata={"call": "'head'"}, converter=_selectors)
     lr: Mapping[str, float] = attrs.field(default=None, converter=_rates)
 
     @override

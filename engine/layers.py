@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from .errors import LayerError, SelectorError, nearest, shorten, warn
+from .errors import ArgumentError, LayerError, SelectorError, nearest, shorten, warn
 from .forward_order import forward_order
 from .log import get_logger
 from .splits import ancestors, find_split
@@ -22,7 +22,8 @@ from .splits import ancestors, find_split
 log = get_logger(__name__)
 
 LayerSpec: TypeAlias = Mapping[str, "str | Sequence[str] | Sequence[Sequence[str]]"]
-_LAYER = re.compile(r"([A-Za-z_]\w*)(?:\[\s*(-?\d*)\s*(:\s*(-?\d*)\s*)?\])?")
+# An index, or a slice of which either end may be missing; so many digits no model has layers.
+_LAYER = re.compile(r"([A-Za-z_]\w*)(?:\[\s*(?:(-?\d{1,18})|(-?\d{1,18})?\s*(:)\s*(-?\d{1,18})?)\s*\])?", re.ASCII)
 _EXAMPLE = "layers={'stem': 'embeddings', 'blocks': 'encoder.layer.*', 'head': 'classifier'}"
 
 
@@ -62,6 +63,7 @@ class LayerMap:
             parameters, and not that in which they are registered. The pass leaves no trace.
 
     Raises:
+        ArgumentError: ``model`` is no module, or ``forward`` no function.
         LayerError: The model has no parameters, or ones that have no shape yet; ``layers`` leaves one out or names none.
 
     Warns:
@@ -77,6 +79,11 @@ class LayerMap:
     def __init__(
         self, model: nn.Module, layers: LayerSpec | None = None, *, forward: Callable[[], object] | None = None
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError("LayerMap(model=)", got=model, takes="a torch.nn.Module", example="LayerMap(model)")
+        if forward is not None and not callable(forward):
+            example = "LayerMap(model, forward=lambda: model(inputs))"
+            raise ArgumentError("LayerMap(forward=)", got=forward, takes="a function, or None", example=example)
         if layers is not None and forward is not None:
             raise LayerError("LayerMap takes layers= or forward=, not both: given layers stand in the order given.")
         named = dict(model.named_parameters(remove_duplicate=False))
@@ -144,7 +151,7 @@ class LayerMap:
     def names_layer(self, text: str) -> bool:
         """Return whether ``text`` is the name or slice of a layer, such as ``"head"`` or ``"blocks[2:6]"``."""
         found = _LAYER.fullmatch(text)
-        return found is not None and (found[1] == "blocks" or (found[1] in self._order and found[2] is None))
+        return found is not None and (found[1] == "blocks" or found[0] in self._order)
 
     def parameters(self, text: str) -> tuple[str, ...]:
         """Return the parameter names of a layer or slice of blocks, in depth order."""
@@ -240,12 +247,12 @@ class LayerMap:
             raise SelectorError(f"{text!r} names no block: none was found in {self._model}. Pass them: {_EXAMPLE}")
         if found[1] != "blocks":
             return [found[1]]
-        if found[2] is None:
+        if found[2] is None and found[4] is None:
             return blocks
-        start, stop = found[2], found[4]
-        if found[3] is not None:
+        start, stop = found[3], found[5]
+        if found[4] is not None:
             return blocks[int(start) if start else None : int(stop) if stop else None]
-        index = int(start) if start else 0
+        index = int(found[2])
         if not -len(blocks) <= index < len(blocks):
             raise SelectorError(f"{text!r} names no block: there are {len(blocks)}, 'blocks[0]' to 'blocks[-1]'.")
         return [blocks[index]]
@@ -363,6 +370,8 @@ def _entries(model: nn.Module, layers: LayerSpec) -> Iterator[tuple[str, tuple[s
             ]
             if isinstance(value, str)
             else value
+            if isinstance(value, Sequence)
+            else _globs(name, value)
         )
         if not entries:
             known = nearest(str(value), [each for each, _ in model.named_modules() if each])

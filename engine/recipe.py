@@ -68,7 +68,7 @@ def _checkpointing(value: object) -> Checkpointing | None:
         "Trainer(checkpoint=)",
         got=value,
         takes="a Checkpointing or None",
-        example="Trainer(checkpoint=Checkpointing(every='1ep'))",
+        example="Trainer(run_dir='runs/first', checkpoint=Checkpointing(every='1ep'))",
     )
 
 

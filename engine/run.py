@@ -277,6 +277,8 @@ class Run:
         if trained:
             state.metrics["train/loss"] = self._losses.of_epoch()
         self.engine.emit(Event.EPOCH_END)
+        if state.restored:
+            self._evaluate()
         if trained:
             self._write_history()
         self._log({})
@@ -325,10 +327,8 @@ class Run:
         self._microbatches.halve(state, error)
 
     def _finished(self) -> bool:
-        state = self.state
-        return (
-            state.stop_reason is not None or self._signals.received is not None or state.duration.reached(state.clock)
-        )
+        state, signal = self.state, self._signals.received
+        return state.stop_reason is not None or signal is not None or state.duration.reached(state.clock)
 
     def _look_up(self) -> None:
         """Make the loop look up after this batch and before the next one: all that a signal's handler does."""

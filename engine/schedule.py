@@ -102,6 +102,13 @@ def _describe(value: Argument) -> Json:
     return [_describe(each) for each in value] if isinstance(value, tuple) else value
 
 
+_EXAMPLES = {
+    "warmup(then=)": "warmup('0.1dur', then=cosine(end=0.1))",
+    "join(schedules=)": "join([linear(), cosine(end=0.1)], ['0.1dur'])",
+    "repeat(schedule=)": "repeat(cosine(end=0.1), '10ep')",
+}
+
+
 def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Schedule:
     """Return ``given`` as a schedule: a :class:`Schedule` as it is, a plain function under its qualified name.
 
@@ -121,7 +128,7 @@ def as_schedule(given: object, *, argument: str = "Trainer(schedule=)") -> Sched
     if isinstance(given, Schedule):
         return given
     takes = "a schedule, or a function from progress (0 to 1) to a finite factor of at least 0"
-    example = argument.replace("=)", "=cosine(end=0.1))")
+    example = _EXAMPLES.get(argument, argument.replace("=)", "=cosine(end=0.1))"))
     if not callable(given) or isinstance(given, type):
         raise ArgumentError(argument, got=given, takes=takes, example=example)
     function = cast("Callable[[float], float]", given)

@@ -85,7 +85,7 @@ def loss_function(owner: object, attribute: Attribute[Any], value: object) -> No
     """Validate None or a function of outputs and targets; a class of torch's losses, or a name, says what to write."""
     example = "torch.nn.functional.cross_entropy"
     if isinstance(value, type):
-        example = f"torch.nn.{value.__name__}()" if hasattr(nn, value.__name__) else f"{value.__name__}()"
+        example = f"torch.nn.{value.__name__}()" if hasattr(nn, value.__name__) else example
     elif isinstance(value, str) and callable(getattr(nn.functional, value, None)):
         example = f"torch.nn.functional.{value}"
     function_of("outputs", "targets", example=example)(owner, attribute, value)

@@ -34,6 +34,7 @@ class State:
         sample_ids: Index in the dataset of each sample of the batch, where the loader has them.
         step_skipped: Whether the last step left the weights alone.
         exception: What ended the fit, at FIT_ABORT.
+        restored: Whether earlier weights were put back at the fit's last EPOCH_END: the loop then evaluates them anew.
         stop_reason: Why the fit is to stop, once somebody asked.
 
     Example:
@@ -59,6 +60,7 @@ class State:
     sample_ids: tuple[int, ...] | None = None
     step_skipped: bool = False
     exception: BaseException | None = None
+    restored: bool = False
     stop_reason: str | None = None
     logged: dict[str, float] = field(factory=dict)
 

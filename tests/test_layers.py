@@ -10,7 +10,28 @@ import torch
 from torch import nn
 
 from helpers import MODELS, Bare, Encoder, Shared, Tied, cnn, mlp
-from thawline.engine import LayerError, LayerMap, ParameterLedger, SelectorError, ThawlineWarning
+from thawline.engine import ArgumentError, LayerError, LayerMap, ParameterLedger, SelectorError, ThawlineWarning
+
+
+@pytest.mark.parametrize("text", ["blocks[]", "blocks[-]", "blocks[-:]", f"blocks[{'9' * 5000}]", "head[0]", "head[:]"])
+def test_what_is_no_index_is_an_error(text: str) -> None:
+    """Neither the first block, nor an error of Python's own."""
+    with pytest.raises(SelectorError, match="names no"):
+        LayerMap(mlp())[text]
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: LayerMap("x"), ArgumentError),  # type: ignore[arg-type]
+        (lambda: LayerMap(mlp(), forward=3), ArgumentError),  # type: ignore[arg-type]
+        (lambda: LayerMap(mlp(), {"blocks": 3}), LayerError),  # type: ignore[dict-item]
+    ],
+)
+def test_what_is_no_model_function_or_list_is_an_error(make: Any, error: type[Exception]) -> None:
+    """Each says what to write."""
+    with pytest.raises(error, match="Write: "):
+        make()
 
 
 class BasicBlock(nn.Module):

@@ -1,5 +1,6 @@
 """Schedules as text: every error with its line and the corrected line, and what is written reads back the same."""
 
+import ast
 import pickle
 import random
 import re
@@ -524,6 +525,32 @@ def test_an_expression_that_takes_more_than_it_seems_to_is_said(pattern: str, co
     assert repr(corrected) in str(caught[0].message)
     assert phases[0].thaw == ("layer", "classifier")
     assert precise(pattern) == corrected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rest"),
+    [
+        (r"layer.(1|2).*", "03-9"), (r"layer.[12]", "03-9"), ("layer.1|layer.2", "03-9"), (r"layer\.(?:1|2).*", "03-9"),
+        (r".*\.[12]", "03-9"),
+    ],
+)  # fmt: skip
+def test_a_number_taken_for_the_begin_of_a_longer_one_is_said(pattern: str, rest: str) -> None:
+    """Wherever the number stands in the expression; the corrected one takes layers 1 and 2 alone."""
+    others = rf"'layer\.([{rest}])\.', classifier"
+    with pytest.warns(ThawlineWarning, match="also takes 'layer.10.weight' and 3 more") as caught:
+        phases = phases_from_fts(f"0: {{params: ['{pattern}', {others}]}}", Deep())
+    assert phases[0].thaw == ("layer", "classifier")
+    corrected = ast.literal_eval(str(caught[0].message).partition("Write: ")[2])
+    names = [name for name, _ in Deep().named_parameters() if re.match(corrected, name)]
+    assert names == ["layer.1.weight", "layer.1.bias", "layer.2.weight", "layer.2.bias"]
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"layer\.\d+\..*", "layer.*", r"layer\.([0-9]|1[01])\.", ".*", r"layer\.\d{1,2}\."]
+)
+def test_an_expression_that_means_longer_numbers_is_taken_without_a_word(pattern: str) -> None:
+    """All layers, by expressions that leave no doubt."""
+    assert phases_from_fts({0: {"params": [pattern, "classifier.*"]}}, Deep())[0].thaw == ("layer", "classifier")
 
 
 def test_what_is_left_out_is_said() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from fractions import Fraction
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from helpers import cnn, encoder, loader, mlp, same_weights, weights
 from thawline.algorithms import EMA, EarlyStop, LayerFreeze, LoRAInject, Phase, Plateau, ThawSchedule
+from thawline.algorithms.schedule_check import never_begin
 from thawline.algorithms.standing import Standing, standing_after
 from thawline.engine import (
     Algorithm,
@@ -34,6 +37,7 @@ from thawline.engine import (
     ThawlineWarning,
     Trainer,
 )
+from thawline.engine.snapshot import read_checkpoint
 from timelines import Loop, Rates, rates, stack, timeline
 
 LAYERS = ("stem", "blocks[0]", "blocks[1]", "blocks[2]", "head")
@@ -85,6 +89,14 @@ def silently(*phases: Phase, **options: Any) -> ThawSchedule:
         ),
         (
             silently(Phase(thaw="head", until=1), Phase(thaw="stem", freeze="head", until=1), Phase(thaw="head"), max_depth=2),
+            [HEAD, *[{"stem": 1.0}] * 5],
+        ),
+        (
+            silently(Phase(thaw="head", until=1), Phase(thaw="stem", freeze="head", until=1), max_depth=2),
+            [HEAD, *[{"stem": 1.0}] * 5],
+        ),
+        (
+            silently(Phase(thaw="head", until=1), Phase(thaw="stem", freeze="head", until=1), max_depth=2, repeat=2),
             [HEAD, *[{"stem": 1.0}] * 5],
         ),
         (
@@ -157,6 +169,37 @@ def test_rates_of_a_round_are_not_carried_into_the_next() -> None:
     assert [seen[0], seen[1], seen[3], seen[4]] == [head, both, head, both]
 
 
+def test_a_warmup_of_one_round_does_not_reach_into_the_next() -> None:
+    """Round two begins as round one did: the head at its whole rate, or with the warmup of the first phase."""
+    last = Phase(thaw="head", freeze="stem", warmup="4ep", until=1)
+    rows = timeline(silently(Phase(thaw=("head", "stem"), until=1), Phase(freeze="head", until=1), last, repeat=2))
+    assert rows[:3] == rows[3:]
+    rows = timeline(silently(Phase(thaw="head", warmup="4ep", until=2), Phase(thaw="stem", until=1), repeat=2))
+    assert rows[:3] == rows[3:]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: ThawSchedule.generate("x"),  # type: ignore[arg-type]
+        lambda: ThawSchedule.from_fts("0: {params: ['.*']}", "x"),  # type: ignore[arg-type]
+        lambda: ThawSchedule.from_fts("0: {params: ['.*']}", mlp(), callback={"patience": 3}),  # type: ignore[arg-type]
+        lambda: timeline(schedule(Phase(thaw=LAYERS, until=lambda _: torch.ones(2) > 0))),  # type: ignore[arg-type,return-value]
+    ],
+)
+def test_what_is_no_model_callback_or_answer_is_a_typed_error(wrong: Any) -> None:
+    """It says what to write."""
+    with pytest.raises(ArgumentError, match="Write: "):
+        wrong()
+
+
+def test_a_folder_is_no_schedule(tmp_path: Path) -> None:
+    """Said once."""
+    with pytest.raises(ScheduleError) as caught:
+        ThawSchedule(tmp_path)
+    assert str(caught.value).count("has 1 error") == 1
+
+
 def test_weight_decay_is_that_of_what_the_phase_thaws() -> None:
     """The group of the layer has it, the others the optimizer's."""
     loop = Loop([silently(Phase(thaw="head", until=1), Phase(thaw="stem", weight_decay=0.2))])
@@ -220,7 +263,7 @@ def timed_phases(draw: Any) -> list[Phase]:
 def simulated(phases: Sequence[Phase], repeat: int, batches: int, epochs: int) -> list[Rates]:
     """Return the rates of each batch by counting in fractions, with no ledger, clock or event."""
     rows: list[Rates] = []
-    place, begun, found = -1, 0, dict[str, tuple[float, float]]()
+    place, begun, named, found = -1, 0, Fraction(0), dict[str, tuple[float, float]]()
     for batch in range(epochs * batches):
         passed = {
             "ba": Fraction(1),
@@ -231,11 +274,15 @@ def simulated(phases: Sequence[Phase], repeat: int, batches: int, epochs: int) -
         if place >= 0:
             until = phases[place % len(phases)].until
             last = place == len(phases) * repeat - 1
-            due = (batch - begun) * passed[until.unit] >= Fraction(str(until.value))  # type: ignore[union-attr,index]
-            due = due and not last and (until.unit != "ep" or batch % batches == 0)  # type: ignore[union-attr]
+            due = batch * passed[until.unit] >= named + Fraction(str(until.value))  # type: ignore[union-attr,index]
+            due = due and batch > begun and not last
+            due = due and (until.unit != "ep" or batch % batches == 0)  # type: ignore[union-attr]
         if place < 0 or due:
             place, begun = place + 1, batch
             phase = phases[place % len(phases)]
+            before, unit = phases[(place - 1) % len(phases)].until, phase.until.unit  # type: ignore[union-attr]
+            follows = place > 0 and before.unit == unit  # type: ignore[union-attr]
+            named = named + Fraction(str(before.value)) if follows else batch * passed[unit]  # type: ignore[union-attr]
             found = {} if place % len(phases) == 0 else found
             found = {layer: (lr, factor * (phase.lr_scale or 1)) for layer, (lr, factor) in found.items()}
             found = {layer: each for layer, each in found.items() if layer not in phase.freeze}
@@ -254,6 +301,49 @@ def test_the_trainable_set_is_a_function_of_schedule_and_clock(
         warnings.simplefilter("ignore", ThawlineWarning)
         rows = timeline(schedule(*phases, repeat=repeat), duration=epochs, batches=batches)
     assert [pytest.approx(row, rel=1e-14) for row in rows] == simulated(phases, repeat, batches, epochs)
+
+
+@settings(max_examples=80)
+@given(timed_phases(), st.integers(1, 3), st.integers(1, 5), st.integers(1, 5))
+def test_the_phases_that_never_begin_are_known_at_the_start(
+    phases: list[Phase], repeat: int, batches: int, epochs: int
+) -> None:
+    """As many begin as are not reported, rounding up to whole batches included; samples are not known before."""
+    phases = [attrs.evolve(each, until="1ba") if each.until.unit == "sp" else each for each in phases]  # type: ignore[union-attr]
+    thaw = schedule(*phases, repeat=repeat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ThawlineWarning)
+        loop = Loop([thaw], duration=epochs, batches=batches)
+        late = never_begin(thaw.phases, len(phases) * repeat, loop.state)
+        loop.run()
+    assert thaw.remaining == len(late)
+
+
+@pytest.mark.parametrize(("layers", "batches"), [(14, 100), (3, 7), (7, 11), (9, 9)])
+def test_rounding_up_to_whole_batches_does_not_add_up(layers: int, batches: int) -> None:
+    """Each phase of equal shares begins at the first batch behind its share of the fit, and all of them begin."""
+    thaw = ThawSchedule.generate(stack(layers - 2))
+    share = Fraction(str(thaw.phases[0].until.value))  # type: ignore[union-attr]
+    rows = timeline(thaw, stack(layers - 2), duration="1ep", batches=batches)
+    begins = [next(at for at, row in enumerate(rows) if len(row) == count) for count in range(1, layers + 1)]
+    assert begins == [math.ceil(place * share * batches) for place in range(layers)]
+
+
+def test_the_last_of_equal_shares_is_not_lost() -> None:
+    """Four quarters of six batches: 0, 1.5, 3, 4.5."""
+    quarters = [Phase(thaw=layer, until="0.25dur") for layer in LAYERS[:0:-1]]
+    rows = timeline(silently(*quarters), duration="1ep", batches=6)
+    assert [len(row) for row in rows] == [1, 1, 2, 3, 3, 4]
+
+
+def test_behind_a_plateau_a_time_counts_from_the_real_begin() -> None:
+    """The plateau ends at batch 8 by patience, and not at its latest end."""
+    until = Plateau("eval/score", patience=2, at_most="0.9dur")
+    thaw = schedule(
+        Phase(thaw="head", until=until), Phase(thaw="blocks[-1]", until="0.25dur"), Phase(thaw="blocks[:-1]")
+    )
+    _, result = fit(Script(VALUES), thaw, duration="4ep")
+    assert spans(result) == [(0, 8, 1), (8, 12, 2), (12, 16, 4)]
 
 
 def test_what_stands_after_phases_is_a_pure_function() -> None:
@@ -417,13 +507,51 @@ def test_a_timed_phase_restores_by_another_metric() -> None:
         assert equal == [4 if monitor else min(list(script.losses)[:4], key=script.losses.__getitem__)]
 
 
-def test_what_the_fits_end_cuts_short_is_restored_after_the_last_checkpoint(tmp_path: Path) -> None:
-    """The model has the best weights, and the checkpoint those from which a longer fit could go on."""
+@pytest.mark.parametrize(
+    ("until", "duration", "batch"), [(None, "2ep", 8), (None, "7ba", 7), ("2ep", "3ep", 8), ("7ba", "3ep", 7)]
+)
+def test_at_the_fits_end_model_metrics_and_checkpoint_agree(
+    until: str | None, duration: str, batch: int, tmp_path: Path
+) -> None:
+    """Whether the phase or the fit ends: the best weights are in all of them, and what was logged last is theirs."""
     script = Script(VALUES)
-    thaw = schedule(Phase(thaw=("head", "blocks"), restore="best", restore_monitor="eval/score"))
-    model, result = fit(script, thaw, duration="2ep", folder=tmp_path)
-    assert same_weights(weights(model), script.evaluated[4])
-    assert result.clock.batch == 8
+    thaw = schedule(Phase(thaw=("head", "blocks"), until=until, restore="best", restore_monitor="eval/score"))
+    losses: dict[int, list[float]] = {}
+    model, result = fit(Evaluations(losses), script, thaw, duration=duration, folder=tmp_path)
+    assert result.clock.batch == batch
+    inputs, targets = (torch.cat(each) for each in zip(*loader(seed=1), strict=True))
+    with torch.no_grad():
+        loss = cross_entropy(model(inputs), targets).item()
+    assert result.metrics["eval/loss"] == result.history[-1]["eval/loss"] == pytest.approx(loss, rel=1e-5)
+    assert losses[4] == pytest.approx([loss], rel=1e-5)
+    assert losses[8 if batch == 8 else 7][-1] == pytest.approx(loss, rel=1e-5)
+    assert result.last is not None
+    assert same_weights(read_checkpoint(result.last)["model"], weights(model))
+
+
+class Evaluations(Algorithm):
+    """Notes the loss of each evaluation by batch."""
+
+    stage: ClassVar[Stage] = Stage.OBSERVE
+    events = frozenset({Event.EVAL_END})
+
+    def __init__(self, losses: dict[int, list[float]]) -> None:
+        self.losses = losses
+
+    def apply(self, event: Event, state: State) -> None:
+        """Note."""
+        self.losses.setdefault(state.clock.batch, []).append(state.metrics["eval/loss"])
+
+
+def test_a_longer_fit_goes_on_in_the_phase_that_was_cut(tmp_path: Path) -> None:
+    """From the best weights, and with the best value: what is worse afterwards is not kept."""
+    script = Script([0, 0, 0, 9, 9, 3])
+    phase = Phase(thaw=("head", "blocks"), restore="best", restore_monitor="eval/score")
+    first, _ = fit(Script([0, 0, 0, 9, 9, 3]), schedule(phase), duration="2ep", folder=tmp_path)
+    best = weights(first)
+    second, result = fit(script, schedule(phase), duration="4ep", folder=tmp_path, resume=True)
+    assert result.clock.batch == 16
+    assert same_weights(weights(second), best)
 
 
 def test_restoring_puts_buffers_back_as_well() -> None:
@@ -674,7 +802,7 @@ def test_without_evaluations_a_plateau_is_said_to_wait_in_vain() -> None:
             algorithms=[schedule(Phase(thaw="head", until=Plateau("eval/loss")), Phase(thaw="blocks"))],
             loss_fn=cross_entropy,
             progress=False,
-        ).fit(mlp(), loader(), duration="1ba")
+        ).fit(mlp(), loader(), duration="2ba")
 
 
 @pytest.mark.parametrize(
