@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from helpers import loader, mlp, same_weights, weights
 from thawline.engine import Algorithm, ArgumentError, Checkpointing, Event, Schedule, State, Trainer, warmup
+from thawline.engine.store import read_checkpoint
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 Trainer_ = partial(Trainer, loss_fn=cross_entropy, optimizer=SGD, progress=False)
@@ -110,11 +111,15 @@ def test_a_stopped_run_stays_where_it_stopped(
 
     _, (first, expected) = fit(resume=False)
     assert first.last is not None
+    saved = read_checkpoint(first.last)
+    assert (saved["stop_reason"], saved["extra"]["evaluated_at"]) == ("asked", trained)
+    lines = (tmp_path / "metrics.jsonl").read_text()
     assert (first.last.name, len(first.history)) == (f"ba{trained:08d}", rows)
     _, (again, found) = fit(resume=True)
     assert same_weights(found, expected)
     assert (again.clock, again.history, again.stop_reason) == (first.clock, first.history, "asked")
     assert (again.last, again.metrics) == (first.last, first.metrics)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
 
 
 # -- schedules that fail on the way ------------------------------------------------------------------------------------
