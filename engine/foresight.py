@@ -31,6 +31,8 @@ from .twin import meta_twin
 
 # The stages that decide what trains and when the fit ends. The others work on data, gradients and weights, and watch.
 _ACTING = frozenset({Stage.SURGERY, Stage.TRAINABILITY, Stage.CONTROL})
+_SHOWN = frozenset({Event.FIT_START, Event.EPOCH_START, Event.BATCH_START, Event.BATCH_END, Event.EPOCH_END})
+_ENDS = frozenset({Event.FIT_END, Event.FIT_ABORT})
 _EPOCHS = "train_loader does not say how many batches it has: no epoch ends here, and what waits for one is not shown."
 _SAMPLES = "train_loader does not say how many samples its batches have: none are counted, and what waits for some is not shown."
 
@@ -142,6 +144,9 @@ class Foresight:
                 yield f"{each.owner} {words}."
             elif each.owner in self.engine.left_out:
                 yield f"{each.owner} {self.engine.left_out[each.owner]}, which only a fit has: what it does is not shown."
+            elif _leaves_it_open(each) and (unseen := each.events - _SHOWN - _ENDS):
+                names = " and ".join(event.name for event in Event if event in unseen)
+                yield f"{each.owner} acts at {names}, which only a fit has: what it does there is not shown."
 
 
 class _Engine(Engine):
@@ -169,6 +174,11 @@ class _Engine(Engine):
 
         self._authors[careful] = algorithm
         return careful
+
+
+def _leaves_it_open(algorithm: Algorithm) -> bool:
+    """Return whether it may change what trains or end the fit, and does not say itself what a plan cannot know."""
+    return algorithm.stage in _ACTING and type(algorithm).unplanned is Algorithm.unplanned
 
 
 class _OnlyInAFit:

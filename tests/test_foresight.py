@@ -32,6 +32,7 @@ from thawline.engine import (
     ParameterLedger,
     Plan,
     SelectorError,
+    Stage,
     State,
     ThawlineWarning,
     Time,
@@ -366,6 +367,26 @@ def test_an_algorithm_that_looks_at_more_than_the_clock_is_left_out(look: Any, w
     plan = trainer(LayerThaw(1), Looks()).plan(mlp(), loader(), duration="3ep")
     assert len(plan.spans) == 3
     assert plan.notes == (f"Looks {words}, which only a fit has: what it does is not shown.",)
+
+
+@pytest.mark.parametrize("stage", [Stage.CONTROL, Stage.TRAINABILITY, Stage.GRADIENTS, Stage.OBSERVE])
+def test_an_algorithm_at_events_that_no_plan_has_is_named(stage: Stage) -> None:
+    """Where it may decide what trains or when the fit ends; what works on gradients or watches changes no plan."""
+
+    class Elsewhere(Algorithm):
+        """Acts at two events that need data."""
+
+        events = frozenset({Event.EVAL_END, Event.AFTER_LOSS, Event.BATCH_END, Event.FIT_END})
+
+        def apply(self, event: Event, state: State) -> None:
+            """Stop."""
+            if event is Event.AFTER_LOSS:
+                state.stop("enough")
+
+    Elsewhere.stage = stage
+    plan = trainer(Elsewhere()).plan(mlp(), loader(), duration="3ep")
+    note = "Elsewhere acts at AFTER_LOSS and EVAL_END, which only a fit has: what it does there is not shown."
+    assert plan.notes == ((note,) if stage in (Stage.CONTROL, Stage.TRAINABILITY) else ())
 
 
 def test_its_other_faults_are_raised() -> None:

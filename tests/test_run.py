@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,36 @@ def test_a_stopped_run_stays_where_it_stopped(
     assert (again.clock, again.history, again.stop_reason) == (first.clock, first.history, "asked")
     assert (again.last, again.metrics) == (first.last, first.metrics)
     assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_cut_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    """Its lines of metrics.jsonl are dropped: resumed, it leaves those of a run that was never cut."""
+
+    class Fails(Algorithm):
+        """Raises at the sixth batch."""
+
+        events = frozenset({Event.BATCH_END})
+
+        def apply(self, event: Event, state: State) -> None:
+            """Raise."""
+            if state.clock.batch == 6:
+                raise ValueError("cut")
+
+    def fit(folder: str, *algorithms: Algorithm) -> list[Any]:
+        trainer = Trainer_(
+            algorithms=algorithms, run_dir=tmp_path / folder, checkpoint=Checkpointing(every="9ep"), log_every="1ba"
+        )
+        with nullcontext() if not algorithms else pytest.raises(ValueError, match="cut"):
+            trainer.fit(mlp(), loader(), loader(), duration=3, resume=True)
+        lines = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+    torch.manual_seed(0)
+    assert fit("cut", Fails())
+    torch.manual_seed(0)
+    again = fit("cut")
+    torch.manual_seed(0)
+    assert again == fit("whole")
 
 
 # -- schedules that fail on the way ------------------------------------------------------------------------------------
