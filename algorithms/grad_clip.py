@@ -177,5 +177,5 @@ def _check_limits(call: str, max_norm: float | None, value: float | None, exampl
 
 
 def _check_norm_type(call: str, norm_type: float, example: str) -> None:
-    if norm_type != math.inf:
+    if not (isinstance(norm_type, float) and norm_type == math.inf):
         check_in_range(f"{call}(norm_type=)", norm_type, above=0, example=example)

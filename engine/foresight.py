@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice, repeat
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import override
 
@@ -73,7 +74,8 @@ class Foresight:
         _check_length(duration, length, sizes_known=self.sizes_known, got=train_loader)
         clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
         if layers is None:
-            layers = find_layers(model, self.data, trainer.forward().outputs, next(model.parameters()).device)
+            device = next((each.device for each in model.parameters()), torch.device("cpu"))
+            layers = find_layers(model, self.data, trainer.forward().outputs, device)
         twin, twins = meta_twin(model)
         twin.train()
         schedule = bound_schedule(trainer.schedule, duration, clock.batches_per_epoch)

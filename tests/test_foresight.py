@@ -637,6 +637,7 @@ def test_a_padded_batch_of_transformers_is_counted() -> None:
     ("change", "match"),
     [
         ({"model": 3}, r"Trainer.plan\(model=\)"),
+        ({"model": nn.ReLU()}, "no parameters"),
         ({"duration": "0.5dur"}, r"Trainer.plan\(duration=\)"),
         ({"duration": None}, r"Trainer.plan\(duration=\)"),
         ({"train_loader": 3}, r"Trainer.plan\(train_loader=\)"),
