@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 from .clock import Time
 from .errors import ArgumentError
@@ -84,7 +85,7 @@ def polynomial(power: float = 1.0, end: float = 0.0, start: float = 1.0) -> Sche
     """
     last = factor_of("polynomial(end=)", end, "polynomial(2, end=0.0)")
     first = factor_of("polynomial(start=)", start, "polynomial(2, start=1.0)")
-    if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power < math.inf:
+    if isinstance(power, bool) or not isinstance(power, (int, float)) or not 0 < power <= sys.float_info.max:
         raise ArgumentError("polynomial(power=)", got=power, takes="a finite number above 0", example="polynomial(2)")
     exponent = float(power)
     return Schedule(

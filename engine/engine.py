@@ -272,9 +272,11 @@ class Engine:
 def check_algorithms(algorithms: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
     """Return the algorithms as a tuple, or raise an ArgumentError that says what is no algorithm."""
     example = "Trainer(algorithms=[LoRAInject(), LayerThaw(every=2)])"
-    if isinstance(algorithms, Algorithm) or not isinstance(algorithms, Iterable):
-        raise ArgumentError("Trainer(algorithms=)", got=algorithms, takes="a list of algorithms", example=example)
-    found = tuple(algorithms)
+    try:
+        found = tuple(algorithms)
+    except TypeError as error:
+        takes = "a list of algorithms"
+        raise ArgumentError("Trainer(algorithms=)", got=algorithms, takes=takes, example=example) from error
     for each in found:
         if not isinstance(each, Algorithm):
             example = "Trainer(algorithms=[*progressive(), EMA()])" if isinstance(each, list) else example

@@ -10,11 +10,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from .backward_cost import BackwardCost
 from .data import to_device
 from .forward import Forward
+from .twin import meta_twin
 
-# Sets of trainable parameters that are counted: forward and backward of a large model take a good part of a second.
-MAX_COUNTED = 64
+# Where the costs of the graph do not tell, sets of trainable parameters that are counted one by one: forward and
+# backward of a large model take a good part of a second.
+MAX_COUNTED = 16
+# Sets for which the graph's answer is compared with a count: another one comes of recomputed activations, say.
+_COMPARED = 2
 
 
 @define(eq=False)
@@ -38,13 +43,64 @@ class FlopCounter:
     forward: Forward
     whole: int | None
     _known: dict[frozenset[str], float | None] = field(init=False, factory=dict)
+    _names: frozenset[str] = field(init=False, default=frozenset())
+    _graph: _Graph | None = field(init=False, default=None)
+    _counted: int = field(init=False, default=0)
+    _compared: int = field(init=False, default=0)
 
     def share(self, trainable: frozenset[str]) -> float | None:
         """Return the share of what the model costs as it is now; ``trainable`` are the names of what trains."""
-        if self.whole and trainable not in self._known and len(self._known) < MAX_COUNTED:
-            count = count_flops(self.model, self.batch, self.forward)
+        if self.whole and trainable not in self._known:
+            count = self._count(trainable)
             self._known[trainable] = None if count is None else count / self.whole
         return self._known.get(trainable)
+
+    def _count(self, trainable: frozenset[str]) -> int | None:
+        names = frozenset(name for name, _ in self.model.named_parameters())
+        if names != self._names:  # at first, and where something was attached since
+            self._names, self._compared = names, 0
+            self._graph = _Graph.of(self.model, self.batch, self.forward)
+        if self._graph is not None:
+            count = self._graph.count(trainable)
+            if self._compared >= _COMPARED:
+                return count
+            self._compared += 1
+            if count != (real := count_flops(self.model, self.batch, self.forward)):
+                self._graph = None
+            return real
+        self._counted += 1
+        return count_flops(self.model, self.batch, self.forward) if self._counted <= MAX_COUNTED else None
+
+
+@define(eq=False)
+class _Graph:
+    """One forward in which everything trains: its operations, and those of any backward from it."""
+
+    forward: int
+    backward: BackwardCost
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Any, forward: Forward) -> _Graph | None:
+        """Run a copy of the model; return None where that fails."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        try:
+            twin = meta_twin(model, full=True)[0].train()
+            counter, inputs = FlopCounterMode(display=False), to_device(batch, torch.device("meta"))
+            with counter, _Affirms():  # type: ignore[no-untyped-call]  # torch does not annotate it
+                loss = forward.loss(forward.outputs(twin, inputs), inputs)
+            trains = {name: each for name, each in twin.named_parameters() if each.requires_grad}
+            return cls(int(counter.get_total_flops()), BackwardCost(loss, trains))
+        except Exception:  # noqa: BLE001 - as in count_flops
+            return None
+
+    def count(self, trainable: frozenset[str]) -> int | None:
+        """Return the operations of a step that trains these; None where they cannot be counted."""
+        try:
+            with _Affirms():  # type: ignore[no-untyped-call]  # torch does not annotate it
+                return self.forward + self.backward.of(trainable)
+        except Exception:  # noqa: BLE001 - as in count_flops
+            return None
 
 
 def count_flops(model: nn.Module, batch: Any, forward: Forward) -> int | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice, repeat
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import override
 
@@ -31,6 +32,8 @@ from .twin import meta_twin
 
 # The stages that decide what trains and when the fit ends. The others work on data, gradients and weights, and watch.
 _ACTING = frozenset({Stage.SURGERY, Stage.TRAINABILITY, Stage.CONTROL})
+_SHOWN = frozenset({Event.FIT_START, Event.EPOCH_START, Event.BATCH_START, Event.BATCH_END, Event.EPOCH_END})
+_ENDS = frozenset({Event.FIT_END, Event.FIT_ABORT})
 _EPOCHS = "train_loader does not say how many batches it has: no epoch ends here, and what waits for one is not shown."
 _SAMPLES = "train_loader does not say how many samples its batches have: none are counted, and what waits for some is not shown."
 
@@ -71,7 +74,8 @@ class Foresight:
         _check_length(duration, length, sizes_known=self.sizes_known, got=train_loader)
         clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
         if layers is None:
-            layers = find_layers(model, self.data, trainer.forward().outputs, next(model.parameters()).device)
+            device = next((each.device for each in model.parameters()), torch.device("cpu"))
+            layers = find_layers(model, self.data, trainer.forward().outputs, device)
         twin, twins = meta_twin(model)
         twin.train()
         schedule = bound_schedule(trainer.schedule, duration, clock.batches_per_epoch)
@@ -142,6 +146,9 @@ class Foresight:
                 yield f"{each.owner} {words}."
             elif each.owner in self.engine.left_out:
                 yield f"{each.owner} {self.engine.left_out[each.owner]}, which only a fit has: what it does is not shown."
+            elif _leaves_it_open(each) and (unseen := each.events - _SHOWN - _ENDS):
+                names = " and ".join(event.name for event in Event if event in unseen)
+                yield f"{each.owner} acts at {names}, which only a fit has: what it does there is not shown."
 
 
 class _Engine(Engine):
@@ -169,6 +176,11 @@ class _Engine(Engine):
 
         self._authors[careful] = algorithm
         return careful
+
+
+def _leaves_it_open(algorithm: Algorithm) -> bool:
+    """Return whether it may change what trains or end the fit, and does not say itself what a plan cannot know."""
+    return algorithm.stage in _ACTING and type(algorithm).unplanned is Algorithm.unplanned
 
 
 class _OnlyInAFit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TypeAlias, cast
@@ -208,7 +209,7 @@ def as_written(span: float | Time) -> float | str:
 
 def factor_of(argument: str, value: object, example: str) -> float:
     """Return a factor, a finite number of at least 0."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
         return float(value)
     raise ArgumentError(argument, got=value, takes="a finite number of at least 0", example=example)
 

@@ -111,11 +111,10 @@ def write_checkpoint(
     if not _NAME.fullmatch(name):
         takes = "a name of letters, digits, '.', '_' and '-' (at most 128)"
         raise ArgumentError("write_checkpoint(name=)", got=name, takes=takes, example="name='ba00000120'")
-    tensors, state = flatten(tree)
     facts, infos = flatten(dict(info or {}))
     if facts:
         raise CheckpointError(f"The info of checkpoint {name!r} holds tensors, such as {next(iter(facts))!r}.")
-    text = dump_json(state, budget=MEMORY + sum(each.nbytes for each in tensors.values()))
+    contents = _contents(tree)
     folder = Path(folder)
     final = folder / name
     temporary = folder / f"{TEMPORARY}{name}-{secrets.token_hex(6)}"
@@ -123,10 +122,7 @@ def write_checkpoint(
         if os.path.lexists(final):
             raise CheckpointError(f"There is a {final} already, and a checkpoint is never overwritten.")
         temporary.mkdir()
-        files = {
-            TENSORS: _write(temporary / TENSORS, pieces_of(tensors)),
-            STATE: _write(temporary / STATE, [memoryview(text)]),
-        }
+        files = {file: _write(temporary / file, pieces) for file, pieces in contents.items()}
         _write(temporary / MANIFEST, [memoryview(_render(files, infos, parent))])
         sync_directory(temporary)
         temporary.rename(final)
@@ -168,6 +164,23 @@ def verify_checkpoint(path: str | Path) -> Manifest:
         return manifest
 
 
+def holds(path: str | Path, tree: object) -> bool:
+    """Return whether the checkpoint at ``path`` is what :func:`write_checkpoint` makes of ``tree``, byte by byte.
+
+    Raises:
+        CheckpointError: It is damaged, or cannot be read; or ``tree`` holds what no checkpoint can.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = write_checkpoint(folder, "first", {"step": 1})
+        ...     holds(path, {"step": 1}), holds(path, {"step": 2})
+        (True, False)
+    """
+    files = verify_checkpoint(path).files
+    return all(_digest(pieces) == files[file][1] for file, pieces in _contents(tree).items())
+
+
 def read_manifest(path: str | Path) -> Manifest:
     """Return the manifest of the checkpoint at ``path``; the other files are not looked at.
 
@@ -176,6 +189,20 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     with _directory(Path(path)) as directory:
         return _manifest(directory)
+
+
+def _contents(tree: object) -> dict[str, list[memoryview]]:
+    """Return the bytes of each file that holds ``tree``, in pieces."""
+    tensors, state = flatten(tree)
+    text = dump_json(state, budget=MEMORY + sum(each.nbytes for each in tensors.values()))
+    return {TENSORS: pieces_of(tensors), STATE: [memoryview(text)]}
+
+
+def _digest(pieces: Sequence[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _write(path: Path, pieces: Sequence[memoryview]) -> tuple[int, str]:

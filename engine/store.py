@@ -22,6 +22,7 @@ from .snapshot import (
     TEMPORARY,
     Manifest,
     UnreadableError,
+    holds,
     read_checkpoint,
     read_manifest,
     sync_directory,
@@ -50,6 +51,8 @@ BAD, DISCARDED = ".bad-", ".discarded-"
 """What the name of a checkpoint that was set aside begins with: a damaged one, and one newer than where a run went on."""
 
 _STEP_NAME = re.compile(r"ba(\d{8}|[1-9]\d{8,17})")
+_NEXT = ".next"
+_REPLACING = re.compile(rf"{_STEP_NAME.pattern}{re.escape(_NEXT)}")
 _ASIDE = re.compile(rf"({re.escape(BAD)}|{re.escape(DISCARDED)})ba\d+.*")
 # Only what we name so is swept: a run directory can hold a user's own files.
 _LEFTOVER = re.compile(re.escape(TEMPORARY) + r".+-[0-9a-f]{12}")
@@ -100,6 +103,7 @@ class CheckpointStore:
         for leftover in self._entries(_LEFTOVER):
             _log.info("unfinished checkpoint swept", path=str(leftover))
             _remove(leftover)
+        self._finish_replacing()
 
     @property
     def checkpoints(self) -> tuple[Path, ...]:
@@ -136,8 +140,8 @@ class CheckpointStore:
         """Write ``tree`` as the checkpoint of ``step``; then delete what is neither among the newest nor the best.
 
         Nothing is deleted before the new checkpoint was read back and found to be what was given. Where the step has a
-        whole checkpoint already, that one stays and is returned: a run is a function of its step, and of two equal
-        checkpoints the one that is known to be good is worth more.
+        checkpoint that holds the same already, that one stays and is returned; one that holds something else is replaced,
+        as where a fit stops, evaluates and saves again before its next batch.
 
         Args:
             tree: What :func:`~thawline.engine.codec.flatten` takes.
@@ -162,17 +166,19 @@ class CheckpointStore:
         metric = None if metric is None else _number(metric)
         if newest is not None and _step(newest) == step:
             try:
-                verify_checkpoint(newest)
+                if holds(newest, tree):
+                    return newest
             except UnreadableError:
                 raise
             except CheckpointError as error:
                 self._set_aside([(newest, error)])
                 newest = self.latest()
-            else:
-                return newest
         info = {"step": step, "metric": metric, "monitor": self.monitor, "permanent": bool(permanent)}
-        parent = None if newest is None else newest.name
-        path = write_checkpoint(self.folder, f"ba{step:08d}", tree, parent=parent, info=info)
+        path = self.folder / f"ba{step:08d}"
+        if newest == path:
+            self._replace(path, tree, info)
+        else:
+            write_checkpoint(self.folder, path.name, tree, parent=None if newest is None else newest.name, info=info)
         self._retire()
         return path
 
@@ -228,6 +234,34 @@ class CheckpointStore:
     ) -> None:
         self.close()
 
+    def _replace(self, path: Path, tree: object, info: dict[str, Any]) -> None:
+        """Write another checkpoint in the place of a whole one; a kill at any moment leaves one of the two."""
+        before = read_manifest(path)
+        info["permanent"] = info["permanent"] or before.info.get("permanent") is True
+        # Under a name of its own, for which the store looks when it is opened.
+        new = write_checkpoint(self.folder, f"{path.name}{_NEXT}", tree, parent=before.parent, info=info)
+        self._discard(path)
+        _move(new, path)
+
+    def _finish_replacing(self) -> None:
+        """Give the checkpoints that were to replace another one its name, where a kill came between."""
+        for new in self._entries(_REPLACING):
+            path = new.with_suffix("")
+            if path.exists():
+                _remove(new)
+            else:
+                _move(new, path)
+
+    def _discard(self, path: Path) -> None:
+        """Delete a checkpoint; renamed first, so that a kill half-way leaves rubbish to sweep, not a damaged checkpoint."""
+        doomed = self.folder / f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}"
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            _log.warning("old checkpoint not deleted", path=str(path), reason=str(error))
+        else:
+            _remove(doomed)
+
     def _entries(self, pattern: re.Pattern[str]) -> list[Path]:
         return _entries(self.folder, pattern)
 
@@ -257,14 +291,7 @@ class CheckpointStore:
         # One whose manifest cannot be read may be permanent.
         spared |= {path for path, manifest in manifests.items() if not manifest or manifest.info.get("permanent")}
         for path in manifests.keys() - spared:
-            # Renamed first, so that a kill half-way leaves rubbish to sweep instead of a damaged checkpoint.
-            doomed = self.folder / f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}"
-            try:
-                path.rename(doomed)
-            except OSError as error:
-                _log.warning("old checkpoint not deleted", path=str(path), reason=str(error))
-            else:
-                _remove(doomed)
+            self._discard(path)
 
     def _set_aside(self, paths: Sequence[tuple[Path, CheckpointError | None]]) -> None:
         for path, error in paths:
@@ -279,6 +306,14 @@ class CheckpointStore:
                 raise CheckpointError(f"Cannot set {path} aside: {failure}.") from failure
             reason = "the run went on from an earlier one" if error is None else str(error)
             _log.warning("checkpoint set aside", path=str(path), moved_to=aside.name, reason=reason)
+
+
+def _move(new: Path, path: Path) -> None:
+    try:
+        new.rename(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"Cannot rename {new} to {path.name}: {error}.") from error
 
 
 def checkpoints_in(folder: Path) -> tuple[Path, ...]:

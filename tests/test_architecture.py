@@ -34,7 +34,18 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"engine", "functions"}),
     frozenset(
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
-        | {"batches", "flops", "randomness", "keyed", "order", "stateful", "layering", "shift", "criterion"}
+        | {
+            "backward_cost",
+            "batches",
+            "flops",
+            "randomness",
+            "keyed",
+            "order",
+            "stateful",
+            "layering",
+            "shift",
+            "criterion",
+        }
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
         | {"checkpointing", "pristine", "weights"}
         | {"comet", "tracking", "signals", "workers"}

@@ -302,7 +302,7 @@ def test_reset_returns_to_the_arguments() -> None:
     assert algorithm.seen == 3
 
 
-@pytest.mark.parametrize("algorithms", [3, ["EMA"], [[Note("a", [])]], Note("a", [])])
+@pytest.mark.parametrize("algorithms", [3, ["EMA"], [[Note("a", [])]], Note("a", []), torch.tensor(1.0)])
 def test_what_is_no_list_of_algorithms_is_refused(algorithms: Any) -> None:
     """A preset's list inside the list says to unpack it."""
     with pytest.raises(ArgumentError, match="algorithms="):

@@ -21,8 +21,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers import MODELS, Bare, Tied, decay_groups, encoder, loader, mlp, same_weights, weights
-from thawline.algorithms import EMA, EarlyStop, GradClip, LayerFreeze, LayerThaw, LayerwiseLR, LoRAInject, TrainOnly
+from helpers import MODELS, Bare, Tied, cnn, decay_groups, encoder, loader, mlp, same_weights, weights
+from thawline.algorithms import (
+    EMA,
+    LISA,
+    EarlyStop,
+    GradClip,
+    LayerFreeze,
+    LayerThaw,
+    LayerwiseLR,
+    LoRAInject,
+    TrainOnly,
+)
 from thawline.engine import (
     Algorithm,
     ArgumentError,
@@ -32,14 +42,18 @@ from thawline.engine import (
     ParameterLedger,
     Plan,
     SelectorError,
+    Stage,
     State,
     ThawlineWarning,
     Time,
     Trainer,
     cosine,
+    flops,
     linear,
     warmup,
 )
+from thawline.engine.forward import Forward
+from thawline.engine.twin import meta_twin
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 CROSS_ENTROPY = nn.functional.cross_entropy
@@ -368,6 +382,26 @@ def test_an_algorithm_that_looks_at_more_than_the_clock_is_left_out(look: Any, w
     assert plan.notes == (f"Looks {words}, which only a fit has: what it does is not shown.",)
 
 
+@pytest.mark.parametrize("stage", [Stage.CONTROL, Stage.TRAINABILITY, Stage.GRADIENTS, Stage.OBSERVE])
+def test_an_algorithm_at_events_that_no_plan_has_is_named(stage: Stage) -> None:
+    """Where it may decide what trains or when the fit ends; what works on gradients or watches changes no plan."""
+
+    class Elsewhere(Algorithm):
+        """Acts at two events that need data."""
+
+        events = frozenset({Event.EVAL_END, Event.AFTER_LOSS, Event.BATCH_END, Event.FIT_END})
+
+        def apply(self, event: Event, state: State) -> None:
+            """Stop."""
+            if event is Event.AFTER_LOSS:
+                state.stop("enough")
+
+    Elsewhere.stage = stage
+    plan = trainer(Elsewhere()).plan(mlp(), loader(), duration="3ep")
+    note = "Elsewhere acts at AFTER_LOSS and EVAL_END, which only a fit has: what it does there is not shown."
+    assert plan.notes == ((note,) if stage in (Stage.CONTROL, Stage.TRAINABILITY) else ())
+
+
 def test_its_other_faults_are_raised() -> None:
     """With the note that the engine adds."""
 
@@ -510,6 +544,49 @@ def test_operations_are_those_of_a_real_step(algorithms: tuple[Algorithm, ...]) 
     assert planned == pytest.approx(expected, rel=1e-9)
 
 
+def test_many_sets_are_counted_by_few_passes() -> None:
+    """Sixty random sets of a stack's layers take a few forwards, and each share is that of the closed form."""
+    forwards: list[int] = []
+
+    class Counted(nn.Sequential):
+        """Counts its forwards."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            forwards.append(1)
+            return super().forward(x)
+
+    net = Counted(*(nn.Linear(4, 4) for _ in range(20)))
+    batches = [(torch.zeros(3, 4), torch.zeros(3, 4))] * 60
+    recipe = trainer(LISA(every="1ba", layers=3, always=()), loss_fn=nn.functional.mse_loss)
+    plan = recipe.plan(net, batches, duration="1ep")
+    assert len(plan.spans) > 50
+    assert len(forwards) < 8
+    layers, whole = LayerMap(net), law(net, set(range(20)))
+    for span in plan.spans:
+        trains = {int(name.partition(".")[0]) for layer in span.layers for name in layers.parameters(layer)}
+        assert span.flops == pytest.approx(law(net, trains) / whole, rel=1e-9)
+
+
+@given(
+    sets=st.lists(st.frozensets(st.integers(0, 40), min_size=1), min_size=1, max_size=4),
+    kind=st.sampled_from([cnn, encoder]),
+)
+@settings(max_examples=30, deadline=None)
+def test_the_share_of_any_set_is_what_it_counts(sets: list[frozenset[int]], kind: Any) -> None:
+    """Also of sets that no layer follows: a weight without its bias, a norm alone."""
+    net, _ = meta_twin(kind())
+    inputs = torch.zeros(3, 1, 8, 8) if kind is cnn else torch.zeros(3, 5, dtype=torch.long)
+    batch, forward = (inputs, torch.zeros(3, dtype=torch.long)), Forward(loss_fn=CROSS_ENTROPY)
+    counter = flops.FlopCounter(net, batch, forward, 1)
+    names = [name for name, _ in net.named_parameters()]
+    for each in sets:
+        chosen = frozenset(names[index % len(names)] for index in each)
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        assert counter.share(chosen) == flops.count_flops(net, batch, forward)
+    assert counter._graph is not None
+
+
 def test_a_model_that_needs_numbers_shows_a_dash() -> None:
     """Its forward cannot run without them: the column is left out, and the plan stands."""
 
@@ -560,6 +637,7 @@ def test_a_padded_batch_of_transformers_is_counted() -> None:
     ("change", "match"),
     [
         ({"model": 3}, r"Trainer.plan\(model=\)"),
+        ({"model": nn.ReLU()}, "no parameters"),
         ({"duration": "0.5dur"}, r"Trainer.plan\(duration=\)"),
         ({"duration": None}, r"Trainer.plan\(duration=\)"),
         ({"train_loader": 3}, r"Trainer.plan\(train_loader=\)"),

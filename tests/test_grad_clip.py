@@ -234,6 +234,7 @@ def test_a_sparse_gradient_is_refused_by_name() -> None:
         ({"max_norm": 1.0, "norm_type": 0}, "norm_type="),
         ({"max_norm": 1.0, "norm_type": math.nan}, "norm_type="),
         ({"max_norm": 1.0, "norm_type": "two"}, "norm_type="),
+        ({"max_norm": 1.0, "norm_type": torch.zeros(3)}, "norm_type="),
     ],
     ids=str,
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from helpers import loader, mlp, same_weights, weights
 from thawline.engine import Algorithm, ArgumentError, Checkpointing, Event, Schedule, State, Trainer, warmup
+from thawline.engine.store import read_checkpoint
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 Trainer_ = partial(Trainer, loss_fn=cross_entropy, optimizer=SGD, progress=False)
@@ -110,11 +113,45 @@ def test_a_stopped_run_stays_where_it_stopped(
 
     _, (first, expected) = fit(resume=False)
     assert first.last is not None
+    saved = read_checkpoint(first.last)
+    assert (saved["stop_reason"], saved["extra"]["evaluated_at"]) == ("asked", trained)
+    lines = (tmp_path / "metrics.jsonl").read_text()
     assert (first.last.name, len(first.history)) == (f"ba{trained:08d}", rows)
     _, (again, found) = fit(resume=True)
     assert same_weights(found, expected)
     assert (again.clock, again.history, again.stop_reason) == (first.clock, first.history, "asked")
     assert (again.last, again.metrics) == (first.last, first.metrics)
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+def test_a_run_cut_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    """Its lines of metrics.jsonl are dropped: resumed, it leaves those of a run that was never cut."""
+
+    class Fails(Algorithm):
+        """Raises at the sixth batch."""
+
+        events = frozenset({Event.BATCH_END})
+
+        def apply(self, event: Event, state: State) -> None:
+            """Raise."""
+            if state.clock.batch == 6:
+                raise ValueError("cut")
+
+    def fit(folder: str, *algorithms: Algorithm) -> list[Any]:
+        trainer = Trainer_(
+            algorithms=algorithms, run_dir=tmp_path / folder, checkpoint=Checkpointing(every="9ep"), log_every="1ba"
+        )
+        with nullcontext() if not algorithms else pytest.raises(ValueError, match="cut"):
+            trainer.fit(mlp(), loader(), loader(), duration=3, resume=True)
+        lines = map(json.loads, (tmp_path / folder / "metrics.jsonl").read_text().splitlines())
+        return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+    torch.manual_seed(0)
+    assert fit("cut", Fails())
+    torch.manual_seed(0)
+    again = fit("cut")
+    torch.manual_seed(0)
+    assert again == fit("whole")
 
 
 # -- schedules that fail on the way ------------------------------------------------------------------------------------

@@ -471,6 +471,10 @@ def test_what_is_no_schedule_is_refused(given_: object) -> None:
         (lambda: polynomial(math.inf), "polynomial(power=)"),
         (lambda: polynomial(True), "polynomial(power=)"),
         (lambda: polynomial("2"), "polynomial(power=)"),  # type: ignore[arg-type]
+        (lambda: polynomial(10**400), "polynomial(power=)"),
+        (lambda: polynomial(end=10**400), "polynomial(end=)"),
+        (lambda: constant(10**400), "constant(factor=)"),
+        (lambda: warmup(0.1, start=10**400), "warmup(start=)"),
         (lambda: polynomial(end=-1), "polynomial(end=)"),
         (lambda: polynomial(start=math.nan), "polynomial(start=)"),
         (lambda: inverse_sqrt(0.0), "inverse_sqrt(timescale=)"),

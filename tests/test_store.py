@@ -28,7 +28,16 @@ from thawline.engine import Trainer, load_weights
 from thawline.engine.checkpointing import Checkpointing
 from thawline.engine.clock import Time
 from thawline.engine.errors import ArgumentError, CheckpointError, RunDirError
-from thawline.engine.snapshot import MANIFEST, SCHEMA, STATE, TENSORS, _signed, read_checkpoint, read_manifest
+from thawline.engine.snapshot import (
+    MANIFEST,
+    SCHEMA,
+    STATE,
+    TENSORS,
+    _signed,
+    read_checkpoint,
+    read_manifest,
+    write_checkpoint,
+)
 from thawline.engine.store import CheckpointStore
 
 if TYPE_CHECKING:
@@ -226,16 +235,39 @@ def test_a_checkpoint_of_a_newer_thawline_is_not_set_aside(tmp_path: Path) -> No
         assert names(store) == ["ba00000001", "ba00000002"]
 
 
-def test_a_step_that_is_saved_already_keeps_its_whole_checkpoint(tmp_path: Path) -> None:
-    """A step that is reached twice is the same step; a damaged checkpoint of it is replaced."""
-    with CheckpointStore(tmp_path) as store:
-        (first,) = fill(store, 5)
-        assert store.save({"step": "again"}, step=5) == first
-        assert read_checkpoint(first)["step"] == 5
-        break_(first)
-        assert store.save({"step": "again"}, step=5) == first
-        assert read_checkpoint(first)["step"] == "again"
+def test_a_step_that_is_saved_already_keeps_its_checkpoint_where_it_is_equal(tmp_path: Path) -> None:
+    """Equal ones are not written again, another replaces it with its parent and permanence, a damaged one is set aside."""
+    with CheckpointStore(tmp_path, keep=1) as store:
+        first, second = (
+            store.save({"w": torch.ones(2)}, step=4),
+            store.save({"w": torch.ones(2)}, step=5, permanent=True),
+        )
+        inode = second.stat().st_ino
+        assert store.save({"w": torch.ones(2)}, step=5) == second
+        assert second.stat().st_ino == inode
+        assert store.save({"w": torch.zeros(2)}, step=5, metric=0.5) == second
+        assert read_checkpoint(second)["w"].tolist() == [0.0, 0.0]
+        manifest = read_manifest(second)
+        assert (manifest.parent, manifest.info["metric"], manifest.info["permanent"]) == (first.name, 0.5, True)
+        break_(second)
+        assert store.save({"step": "again"}, step=5) == second
+        assert read_checkpoint(second)["step"] == "again"
         assert inside(tmp_path) == [".bad-ba00000005", "ba00000005"]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_replacement_that_was_cut_short_is_finished(tmp_path: Path, gone: bool) -> None:
+    """Killed between the two renames, the run has its new checkpoint; killed before the first, its old one."""
+    with CheckpointStore(tmp_path, keep=1) as store:
+        old = store.save({"step": "old"}, step=5)
+    write_checkpoint(tmp_path, "ba00000005.next", {"step": "new"}, info=dict(read_manifest(old).info))
+    if gone:
+        shutil.rmtree(old)
+    with CheckpointStore(tmp_path, keep=1) as store:
+        found = store.load_newest()
+        assert found is not None
+        assert found[1] == {"step": "new" if gone else "old"}
+        assert inside(tmp_path) == ["ba00000005"]
 
 
 def test_going_on_from_an_older_checkpoint_discards_the_newer(tmp_path: Path) -> None:
