@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -36,7 +36,7 @@ class BackwardCost:
     """
 
     loss: Tensor
-    parameters: dict[str, Tensor]
+    parameters: Mapping[str, Tensor]
     runs: int = field(init=False, default=0)
     _nodes: list[Node] = field(init=False, factory=list)
     _edges: list[tuple[int | None, ...]] = field(init=False, factory=list)

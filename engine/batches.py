@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,11 +64,15 @@ def batch_size_of(batch: Any) -> int:
 
 
 def samples_in(batch: Any) -> int:
-    """Return the samples in a batch; one of a kind that only the user's ``forward_fn`` understands counts as one."""
+    """Return the samples in a batch; one that only the user's ``forward_fn`` understands counts as one.
+
+    A dataclass has as many as its fields.
+    """
     try:
         return batch_size_of(batch)
     except DataError:
-        return 1
+        known = dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+        return samples_in([getattr(batch, each.name) for each in dataclasses.fields(batch)]) if known else 1
 
 
 def split_batch(batch: Any, size: int) -> list[Any]:

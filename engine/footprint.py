@@ -48,7 +48,7 @@ def state_template(optimizer: Optimizer, options: Mapping[str, Any], dtype: torc
         known = known_options(optimizer, options)
         kind: Any = type(optimizer)
         twin = kind([probe], **{**known, **({"capturable": False} if "capturable" in known else {})})
-        torch.autograd.backward((0 * probe).sum())
+        torch.autograd.backward((0 * probe).abs().sum())  # a real number, also of complex ones
         twin.step()
         state = list(twin.state.get(probe, {}).values())
     except Exception:  # noqa: BLE001 - an optimizer of the user's may raise anything, and then its state is not known

@@ -208,6 +208,7 @@ class Recorder:
     _samples: list[Sample] = field(init=False, factory=list)
     _marks: list[Clock] = field(init=False, factory=list)
     _version: int = field(init=False, default=-1)
+    _shape: str = field(init=False, default="")
     _next_sample: int = field(init=False, default=0)
     _open: Span | None = field(init=False, default=None)
     _layers_of_group: list[tuple[str, ...]] = field(init=False, factory=list)
@@ -217,11 +218,29 @@ class Recorder:
         """Take note before a batch, once learning rates are set."""
         if self.ledger.version != self._version:
             self._version = self.ledger.version
-            self._end(clock)
-            self._begin(clock)
+            shape = self._shape_now()
+            if shape != self._shape:
+                self._shape = shape
+                self._end(clock)
+                self._begin(clock)
+            elif self._open is None:  # resumed where the ledger had moved, and it came back to what it was
+                self._reopen()
+            self.ledger.changed_by = ()
         elif clock.batch < self._next_sample:
             return
         self._sample(clock)
+
+    def _shape_now(self) -> str:
+        """Return what a span is known by: what trains, in which groups, and what their rates follow."""
+        groups = [
+            (each.parameters, each.optimizer, each.base_lr, each.scale, {**each.options, "lr": None})
+            for each in self.ledger.groups
+        ]
+        return repr((groups, [(each.origin, each.course) for each in self.ledger.slots]))
+
+    def _reopen(self) -> None:
+        self._open = self._spans.pop()
+        self._layers_of_group, self._slots = self._layers(), self.ledger.slots
 
     def timeline(self, clock: Clock, ends_with: str = "") -> Plan:
         """Return what happened up to ``clock``, and why it ended there."""
@@ -234,7 +253,12 @@ class Recorder:
     def state_dict(self, clock: Clock) -> dict[str, Any]:
         """Return what was written down, as JSON."""
         current = self.ledger.version == self._version
-        return {**self.timeline(clock).to_json(), "current": current, "changed_by": list(self.ledger.changed_by)}
+        return {
+            **self.timeline(clock).to_json(),
+            "current": current,
+            "shape": self._shape,
+            "changed_by": list(self.ledger.changed_by),
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned: the last span is open again.
@@ -244,11 +268,10 @@ class Recorder:
         plan = Plan.from_json(saved)
         self.ledger.changed_by = tuple(saved["changed_by"])
         self._spans, self._samples, self._marks = list(plan.spans), list(plan.samples), []
-        self._open, self._version = None, -1
+        self._open, self._version, self._shape = None, -1, saved["shape"]
         if self._spans and saved["current"]:
             self._version = self.ledger.version
-            self._open = self._spans.pop()
-            self._layers_of_group, self._slots = self._layers(), self.ledger.slots
+            self._reopen()
         self._next_sample = self._samples[-1].batch + self._step(len(self._samples)) if self._samples else 0
 
     def _end(self, clock: Clock) -> None:

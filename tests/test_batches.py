@@ -2,6 +2,7 @@
 
 from collections import OrderedDict, UserDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
 from thawline.engine import ArgumentError, DataError
-from thawline.engine.batches import batch_size_of, count_weight, forward_arguments, split_batch, to_device
+from thawline.engine.batches import batch_size_of, count_weight, forward_arguments, samples_in, split_batch, to_device
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -164,6 +165,28 @@ def test_a_wrong_microbatch_size_is_refused(size: Any) -> None:
 def test_samples_are_counted(batch: Any, size: int) -> None:
     """Along the first dimension of the first tensor that has one, else the entries of a list."""
     assert batch_size_of(batch) == size
+
+
+@dataclass
+class Labeled:
+    """A batch of a kind of its own."""
+
+    name: str
+    x: Any
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (Labeled("a", torch.zeros(5, 2)), 5),
+        (Pair(torch.zeros(4), torch.zeros(4)), 4),
+        (Labeled("a", Labeled("b", None)), 2),
+        (3, 1),
+    ],
+)
+def test_samples_of_a_kind_of_ones_own_are_counted(batch: Any, samples: int) -> None:
+    """A dataclass counts by its fields, a named tuple as a tuple, anything else as one."""
+    assert samples_in(batch) == samples
 
 
 @pytest.mark.parametrize("batch", [torch.tensor(1.0), {}, [], (), None, "text", {"a": 1}, Graphs(torch.zeros(2))])

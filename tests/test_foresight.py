@@ -52,6 +52,7 @@ from thawline.engine import (
     linear,
     warmup,
 )
+from thawline.engine.footprint import state_template, template_bytes
 from thawline.engine.forward import Forward
 from thawline.engine.twin import meta_twin
 
@@ -442,6 +443,7 @@ class Bytes(Algorithm):
     """Measures what the optimizers keep after each step."""
 
     events = frozenset({Event.AFTER_STEP})
+    stage = Stage.OBSERVE
 
     def __init__(self) -> None:
         self.seen: list[int] = []
@@ -476,6 +478,18 @@ class Stubborn(torch.optim.SGD):
     def __init__(self, params: Any, secret: int) -> None:
         super().__init__(params, lr=0.1)
         self.secret = secret
+
+
+def test_the_bytes_of_complex_parameters_are_known() -> None:
+    """Adam keeps two complex numbers of 8 bytes for each, and a step counter."""
+    parameter = nn.Parameter(torch.zeros(3, 2, dtype=torch.complex64))
+    adam = torch.optim.AdamW([parameter], lr=0.1)
+    template = state_template(adam, adam.defaults, parameter.dtype, 2)
+    assert template is not None
+    (-parameter.abs().sum()).backward()
+    adam.step()
+    kept = sum(each.nbytes for each in adam.state[parameter].values())
+    assert template_bytes(template, parameter.shape) == kept
 
 
 def test_an_unknown_optimizer_shows_a_dash() -> None:

@@ -6,13 +6,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import nn
 
 from helpers import loader, mlp
 from thawline.algorithms import LayerThaw, TrainOnly
-from thawline.engine import Algorithm, ArgumentError, Event, FitResult, Plan, State, Trainer, cosine, linear
+from thawline.engine import (
+    Algorithm,
+    ArgumentError,
+    Checkpointing,
+    Event,
+    FitResult,
+    Plan,
+    Stage,
+    State,
+    Trainer,
+    cosine,
+    linear,
+)
 from timelines import stack
 
 
@@ -75,6 +88,31 @@ def test_samples_are_what_the_optimizer_had() -> None:
     plan = trainer.fit(mlp(), loader(), duration="4ep").timeline
     assert [sample.batch for sample in plan.samples] == list(range(16))
     assert [dict(sample.rates) for sample in plan.samples] == seen
+
+
+class ThereAndBack(Algorithm):
+    """Freezes the head and thaws it again at each epoch's start."""
+
+    events = frozenset({Event.EPOCH_START})
+    stage = Stage.TRAINABILITY
+
+    def apply(self, event: Event, state: State) -> None:
+        """Freeze and thaw."""
+        state.ledger.freeze("head", owner=self.owner)
+        state.ledger.thaw("head", owner=self.owner)
+
+
+def test_a_row_begins_only_where_something_changed(tmp_path: Path) -> None:
+    """What ends an event as it began it changed nothing, in a resumed fit too."""
+    trainer = Trainer(
+        algorithms=[ThereAndBack()], optimizer=partial(torch.optim.SGD, lr=0.1), loss_fn=nn.functional.cross_entropy,
+        progress=False, run_dir=tmp_path, checkpoint=Checkpointing(every="1ba", keep=99),
+    )  # fmt: skip
+    whole = trainer.fit(mlp(), loader(), duration=3).timeline
+    assert [(span.start.batch, span.ends_with) for span in whole.spans] == [(0, "duration")]
+    for path in sorted(tmp_path.glob("ba*")):
+        resumed = attrs.evolve(trainer, run_dir=None, checkpoint=None).fit(mlp(), loader(), duration=3, resume=path)
+        assert resumed.timeline == whole
 
 
 def test_a_plan_survives_json() -> None:
