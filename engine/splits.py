@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from attrs import Factory, define, frozen
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from .log import get_logger
 
@@ -206,7 +207,10 @@ def _repeated(model: nn.Module) -> list[_Kind]:
             kind = kinds.setdefault(type(child), _Kind())
             parameters = list(child.parameters())
             nested = any(path in kind.names for path in ancestors(name))
-            if nested or not parameters or next(child.children(), None) is None:
+            whole = (
+                next(child.children(), None) is None or is_parametrized(child) or "parametrizations" in name.split(".")
+            )
+            if nested or not parameters or whole:
                 continue
             kind.names.append(name)
             kind.sizes.append(sum(each.numel() for each in parameters))
@@ -263,7 +267,7 @@ def _unit_layers(model: nn.Module, order: Sequence[str]) -> dict[str, tuple[str,
 def _units(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the children with parameters, those of containers and of only children flattened."""
     children = [(name, child) for name, child in model.named_children() if next(child.parameters(), None) is not None]
-    if not children:
+    if not children or is_parametrized(model):
         yield prefix, model
     for name, child in children:
         path = f"{prefix}.{name}" if prefix else name

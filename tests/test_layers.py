@@ -34,6 +34,14 @@ def test_what_is_no_model_function_or_list_is_an_error(make: Any, error: type[Ex
         make()
 
 
+def test_a_parametrized_module_is_not_cut() -> None:
+    """What weight_norm makes of a linear layer lies in one layer."""
+    norm = torch.nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(norm(nn.Linear(4, 4)), nn.ReLU(), norm(nn.Linear(4, 4)), nn.ReLU(), norm(nn.Linear(4, 2)))
+    layers = LayerMap(model)
+    assert [layer.modules for layer in layers] == [("0",), ("2",), ("4",)]
+
+
 class BasicBlock(nn.Module):
     """A residual block as in torchvision."""
 
