@@ -183,7 +183,7 @@ class _Limits:
         ((name, limit),) = given.items()
         check_in_range(f"{call}({name}=)", limit, above=0, example=f"{example})")
         check_in_range(f"{call}(floor=)", self.floor, above=0, example=f"{call}(adaptive=0.01, floor=1e-3)")
-        if self.norm_type != math.inf:
+        if not (isinstance(self.norm_type, float) and self.norm_type == math.inf):
             check_in_range(f"{call}(norm_type=)", self.norm_type, above=0, example=f"{example}, norm_type=2.0)")
 
 

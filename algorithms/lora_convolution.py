@@ -62,7 +62,7 @@ def lora_convolution(
         hidden = base.with_groups(down_groups)(dropped, lora_A, None)
         return base(x, weight, bias) + base.pointwise()(hidden, lora_B * scaling, None)
     dtype = working_dtype(x)
-    if dtype != x.dtype:
+    if dtype != x.dtype or dtype != weight.dtype:  # autocast: cast here, once, where autograd sees it
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     plan = _Plan(base, down_groups, scaling, p, new_seed() if p > 0 else 0)
     return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return, no-untyped-call]  # torch's are untyped

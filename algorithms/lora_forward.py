@@ -66,7 +66,7 @@ def lora_forward(
         base = F.linear(x, weight.t() if transposed else weight, bias)
         return base + lora_branch(x, lora_A, lora_B, scaling=scaling, dropout=p, training=True, rows=rows, width=width)
     dtype = working_dtype(x)
-    if dtype != x.dtype:  # autocast: cast here, once, where autograd sees it
+    if _autocasts(x):  # cast here, once, where autograd sees it
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     plan = _Plan(scaling, p, new_seed() if p > 0 else 0, rows, transposed)
     return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return, no-untyped-call]  # torch's are untyped
@@ -125,9 +125,14 @@ def spread(lora_B: Tensor, rows: Rows, width: int) -> Tensor:
 
 def working_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a layer computes with ``x``: autocast's where it acts; it leaves float64 alone."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+
+
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return False
+    return x.is_floating_point() and x.dtype != torch.float64
 
 
 def new_seed() -> int:

@@ -276,12 +276,17 @@ class ParameterLedger(Rates):
             "origins": {name: [str(origin.warmup), origin.start] for name, origin in self._origins.items()},
             "layers": {layer.name: list(layer.parameters) for layer in self.layers},
             "homes": [
-                {"lr": home.lr, "options": home.options, "given": home.given, "replaced": dict(home.replaced)}
+                {
+                    "lr": home.lr,
+                    "options": _but_rate(home.options),
+                    "given": home.given,
+                    "replaced": dict(home.replaced),
+                }
                 for home in self._home_list
             ],
             "home_of": {name: home.index for name, home in self._homes.items()},
             "groups": [
-                {"home": slot.home.index, "parameters": self._members[slot], "options": options_of(group)}
+                {"home": slot.home.index, "parameters": self._members[slot], "options": _but_rate(options_of(group))}
                 for slot, group in self._live.items()
             ],
             "journal": [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal],
@@ -307,7 +312,7 @@ class ParameterLedger(Rates):
         by_index = {home.index: home for home in self._home_list}
         for home, entry in zip(self._home_list, saved["homes"], strict=True):
             home.lr, home.given, home.replaced = entry["lr"], dict(entry["given"]), dict(entry["replaced"])
-            home.template.update({key: value for key, value in entry["options"].items() if key != "lr"})
+            home.template.update(entry["options"])
         self._homes = {name: by_index[index] for name, index in saved["home_of"].items()}
         trainable, self._trained = set(saved["trainable"]), set(saved["trained"])
         # A fit that rolls back brings optimizer state of later steps along.
@@ -325,8 +330,7 @@ class ParameterLedger(Rates):
                 raise LedgerError(
                     f"the group of {self._members[slot][0]!r} cannot be restored: it was saved with other members."
                 )
-            # Not the rate: it is a function of the clock, and the saved one is that of the step before.
-            group.update({key: value for key, value in entry["options"].items() if key != "lr"})
+            group.update(entry["options"])
         for optimizer, entry in zip(self.optimizers, saved["optimizers"].values(), strict=True):
             for (key, values), device in zip(entry["shared"].items(), entry["shared_on"], strict=True):
                 optimizer.state[key] = self._shared(optimizer, values, device)
@@ -407,3 +411,8 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[No
         raise
     record.entries += made
     keep_record(model, record)
+
+
+def _but_rate(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's options without the rate: that is a function of the clock, and here still the step's before."""
+    return {key: value for key, value in options.items() if key != "lr"}

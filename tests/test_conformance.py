@@ -98,7 +98,8 @@ def test_any_arguments_resume_and_come_back(algorithm: Algorithm) -> None:
         check_algorithm(lambda: Algorithm.from_description(description), checks=checks[:1])
         check_algorithm(lambda: Algorithm.from_description(description), checks=checks, partners=[])
     except ThawlineError as error:
-        if "SelectorError" not in str(error):
+        # What no model of this size takes is refused when the fit begins.
+        if "SelectorError" not in str(error) and "ArgumentError" not in str(error):
             raise
 
 

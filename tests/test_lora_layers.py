@@ -544,7 +544,7 @@ class TestFiles:
             {"a": nn.Linear(8, 8), "b": nn.ModuleDict({"a": nn.Linear(8, 8)}), "head": nn.Linear(8, 8)}
         )
         injected(model, "a")
-        inject_lora(ParameterLedger(model, partial(torch.optim.SGD, lr=0.1)), "a", rank=2, alpha=6)
+        inject_lora(ParameterLedger(model, partial(torch.optim.SGD, lr=0.1)), "a", rank=4, alpha=6)
         save_adapter(model, tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "a"
 

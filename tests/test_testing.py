@@ -313,7 +313,7 @@ def test_a_trace_lists_what_changed() -> None:
     )  # fmt: skip
     trainer.fit(tiny_models()["mlp"](), tiny_loader(16), duration="4ep")
     assert trace == [
-        "FIT_START 0: freeze blocks[0], blocks[1]; lr 0.1 head; attach lora to 0",
+        "FIT_START 0: freeze blocks[0], blocks[1]; lr 0.1 head; attach lora to 0; attach lora_saved to 4",
         "EPOCH_START 2: thaw 0.lora_A, 0.lora_B; lr 0.05 0.lora_A, 0.lora_B",
         "FIT_END 8",
     ]
