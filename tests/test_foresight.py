@@ -565,9 +565,9 @@ def test_many_sets_are_counted_by_few_passes() -> None:
     class Counted(nn.Sequential):
         """Counts its forwards."""
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, input: Tensor) -> Tensor:
             forwards.append(1)
-            return super().forward(x)
+            return super().forward(input)
 
     net = Counted(*(nn.Linear(4, 4) for _ in range(20)))
     batches = [(torch.zeros(3, 4), torch.zeros(3, 4))] * 60
