@@ -565,7 +565,7 @@ def test_many_sets_are_counted_by_few_passes() -> None:
     class Counted(nn.Sequential):
         """Counts its forwards."""
 
-        def forward(self, input: Tensor) -> Tensor:
+        def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in the class
             forwards.append(1)
             return super().forward(input)
 
