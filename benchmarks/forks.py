@@ -49,6 +49,7 @@ def fork(folder: Path, work: Callable[[], Any]) -> Fork:
     if pid := os.fork():
         return Fork(folder, pid)
     code = 3
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     try:
         printed = os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(printed, 1)

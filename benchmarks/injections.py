@@ -28,6 +28,7 @@ from .rig import STEPS, Loss, Witness, fit, model, outcome
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CALLS = ("openat", "write", "fsync", "close", "rename,renameat,renameat2", "mkdir", "unlink,unlinkat", "rmdir")
 KIB = 1024
+_EPOCH = 15  # steps
 
 
 @define
@@ -485,10 +486,11 @@ def exceptions(injector: Injector) -> list[Count]:
 
 
 def steps_of(event: Event, *, quick: bool) -> Iterable[int]:
-    """Return the steps to fail at; a fit starts once, and then there is no checkpoint yet."""
+    """Return the steps from which on to fail; a fit starts once, and then there is no checkpoint yet."""
     if event is Event.FIT_START:
         return (0,)
-    return (10 + len(event.name),) if quick else range(1, STEPS - 1)
+    last = STEPS - _EPOCH if event is Event.EPOCH_START else STEPS - 2
+    return (10 + len(event.name),) if quick else range(1, last + 1)
 
 
 INJECTIONS: dict[str, Callable[[Injector], list[Count]]] = {
