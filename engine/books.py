@@ -243,8 +243,7 @@ class Books:
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [home.template for home in self._home_list if home.optimizer == index]
         for home in self._home_list:
-            names = [name for name, its in self._homes.items() if its is home and name not in self._left_out]
-            names = [name for name in self._parameters if name in set(names)]
+            names = [name for name in self._parameters if self._homes.get(name) is home and name not in self._left_out]
             home.template["params"] = [self._parameters[name] for name in names]
             if "param_names" in home.template:
                 home.template["param_names"] = names
@@ -361,7 +360,7 @@ class Books:
 
     def _regroup(self) -> None:
         """Derive the groups anew and make the optimizers hold them; inside :meth:`at_once`, at its end."""
-        self._trainable_names = self._names = None
+        self._trainable_names = self._names = self._groups_of_layers = None
         if self._gathering:
             self._behind = True
             return
@@ -382,7 +381,6 @@ class Books:
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
         self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
         self._moving = any(slot.moves for slot in self._live)
-        self._trainable_names = self._names = self._groups_of_layers = None
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)
         self.version += 1

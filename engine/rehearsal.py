@@ -208,22 +208,10 @@ def snapshot(state: State, algorithms: Iterable[Algorithm]) -> dict[str, Any]:
     owned = {each.owner: each.state_dict() for each in algorithms}
     return {
         "weights": weights_of(state.model),
-        "ledger": copied({key: _without_rate(value) for key, value in ledger.items()}),
+        "ledger": copied(ledger),
         "algorithms": copied(owned),
         "clock": str(state.clock),
     }
-
-
-def _without_rate(entry: Any) -> Any:
-    """Leave out the rate that a group had at its last step: it is a function of the clock, written before each."""
-    if not isinstance(entry, list):
-        return entry
-    return [
-        each | {"options": {key: value for key, value in each["options"].items() if key != "lr"}}
-        if isinstance(each, dict) and "options" in each
-        else each
-        for each in entry
-    ]
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
