@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 from typing_extensions import override
 
-from .lora_forward import drop, new_seed, working_dtype
+from .lora_forward import LowRank, drop, new_seed, working_dtype
 
 
 def lora_convolution(
@@ -120,7 +120,7 @@ class _Plan:
         return drop(x, self.p, self.seed) if self.p > 0 else x
 
 
-class _LowRank(torch.autograd.Function):
+class _LowRank(LowRank):
     """The convolution with its adapter."""
 
     @staticmethod
@@ -136,14 +136,6 @@ class _LowRank(torch.autograd.Function):
         else:
             y.add_(plan.base.pointwise()(hidden, up, None), alpha=plan.alpha)
         return y, hidden
-
-    @staticmethod
-    @override
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, down, up, ctx.plan = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, down, up, output[1])
 
     @staticmethod
     @override

@@ -221,7 +221,19 @@ class _Plan:
         return made
 
 
-class _LowRank(torch.autograd.Function):
+class LowRank(torch.autograd.Function):
+    """A layer with its adapter, of ``(x, weight, bias, down, up, plan)``: the result and the hidden features, which are kept."""
+
+    @staticmethod
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, down, up, ctx.plan = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, down, up, output[1])
+
+
+class _LowRank(LowRank):
     """The layer with its adapter; saved for the backward pass are x, the hidden features, and the weights themselves."""
 
     @staticmethod
@@ -244,14 +256,6 @@ class _LowRank(torch.autograd.Function):
         for out, part, place in plan.slices(up.shape[1]):
             y[:, out].addmm_(hidden[:, part], up[place].t(), alpha=plan.alpha)
         return y.view(*x.shape[:-1], y.shape[-1]), hidden
-
-    @staticmethod
-    @override
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, weight, _, down, up, ctx.plan = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, down, up, output[1])
 
     @staticmethod
     @override
@@ -284,4 +288,4 @@ class _LowRank(torch.autograd.Function):
         )  # fmt: skip
 
 
-__all__ = ["Rows", "drop", "lora_branch", "lora_forward", "new_seed", "spread", "working_dtype"]
+__all__ = ["LowRank", "Rows", "drop", "lora_branch", "lora_forward", "new_seed", "spread", "working_dtype"]
