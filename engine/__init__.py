@@ -3,6 +3,7 @@
 from .algorithm import Algorithm, Stage, register, registered, registered_names
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
+from .distributed import Replicate
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
@@ -86,6 +87,7 @@ __all__ = [
     "OutOfMemoryError",
     "ParameterLedger",
     "Plan",
+    "Replicate",
     "RunDirError",
     "Schedule",
     "ScheduleError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,12 +43,22 @@ class Microbatches:
         forward: Weighs a microbatch.
         size: Samples of a microbatch; None: the whole batch.
         accumulate: Loader batches of a step.
+
+    Attributes:
+        total: What the batch's loss is a mean over on all ranks together; None where this process is alone.
+        world: How many ranks there are.
+        count: Microbatches of the last batch; only with several ranks.
     """
 
     forward: Forward
     size: int | None
     accumulate: int = 1
     whole: bool = field(init=False)
+    total: float | None = field(default=None, init=False)
+    world: int = field(default=1, init=False)
+    count: int = field(default=0, init=False)
+    _own: Sequence[int] = field(default=(), init=False)
+    _weighed: list[tuple[Any, float]] | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -55,22 +66,54 @@ class Microbatches:
 
     def of(self, state: State) -> list[tuple[Any, float]]:
         """Return the microbatches of ``state.batch``; those whose labels are all ignored are left out."""
-        batch = state.batch
+        if self.total is not None:
+            return self._of_share(state, self.total)
         if self.whole:
-            return [(batch, 1.0)]
-        batches = [batch] if self.accumulate == 1 else list(batch)
-        parts = batches if self.size is None else [part for each in batches for part in split_batch(each, self.size)]
-        weights = [self.forward.weight(state.model, part) for part in parts]
-        # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
-        said = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+            return [(state.batch, 1.0)]
+        parts = self._parts(state)
+        said = self._said(state, parts)
         total = sum(weight for _, weight in said)
         return [(part, weight / total) for part, weight in said] or [(parts[0], 1.0)]
+
+    def weigh(self, state: State, own: Sequence[int]) -> float:
+        """Return what this rank's share of the batch counts.
+
+        Args:
+            state: With the batch.
+            own: How many samples of each loader batch are this rank's; of one with none the batch is a stand-in.
+        """
+        self._own = own
+        self._weighed = self._said(state, self._parts(state))
+        return sum(weight for _, weight in self._weighed)
+
+    def _of_share(self, state: State, total: float) -> list[tuple[Any, float]]:
+        """Return the microbatches of this rank, none where it has nothing to say while others have."""
+        said = self._said(state, self._parts(state)) if self._weighed is None else self._weighed
+        parts = [(part, weight / total) for part, weight in said] if total else []
+        if not total:
+            parts = [(self._parts(state)[0], 1 / self.world)]
+        self.count = len(parts)
+        return parts
+
+    def _parts(self, state: State) -> list[Any]:
+        batches = [state.batch] if self.accumulate == 1 else list(state.batch)
+        if self._own:
+            batches = [batch for batch, samples in zip(batches, self._own, strict=True) if samples] or batches[:1]
+        return batches if self.size is None else [part for each in batches for part in split_batch(each, self.size)]
+
+    def _said(self, state: State, parts: list[Any]) -> list[tuple[Any, float]]:
+        """Return the parts with their weights; one whose labels are all ignored has no say, and its mean would be NaN."""
+        if self._own and not any(self._own):
+            return []
+        weights = [self.forward.weight(state.model, part) for part in parts]
+        return [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
 
     def shrink_to(self, size: int | None) -> None:
         """Take a size that the run has come down to; one that is larger changes nothing."""
         if size is not None and (self.size is None or size < self.size):
             self.size = size
             self.whole = False
+            self._weighed = None
 
     def halve(self, state: State, error: BaseException) -> None:
         """Halve the size, for the rest of the fit.

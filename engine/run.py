@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -16,6 +17,7 @@ from .checkpoint import capture, restore, seed_everything, well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, gathered
+from .distributed import Team
 from .engine import Engine
 from .errors import DataError, NonFiniteError
 from .evaluation import evaluate
@@ -32,11 +34,13 @@ from .nonfinite import Setback, StepGuard
 from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
+from .ranks import Ranks, open_run_dir, seed_of, start_alike
 from .recipe import Recipe
 from .report import Report
 from .resume import OnChange
 from .rundir import RunDir
 from .settings import bound_schedule, total_batches
+from .shares import Share
 from .signals import StopSignals
 from .state import State
 from .workers import DeferredDeaths
@@ -67,25 +71,33 @@ class Run:
         layers: LayerMap | LayerSpec | None,
         resume: bool | str | Path,
         on_change: OnChange = "refuse",
+        team: Team | None = None,
     ) -> None:
         self.trainer = trainer
+        self.team = team
         self._on_change: OnChange = on_change
-        self.progress = progress_for(trainer.progress)
+        self.progress = progress_for(trainer.progress if team is None or team.first else False)
+        share = None if team is None else Share(team.rank, team.world)
         self.forward = trainer.forward()
         self.precision = Precision(trainer.precision, trainer.device)
         self.functions = self.precision.autocasted(self.forward.outputs), self.precision.autocasted(self.forward.loss)
-        self.data = ResumableLoader(train_loader, seed=trainer.seed, accumulate=trainer.accumulate)
+        self.data = ResumableLoader(train_loader, seed=trainer.seed, accumulate=trainer.accumulate, share=share)
         self.eval_data: ResumableLoader | None = None
         if eval_loader is not None:
-            self.eval_data = ResumableLoader(eval_loader, seed=trainer.seed, argument="Trainer.fit(eval_loader=)")
+            self.eval_data = ResumableLoader(
+                eval_loader, seed=trainer.seed, argument="Trainer.fit(eval_loader=)", share=share
+            )
         length = self.data.length
         clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
         self.settings = {**trainer.describe(), "duration": str(duration)}
         self._modes = [(module, module.training) for module in model.modules()]
         policy = trainer.checkpoint or Checkpointing()
-        self.folder = RunDir(trainer.run_dir, policy, trainer.trackers, resume=resume)
+        opened = partial(RunDir, trainer.run_dir, policy, trainer.trackers)
+        self.folder = opened(resume=resume) if team is None else open_run_dir(team, opened, resume)
         try:
             model.to(trainer.device)
+            if team is not None:
+                start_alike(team, model, self._facts())
             schedule = bound_schedule(trainer.schedule, duration, clock.batches_per_epoch)
             if layers is None:
                 layers = find_layers(model, self.data, self.functions[0], trainer.device)
@@ -110,9 +122,17 @@ class Run:
         self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
         self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")
         self._batch_start = BatchStart(self.state, trainer.device)
-        self._signals = StopSignals(self._look_up)
+        self._signals = StopSignals(self._look_up, shared=team is not None)
+        self._ranks, self._steps = self._with(team)
         self._handlers = ExitStack()
         self._deaths = DeferredDeaths((train_loader, eval_loader))
+
+    def _with(self, team: Team | None) -> tuple[Ranks | None, Callable[[], Iterable[list[Fetched]]]]:
+        """Return what the ranks decide together, if there are several, and how a step's batches are read."""
+        if team is None:
+            return None, self._epoch
+        ranks = Ranks(team, self.engine, self._microbatches, self._signals, self._make_room)
+        return ranks, lambda: ranks.noting(self._epoch())
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -146,7 +166,7 @@ class Run:
             if not state.clock.batch_in_epoch:
                 self.engine.emit(Event.EPOCH_START)
             self._epoch_begun = True
-        for fetched in () if self._finished() else self._epoch():
+        for fetched in () if self._finished() else self._steps():
             if self.folder.due:
                 self._save()
                 if self._signals.received is not None:
@@ -179,6 +199,8 @@ class Run:
             total = self._gradients()
         except (RuntimeError, MemoryError) as error:
             self._make_room(error)
+        if self._ranks is not None:
+            total = self._ranks.settle(total)
         if total is None:
             total = self._repeat()
         precision.unscale(ledger.optimizers)
@@ -211,7 +233,7 @@ class Run:
             state.loss = loss_of(state.outputs, state.microbatch)
             emit(AFTER_LOSS)
             require_gradient(state.loss)
-            precision.backward(state.loss if len(parts) == 1 else state.loss * share)
+            precision.backward(state.loss if share == 1.0 else state.loss * share)
             emit(AFTER_BACKWARD)
             total += state.loss.item() * share
         if state.loss is not None and len(parts) > 1:
@@ -238,7 +260,7 @@ class Run:
         self.engine.emit(Event.EVAL_START)
         values = evaluate(
             state.model, self.eval_data, forward=self.forward, metrics=self.trainer.metrics, precision=self.precision,
-            device=self.trainer.device, emit=emit,
+            device=self.trainer.device, emit=emit, team=self.team,
         )  # fmt: skip
         state.microbatch = state.outputs = state.loss = None
         state.log(values)
@@ -298,20 +320,30 @@ class Run:
                 "single short batch, and a generator is used up after one epoch."
             )
 
+    def _facts(self) -> dict[str, Any]:
+        """Return what all ranks have to be given alike, besides the model."""
+        lengths = {"train_loader": self.data, "eval_loader": self.eval_data}
+        return {
+            **{f"setting {name}": value for name, value in self.settings.items()},
+            **{f"batches of {name}": None if each is None else each.length for name, each in lengths.items()},
+        }
+
     def _cursor(self) -> tuple[int, int]:
         """Return the epoch, and the loader batches of it that were consumed."""
         return self.state.clock.epoch, self.state.clock.batch_in_epoch * self.trainer.accumulate
 
     def _repeat(self) -> float:
         """Do forward and backward of the batch again, in microbatches so small that they fit."""
-        while True:
+        total = None
+        while total is None:
             try:
                 total = self._gradients()
             except (RuntimeError, MemoryError) as error:
                 self._make_room(error)
-            else:
-                self._microbatches.warn(self.state)
-                return total
+            if self._ranks is not None:
+                total = self._ranks.settle(total)
+        self._microbatches.warn(self.state)
+        return total
 
     def _make_room(self, error: RuntimeError | MemoryError) -> None:
         """Undo what was done of the batch, to repeat it in smaller microbatches, once the frames of the error are gone."""
@@ -352,7 +384,7 @@ class Run:
             log.warning("data order", limit=limit)
         watched = self.engine.algorithms, self.folder.policy.monitor, self.trainer.metrics
         self.folder.warned = warn_of_monitors(*watched, evaluated=self.eval_data is not None)
-        seed_everything(self.trainer.seed)
+        seed_everything(seed_of(self.team, self.trainer.seed))
         model.train()
         self.engine.attach()
         self.folder.trackers.log_config({"trainer": self.settings, "model": type(model).__name__})
@@ -369,6 +401,8 @@ class Run:
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
         """Put everything back as the checkpoint says; random number generators last."""
         state = self.state
+        if self._ranks is not None:
+            tree = self._ranks.own(tree)
         extra = restore(
             tree, self.engine, self.precision, settings=self.settings, pristine=self._pristine, on_change=self._on_change
         )  # fmt: skip
@@ -389,7 +423,7 @@ class Run:
 
     def _roll_back(self, setback: Setback) -> None:
         """Go back to the last checkpoint."""
-        newest = self.folder.newest()
+        newest = self.folder.newest() if self._ranks is None else self._ranks.newest(self.folder)
         if newest is None:
             text = "and no checkpoint could be written that the fit could go back to"
             raise NonFiniteError(f"{setback.what}, {text}.") from None
@@ -404,8 +438,12 @@ class Run:
         self._next_due = 0
 
     def _save(self) -> None:
-        step, metrics = self.state.clock.batch, self.state.metrics
+        step, metrics, ranks = self.state.clock.batch, self.state.metrics, self._ranks
+        if ranks is not None and self.folder.saves:
+            ranks.before_save()
         self.folder.save(self._capture, step=step, metrics=metrics, evaluated_at=self._evaluated_at)
+        if ranks is not None and self.folder.saves:
+            ranks.after_save(self.folder)
 
     def _capture(self) -> dict[str, Any]:
         extra = {
@@ -416,6 +454,7 @@ class Run:
             "evaluated_at": self._evaluated_at,
             "timeline": self.recorder.state_dict(self.state.clock),
             "loader": self.data.state_dict(*self._cursor()),
+            **({} if self._ranks is None else self._ranks.saved()),
         }
         return capture(self.engine, self.precision, settings=self.settings, extra=extra, pristine=self._pristine)
 
@@ -446,6 +485,8 @@ class Run:
             if error is not None:
                 error.add_note(f"closing the algorithms failed as well: {second!r}")
         finally:
+            if self._ranks is not None:
+                self._ranks.close()
             state.ledger.phase = None
             state.ledger.release()
             for module, training in self._modes:
