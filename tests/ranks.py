@@ -334,18 +334,23 @@ def evaluation(folder: Path) -> dict[str, Any]:  # noqa: ARG001
 # -- decisions ---------------------------------------------------------------------------------------------------------
 
 
+def _stopping_at(event: Event, batch: int) -> Algorithm:
+    @on(event)
+    def stop(state: State) -> None:
+        if RANK == WORLD - 1 and state.clock.batch >= batch:
+            state.stop(f"rank {WORLD - 1}")
+
+    return stop()
+
+
 @scenario
 def stopping(folder: Path) -> dict[str, Any]:  # noqa: ARG001
     """One rank alone asks to stop, at every event where it may."""
     found: dict[str, Any] = {}
     for event in (Event.FIT_START, Event.EPOCH_START, Event.BATCH_START, Event.AFTER_STEP, Event.BATCH_END, Event.EVAL_END):
 
-        @on(event)
-        def stop(state: State, event: Event = event) -> None:
-            if RANK == WORLD - 1 and (state.clock.batch >= 2 or event in (Event.FIT_START, Event.EPOCH_START)):
-                state.stop(f"rank {WORLD - 1}")
-
-        found[event.name] = fitted(model(), [stop()], evaluated=loader(8, 4), eval_every="1ba")
+        first = 0 if event in (Event.FIT_START, Event.EPOCH_START) else 2
+        found[event.name] = fitted(model(), [_stopping_at(event, first)], evaluated=loader(8, 4), eval_every="1ba")
     found["early"] = fitted(model(), [EarlyStop("eval/loss", patience=1, min_delta=9.0)], evaluated=loader(8, 4))
     return found
 
