@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -130,6 +131,12 @@ def restarts(environment: Mapping[str, str]) -> int:
     return _whole(environment, "TORCHELASTIC_RESTART_COUNT", 0)
 
 
+def restarted(team: Team | None) -> bool:
+    """Return whether torchrun has started any of the ranks anew."""
+    count = restarts(os.environ)
+    return bool(count if team is None else max(team.exchange(count)))
+
+
 def join(chosen: Replicate, device: torch.device) -> Team | None:
     """Return the team that this process is one of, connected to the others; None for a process alone.
 
@@ -161,7 +168,13 @@ def _groups(timeout: float, kind: str) -> tuple[Any, Any]:
     """Return the group that reduces gradients and the one that ranks talk over."""
     span = timedelta(seconds=timeout)
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=span)
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=span)))
+        # torchrun's store outlives a restart, and would lead to the addresses of those that were killed. Machines count
+        # restarts each for itself, so only where there is one can the count tell attempts apart.
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            store = dist.PrefixStore(f"attempt {restarts(os.environ)}", store)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=span)
         atexit.register(_leave)
     data = dist.new_group(backend="nccl" if kind == "cuda" else "gloo", timeout=span)
     return data, dist.new_group(backend="gloo", timeout=span)
@@ -362,4 +375,6 @@ class Team:
 
 
 def _first_line(error: BaseException) -> str:
-    return shorten(str(error).strip().partition("\n")[0], 200)
+    """Return what torch says, without the place in its sources and without its advice."""
+    line = str(error).strip().partition("\n")[0]
+    return re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", line).partition(". This is")[0][:200]

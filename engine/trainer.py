@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 
 from .clock import Clock, Time
 from .data import ResumableLoader
-from .distributed import restarts
+from .distributed import restarted
 from .errors import ArgumentError
 from .evaluation import evaluate
 from .foresight import foresee
@@ -165,10 +164,10 @@ class Trainer(Recipe):
             raise ArgumentError(
                 "Trainer.fit(on_change=)", got=on_change, takes="'refuse' or 'migrate'", example=example
             )
-        if resume is False and self.run_dir is not None and restarts(os.environ):
-            resume = True
         chosen = self._chosen(optimizer)
         team = self.joined()
+        if resume is False and self.run_dir is not None:
+            resume = restarted(team)
         with only_errors() if team is not None and not team.first else nullcontext(), Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
             on_change=on_change, team=team,

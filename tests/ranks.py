@@ -476,10 +476,10 @@ def relay(folder: Path) -> dict[str, Any]:
     net, algorithms = _resumable()
     until = int(os.environ.get("RANKS_UNTIL", "0"))
 
-    @on(Event.BATCH_END)
+    @on(Event.AFTER_STEP)
     def pause(state: State) -> None:
-        if state.clock.batch == until:
-            state.stop("relay")
+        if state.clock.batch + 1 == until and RANK == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     seen = fitted(net, [*algorithms, pause()], run_dir=folder / "relay", duration="2ep", resume=True)
     return seen
