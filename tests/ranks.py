@@ -157,7 +157,7 @@ class Watch(Algorithm):
     def apply(self, event: Event, state: State) -> None:
         if event is Event.AFTER_STEP:
             assert state.loss is not None
-            self.losses.append(float(state.loss))
+            self.losses.append(state.loss.item())
             return
         self.digests.append(digest(state, self.others))
         self.trainable.append(sum(each.numel() for each in state.ledger.trainable_parameters))
@@ -489,9 +489,10 @@ def relay(folder: Path) -> dict[str, Any]:
 
 
 @scenario
-def lost(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def lost(folder: Path) -> dict[str, Any]:
     """The last rank ends without a word, or hangs as ``RANKS_HOW`` says; the others say so, and how long it took."""
     how = os.environ.get("RANKS_HOW", "exit")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once it knows: what was found is to be written down first
 
     @on(Event.AFTER_FORWARD)
     def vanish(state: State) -> None:
@@ -504,10 +505,10 @@ def lost(folder: Path) -> dict[str, Any]:  # noqa: ARG001
 
     began = time.monotonic()
     try:
-        fitted(model(), [vanish()])
+        return fitted(model(), [vanish()])
     except DistributedError as error:
-        return {"error": str(error), "seconds": time.monotonic() - began}
-    return {"error": "", "seconds": 0.0}
+        torch.save({"error": str(error), "seconds": time.monotonic() - began}, folder / f"lost-{RANK}.pt")
+        raise
 
 
 @scenario
