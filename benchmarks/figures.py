@@ -18,6 +18,7 @@ from thawline.algorithms.grad_clip import clip_gradients
 from thawline.engine import Algorithm, Engine, Event, ParameterLedger, State, Trainer
 
 from .adapters import adapting
+from .distributed import distributed
 from .measure import Row, race, told
 from .saving import adapters, resuming, saving
 
@@ -251,4 +252,5 @@ FIGURES: dict[str, Figure] = {
     "saving": saving,
     "adapters": adapters,
     "resuming": resuming,
+    "distributed": distributed,
 }

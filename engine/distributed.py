@@ -126,6 +126,11 @@ def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
         raise DistributedError(f"{name} takes a whole number, got {shorten(text)}. Start with torchrun.") from None
 
 
+def can_fork() -> bool:
+    """Return whether ranks can be made here by forking: there is gloo, and this process is not one of several."""
+    return hasattr(os, "fork") and dist.is_available() and dist.is_gloo_available() and not dist.is_initialized()
+
+
 def restarts(environment: Mapping[str, str]) -> int:
     """Return how often ``torchrun --max-restarts`` has started this process anew."""
     return _whole(environment, "TORCHELASTIC_RESTART_COUNT", 0)

@@ -256,7 +256,13 @@ def sources(folder: Path) -> dict[str, Any]:  # noqa: ARG001
 
 def _norm_net() -> nn.Module:
     return nn.Sequential(
-        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(8, 8),
+        nn.BatchNorm1d(8),
+        nn.Linear(8, 3),
     )
 
 
@@ -347,8 +353,14 @@ def _stopping_at(event: Event, batch: int) -> Algorithm:
 def stopping(folder: Path) -> dict[str, Any]:  # noqa: ARG001
     """One rank alone asks to stop, at every event where it may."""
     found: dict[str, Any] = {}
-    for event in (Event.FIT_START, Event.EPOCH_START, Event.BATCH_START, Event.AFTER_STEP, Event.BATCH_END, Event.EVAL_END):
-
+    for event in (
+        Event.FIT_START,
+        Event.EPOCH_START,
+        Event.BATCH_START,
+        Event.AFTER_STEP,
+        Event.BATCH_END,
+        Event.EVAL_END,
+    ):
         first = 0 if event in (Event.FIT_START, Event.EPOCH_START) else 2
         found[event.name] = fitted(model(), [_stopping_at(event, first)], evaluated=loader(8, 4), eval_every="1ba")
     found["early"] = fitted(model(), [EarlyStop("eval/loss", patience=1, min_delta=9.0)], evaluated=loader(8, 4))
@@ -492,7 +504,9 @@ def relay(folder: Path) -> dict[str, Any]:
 def lost(folder: Path) -> dict[str, Any]:
     """The last rank ends without a word, or hangs as ``RANKS_HOW`` says; the others say so, and how long it took."""
     how = os.environ.get("RANKS_HOW", "exit")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, once it knows: what was found is to be written down first
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # torchrun's, once it knows: what was found is to be written down first
 
     @on(Event.AFTER_FORWARD)
     def vanish(state: State) -> None:

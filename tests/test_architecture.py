@@ -52,7 +52,7 @@ TIERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
     frozenset(
-        {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "conformance"}
+        {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "ranked", "conformance"}
         | {"oracle", "machine", "strategies", "testing"}
     ),
     frozenset({"__init__"}),

@@ -352,7 +352,9 @@ def test_a_killed_rank_is_started_anew_and_the_run_goes_on(folder: Path) -> None
     found = outcomes(folder / "elastic", "elastic", 2)
     same_everywhere(found)
     assert (folder / "elastic" / "died").exists()
-    assert len(found[0]["digests"]) == 4  # from batch 4, the newest checkpoint before batch 5, where the rank was killed
+    assert (
+        len(found[0]["digests"]) == 4
+    )  # from batch 4, the newest checkpoint before batch 5, where the rank was killed
     launch(2, folder / "whole", "elastic", kill=-1)
     for part, whole in zip(found, outcomes(folder / "whole", "elastic", 2), strict=True):
         same_end(whole, part)
@@ -411,7 +413,9 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank whose first rank never comes gives up within the timeout, and says where it looked."""
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(name, value)
-    trainer = Trainer(loss_fn=torch.nn.functional.mse_loss, distributed=Replicate(timeout=1), device="cpu", progress=False)
+    trainer = Trainer(
+        loss_fn=torch.nn.functional.mse_loss, distributed=Replicate(timeout=1), device="cpu", progress=False
+    )
     with pytest.raises(DistributedError, match=r"rank 1 of 2 did not find the others within 1 s at 127\.0\.0\.1:9"):
         trainer.fit(torch.nn.Linear(2, 1), [(torch.zeros(2, 2), torch.zeros(2, 1))], duration="1ep")
 
