@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from thawline.engine import Algorithm, Checkpointing, Event, Stage, State, Trainer
+from thawline.engine.buckets import GradientBuckets
 from thawline.engine.distributed import Team
 from thawline.engine.ranks import Ranks
 
@@ -74,10 +77,12 @@ class _Net(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(_WIDTH, _WIDTH), nn.ReLU()) for _ in range(_DEPTH))
         self.head = nn.Linear(_WIDTH, 10)
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
-        return self.head(x)
+        found: Tensor = self.head(x)
+        return found
 
 
 class _Stopwatch(Algorithm):
@@ -89,15 +94,31 @@ class _Stopwatch(Algorithm):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
+    @override
     def reset(self) -> None:
         """Keep the times."""
 
-    def apply(self, event: Event, state: State) -> None:  # noqa: ARG002 - what an algorithm is called with
+    @override
+    def apply(self, event: Event, state: State) -> None:
         self.ends.append(time.perf_counter())
 
 
+class _Moving(Algorithm):
+    """Freezes a block and thaws all, by turns."""
+
+    events = frozenset({Event.BATCH_START})
+
+    @override
+    def apply(self, event: Event, state: State) -> None:
+        ledger, number = state.ledger, state.clock.batch
+        if number % 2:
+            ledger.freeze(f"blocks.{number % _DEPTH}.*", owner=self.owner)
+        elif number:
+            ledger.thaw("*", owner=self.owner)
+
+
 def _per_step(ends: list[float]) -> float:
-    gaps = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(ends)]
     return statistics.median(gaps[2:])
 
 
@@ -121,7 +142,7 @@ def _worker(out: Path, rounds: int, device: torch.device) -> None:
         ends = []
         for _ in range(_STEPS):
             loss = loss_fn(wrapped(inputs), targets)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             stepping.step()
             stepping.zero_grad()
             loss.item()
@@ -179,30 +200,23 @@ def _agreement(step: float, settings: dict[str, Any], batch: Any) -> dict[str, f
 
         return wrapped
 
-    class Moving(Algorithm):
-        events = frozenset({Event.BATCH_START})
-
-        def apply(self, event: Event, state: State) -> None:  # noqa: ARG002 - what an algorithm is called with
-            ledger, number = state.ledger, state.clock.batch % 10
-            ledger.freeze(f"blocks.{number}.*", owner="bench") if number % 2 else ledger.thaw("*", owner="bench")
-            spent["moves"] = [*spent.get("moves", []), time.perf_counter()]
-
-    tell, compare, save = Team.tell, Ranks.compare, Ranks.before_save
+    tell, compare, save, follow = Team.tell, Ranks.compare, Ranks.before_save, GradientBuckets.follow
     Team.tell = timed("tell", tell)  # type: ignore[method-assign]
     Ranks.compare = timed("compare", compare)  # type: ignore[method-assign]
     Ranks.before_save = timed("checkpoint", save)  # type: ignore[method-assign]
+    GradientBuckets.follow = timed("follow", follow)  # type: ignore[method-assign]
     try:
         Trainer(**settings).fit(_Net(), [batch] * _STEPS, duration=f"{_STEPS}ba")
         told = statistics.median(spent["tell"])
-        watch = _Stopwatch()
-        Trainer(algorithms=[Moving(), watch], **settings).fit(_Net(), [batch] * 2 * _STEPS, duration=f"{2 * _STEPS}ba")
-        moving = _per_step(watch.ends)
+        spent["compare"].clear()
+        spent["follow"].clear()
+        Trainer(algorithms=[_Moving()], **settings).fit(_Net(), [batch] * _STEPS, duration=f"{_STEPS}ba")
         shared = [tempfile.mkdtemp() if os.environ["RANK"] == "0" else None]
         dist.broadcast_object_list(shared)
-        saving = {"run_dir": Path(str(shared[0])) / "run", "checkpoint": Checkpointing(every="2ba")}
+        saving: dict[str, Any] = {"run_dir": Path(str(shared[0])) / "run", "checkpoint": Checkpointing(every="2ba")}
         Trainer(**settings, **saving).fit(_Net(), [batch] * _STEPS, duration=f"{_STEPS}ba")
     finally:
-        Team.tell, Ranks.compare, Ranks.before_save = tell, compare, save  # type: ignore[method-assign]
+        Team.tell, Ranks.compare, Ranks.before_save, GradientBuckets.follow = tell, compare, save, follow  # type: ignore[method-assign]
     began = time.perf_counter()
     versions, same = (1.0, 1.0), 0
     for _ in range(1000):
@@ -212,7 +226,7 @@ def _agreement(step: float, settings: dict[str, Any], batch: Any) -> dict[str, f
         "agree": 2 * told,
         "compare": statistics.median(spent["compare"]),
         "checkpoint": statistics.median(spent["checkpoint"]),
-        "thaw": max(0.0, moving / step - 1),
+        "thaw": (statistics.median(spent["compare"]) + statistics.median(spent["follow"])) / step,
         "look": look / step,
     }
 

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from attrs import Attribute, field, frozen
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, and not in its __all__
+from torch.distributed.rendezvous import rendezvous
 
 from .errors import ArgumentError, DistributedError, shorten
 from .events import Event
@@ -173,11 +175,11 @@ def _groups(timeout: float, kind: str) -> tuple[Any, Any]:
     """Return the group that reduces gradients and the one that ranks talk over."""
     span = timedelta(seconds=timeout)
     if not dist.is_initialized():
-        store, rank, world = next(iter(dist.rendezvous("env://", timeout=span)))
+        store, rank, world = next(iter(rendezvous("env://", timeout=span)))
         # torchrun's store outlives a restart, and would lead to the addresses of those that were killed. Machines count
         # restarts each for itself, so only where there is one can the count tell attempts apart.
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            store = dist.PrefixStore(f"attempt {restarts(os.environ)}", store)
+            store = PrefixStore(f"attempt {restarts(os.environ)}", store)
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=span)
         atexit.register(_leave)
@@ -343,7 +345,7 @@ class Team:
         """Begin to add up a tensor over all ranks, in place; or to take the largest of each element."""
         kind = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         with self._waiting():
-            work: Pending = dist.all_reduce(tensor, kind, group=self._data, async_op=True)
+            work: Any = dist.all_reduce(tensor, kind, group=self._data, async_op=True)
         return work
 
     def finish(self, works: Iterable[Pending], doing: str) -> None:

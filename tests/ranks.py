@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from thawline.algorithms import EMA, EarlyStop, GradClip, LayerFreeze, LayerThaw, LISA, LoRAInject
+from thawline.algorithms import EMA, LISA, EarlyStop, GradClip, LayerFreeze, LayerThaw, LoRAInject
 from thawline.engine import (
     Algorithm,
     Checkpointing,
@@ -207,7 +207,7 @@ def _recipes() -> dict[str, Callable[[], list[Algorithm]]]:
 
 
 @scenario
-def training(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def training(folder: Path) -> dict[str, Any]:
     """Every recipe, whose trainable set moves in the middle of epochs."""
     found = {name: fitted(model(), make(), evaluated=loader(17, 4)) for name, make in _recipes().items()}
     found["float32"] = fitted(
@@ -217,7 +217,7 @@ def training(folder: Path) -> dict[str, Any]:  # noqa: ARG001
 
 
 @scenario
-def portions(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def portions(folder: Path) -> dict[str, Any]:
     """Microbatches, accumulated batches, ignored labels, and shares that are wholly ignored."""
     x, y = data(48).tensors
     y = y.clone()
@@ -242,7 +242,7 @@ class Stream(IterableDataset[Any]):
 
 
 @scenario
-def sources(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def sources(folder: Path) -> dict[str, Any]:
     """Loaders of every kind: workers, an iterable dataset, ready batches in dictionaries."""
     x, y = data(20).tensors
     ready = [{"x": x[i : i + 12], "labels": y[i : i + 12]} for i in range(0, 20, 12)]
@@ -267,7 +267,7 @@ def _norm_net() -> nn.Module:
 
 
 @scenario
-def statistics(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def statistics(folder: Path) -> dict[str, Any]:
     """Batch normalization and dropout: what one rank computes is not what another does."""
     batches = loader(36)
     noise: list[float] = []
@@ -281,7 +281,7 @@ def statistics(folder: Path) -> dict[str, Any]:  # noqa: ARG001
 
 
 @scenario
-def without_following(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def without_following(folder: Path) -> dict[str, Any]:
     """The negative control: buckets that stay those of the first batch."""
     from thawline.engine.buckets import GradientBuckets
 
@@ -324,7 +324,7 @@ class Mean:
 
 
 @scenario
-def evaluation(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def evaluation(folder: Path) -> dict[str, Any]:
     """Evaluations whose last batch has fewer samples than there are ranks."""
     from torchmetrics.classification import MulticlassAccuracy
 
@@ -350,7 +350,7 @@ def _stopping_at(event: Event, batch: int) -> Algorithm:
 
 
 @scenario
-def stopping(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def stopping(folder: Path) -> dict[str, Any]:
     """One rank alone asks to stop, at every event where it may."""
     found: dict[str, Any] = {}
     for event in (
@@ -394,7 +394,7 @@ class Hungry(Net):
 
 
 @scenario
-def memory(folder: Path) -> dict[str, Any]:  # noqa: ARG001
+def memory(folder: Path) -> dict[str, Any]:
     """One rank runs out of memory: the batch is repeated by all."""
     import warnings
 
@@ -493,8 +493,7 @@ def relay(folder: Path) -> dict[str, Any]:
         if state.clock.batch + 1 == until and RANK == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    seen = fitted(net, [*algorithms, pause()], run_dir=folder / "relay", duration="2ep", resume=True)
-    return seen
+    return fitted(net, [*algorithms, pause()], run_dir=folder / "relay", duration="2ep", resume=True)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

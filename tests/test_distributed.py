@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+import ranks
 from thawline.engine import ArgumentError, DistributedError, Replicate, Trainer
 from thawline.engine.batches import part_of_batch
 from thawline.engine.data import ResumableLoader
@@ -118,8 +118,8 @@ def same_everywhere(found: list[Outcome]) -> None:
 def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
     """Check that two models hold the same weights, up to rounding."""
     assert list(first) == list(second)
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=tolerance, msg=name)
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=0, atol=tolerance, msg=name)
 
 
 def samples_of(found: list[Outcome]) -> list[tuple[int, ...]]:
