@@ -346,7 +346,8 @@ class Team:
         kind = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         with self._waiting():
             work: Any = dist.all_reduce(tensor, kind, group=self._data, async_op=True)
-        return work
+        pending: Pending = work  # None where this process is not one of the group
+        return pending
 
     def finish(self, works: Iterable[Pending], doing: str) -> None:
         """Wait for what was begun."""

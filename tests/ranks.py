@@ -110,7 +110,7 @@ def trainer(algorithms: Sequence[Algorithm] = (), **settings: Any) -> Trainer:
         "schedule": linear(end=0.2),
         "loss_fn": nn.functional.cross_entropy,
         "log_every": "1ba",
-        "device": "cpu",
+        "device": os.environ.get("RANKS_DEVICE", "cpu"),
         "distributed": Replicate(timeout=TIMEOUT),
         "progress": False,
         "seed": 11,
@@ -124,7 +124,7 @@ def digest(state: State, algorithms: Iterable[Algorithm]) -> str:
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key in value:
                 found.update(str(key).encode())
@@ -176,7 +176,7 @@ def fitted(
     made = trainer([*algorithms, watch], **settings)
     result = made.fit(net, loader() if batches is None else batches, evaluated, duration=duration, resume=resume)
     return {
-        "weights": {name: each.detach().clone() for name, each in net.state_dict().items()},
+        "weights": {name: each.detach().cpu().clone() for name, each in net.state_dict().items()},
         "digests": watch.digests, "trainable": watch.trainable, "losses": watch.losses, "samples": watch.samples,
         "history": result.history, "metrics": result.metrics, "stop": result.stop_reason,
         "clock": [result.clock.epoch, result.clock.batch, result.clock.sample],

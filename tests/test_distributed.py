@@ -439,6 +439,19 @@ def test_other_ranks_log_errors_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert [str(each.msg) for each in caplog.records] == ["broken"]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+def test_gpus(tmp_path: Path, reference: Any) -> None:
+    """On two GPUs gradients go over NCCL: ranks stay equal, and equal one process."""
+    launch(2, tmp_path, "training", "statistics", "resuming", device="cuda")
+    same_everywhere(outcomes(tmp_path, "statistics", 2))
+    found = [each["thaw"] for each in outcomes(tmp_path, "training", 2)]
+    same_everywhere(found)
+    close(found[0]["weights"], reference("training")["thaw"]["weights"], 1e-9)
+    for each in outcomes(tmp_path, "resuming", 2):
+        for part in each["resumed"].values():
+            same_end(each["whole"], part)
+
+
 # -- slow --------------------------------------------------------------------------------------------------------------
 
 
