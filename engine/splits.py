@@ -59,9 +59,8 @@ def find_split(model: nn.Module, order: Sequence[str]) -> Split:
     own = _by_matcher(model, order)
     if own is not None:
         return Split(_filled(order, own), settled=len(own) == len(order))
-    kinds = _block_kinds(model)
-    if kinds:
-        names = _in_order([(name,) for kind in kinds for name in kind], order)
+    if kinds := _block_paths(model):
+        names = _in_order(kinds, order)
         of = _filled(order, _labelled(order, {f"blocks[{index}]": block for index, block in enumerate(names)}))
         return Split(of, _doubt(model, order, of, in_layers={"stem"}))
     of = _filled(order, _labelled(order, _unit_layers(model, order)))
@@ -169,6 +168,7 @@ class _Kind:
         list
     )  # tensors of two or more dimensions in each: a unit such as conv-norm-act has one
     containers: set[type[nn.Module]] = Factory(set)
+    repeated: bool = False  # whether one instance alone fills a container, several times
 
     @property
     def held(self) -> int:
@@ -180,6 +180,16 @@ class _Kind:
 
     def inside(self, other: _Kind) -> bool:
         return all(any(path in other.names for path in ancestors(name)) for name in self.names)
+
+
+def _block_paths(model: nn.Module) -> list[tuple[str, ...]]:
+    """Return the paths of each block; one that stands in several places has several."""
+    names = [name for kind in _block_kinds(model) for name in kind]
+    paths: dict[nn.Module, list[str]] = {model.get_submodule(name): [] for name in names}
+    for path, module in model.named_modules(remove_duplicate=False) if paths else ():
+        if module in paths:
+            paths[module].append(path)
+    return [tuple(each) for each in paths.values()]
 
 
 def _block_kinds(model: nn.Module) -> list[list[str]]:
@@ -215,7 +225,8 @@ def _repeated(model: nn.Module) -> list[_Kind]:
             kind.sizes.append(sum(each.numel() for each in parameters))
             kind.weights.append(sum(each.ndim > 1 for each in parameters))
             kind.containers.add(type(parent))
-    return [kind for kind in kinds.values() if len(kind.names) > 1]
+            kind.repeated |= len(parent._modules) > 1 and all(each is child for each in parent._modules.values())
+    return [kind for kind in kinds.values() if len(kind.names) > 1 or kind.repeated]
 
 
 def _refined(stage: _Kind, kinds: Iterable[_Kind]) -> _Kind:
