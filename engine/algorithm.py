@@ -14,6 +14,7 @@ from torch import Tensor
 from .clock import Time
 from .errors import ArgumentError, nearest
 from .events import Event
+from .keywords import refuse_unknown
 from .state import State
 from .typing import Json
 
@@ -167,14 +168,13 @@ class Algorithm(_Remembering):
 
 
 def _check_keywords(kind: type[_Remembering], keywords: Mapping[str, Any]) -> None:
-    """Raise a TypeError that lists the arguments of a class where it is given another."""
+    """Raise where a class is given an argument that it does not take."""
     if not keywords:  # a copy is made without any
         return
     _, *known = inspect.signature(kind.__init__).parameters.values()
     names = [each.name for each in known]
-    unknown = next((name for name in keywords if name not in names), None)
-    if unknown is not None and not any(each.kind is each.VAR_KEYWORD for each in known):
-        raise TypeError(f"{kind.__name__}() has no argument {unknown!r}. It takes: {', '.join(names) or 'none'}.")
+    if not any(each.kind is each.VAR_KEYWORD for each in known):
+        refuse_unknown(kind.__name__, keywords, names)
 
 
 Kind = TypeVar("Kind", bound=type[Algorithm])
