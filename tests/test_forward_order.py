@@ -204,6 +204,17 @@ def test_what_is_registered_in_order_stays_so(name: str) -> None:
     ]
 
 
+def test_hooks_of_the_callers_see_nothing_of_it() -> None:
+    """One that records what goes through is as it was, and is there for the fit."""
+    seen: list[Tensor] = []
+    model = Tied()
+    model.embed.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    assert forward_order(model, lambda: model(torch.tensor([[1, 2]])))
+    assert not seen
+    model(torch.tensor([[1, 2]]))
+    assert len(seen) == 1
+
+
 def test_a_pass_that_fails_is_logged_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
     """The layers are then those of registration; so they are where the pass used nothing."""
     model = Tied()
