@@ -25,6 +25,7 @@ class Stage(IntEnum):
     """The order in which algorithms act at one event; within a stage the order of the list.
 
     At EVAL_START and EVAL_END, WEIGHTS come before all others: evaluation sees averaged weights, everybody else live ones.
+    At EPOCH_END, CONTROL comes before all others: whoever puts weights back at the end knows that the fit ends.
     """
 
     SURGERY = 0
