@@ -23,6 +23,7 @@ from .errors import (
     SurgeryError,
     ThawlineError,
     ThawlineWarning,
+    UnknownArgumentError,
     nearest,
     warn,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "TraceEntry",
     "Tracker",
     "Trainer",
+    "UnknownArgumentError",
     "configure_logging",
     "constant",
     "cosine",

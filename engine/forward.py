@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .criterion import Criterion
 from .data import count_weight, forward_arguments
-from .errors import ArgumentError, DataError, LedgerError, LossError, shorten, with_article
+from .errors import ArgumentError, DataError, LedgerError, LossError, shorten, warn, with_article
+from .layers import shorten_list
 from .shift import shifts_labels
 from .state import State
 
@@ -157,6 +158,17 @@ def without_gradient() -> LossError:
         "the loss has no gradient: no trainable parameter had a part in it. Do not detach it, compute it under "
         "no_grad or turn it into a number, and look with ledger.trainable which parameters train."
     )
+
+
+def warn_of_late_parameters(state: State) -> None:
+    """Warn of parameters that the model has made or replaced since the fit began: nothing trains them."""
+    known = {id(each) for each in state.ledger.parameters.values()}
+    late = [name for name, each in state.model.named_parameters() if id(each) not in known]
+    if late:
+        warn(
+            f"{shorten_list(late)} of {type(state.model).__name__} came into being after the fit began, and will not train: the "
+            "optimizer does not have them. Make them in __init__, or run the model once before: model(inputs); trainer.fit(model, …)"
+        )
 
 
 def stop_frozen(state: State) -> None:

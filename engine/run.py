@@ -20,14 +20,14 @@ from .engine import Engine
 from .errors import NonFiniteError
 from .evaluation import evaluate
 from .events import Event
-from .forward import stop_frozen, without_gradient
+from .forward import stop_frozen, warn_of_late_parameters, without_gradient
 from .homes import OptimizerLike
 from .layering import find_layers
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
 from .memory import BatchStart, Microbatches, is_out_of_memory
-from .monitor import warn_of_monitors
+from .monitor import Monitors
 from .nonfinite import Setback, StepGuard
 from .plan import Plan, Recorder
 from .precision import Precision
@@ -110,6 +110,8 @@ class Run:
         self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
         self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")
         self._batch_start = BatchStart(self.state, trainer.device)
+        watched = self.engine.algorithms, self.folder.policy.monitor, trainer.metrics
+        self._monitors = Monitors(*watched, evaluated=self.eval_data is not None)
         self._signals = StopSignals(self._look_up)
         self._handlers = ExitStack()
         self._deaths = DeferredDeaths((train_loader, eval_loader))
@@ -258,6 +260,8 @@ class Run:
     def _do_what_is_due(self, before: Clock) -> None:
         """Evaluate, log, and ask for a checkpoint, each where its interval has passed; find out when to look again."""
         trainer, clock = self.trainer, self.state.clock
+        if not self._next_due:  # the first batch: what the model has made by itself is there
+            warn_of_late_parameters(self.state)
         if trainer.eval_every.crossed(before, clock):
             self._evaluate()
         if trainer.log_every.crossed(before, clock):
@@ -287,6 +291,7 @@ class Run:
             self._evaluate()
         if trained:
             self.report.end_epoch()
+        self._monitors.end_epoch(state.metrics)
         self.report.log({})
         self._batch_start.look()
         self._epoch_begun = False
@@ -350,8 +355,7 @@ class Run:
         state, model = self.state, self.state.model
         for limit in self.data.limits:
             log.warning("data order", limit=limit)
-        watched = self.engine.algorithms, self.folder.policy.monitor, self.trainer.metrics
-        self.folder.warned = warn_of_monitors(*watched, evaluated=self.eval_data is not None)
+        self.folder.warned = self._monitors.begin()
         seed_everything(self.trainer.seed)
         model.train()
         self.engine.attach()
