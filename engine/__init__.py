@@ -24,6 +24,7 @@ from .errors import (
     SurgeryError,
     ThawlineError,
     ThawlineWarning,
+    UnknownArgumentError,
     nearest,
     warn,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "TraceEntry",
     "Tracker",
     "Trainer",
+    "UnknownArgumentError",
     "configure_logging",
     "constant",
     "cosine",

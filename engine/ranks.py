@@ -20,7 +20,7 @@ from torch import nn
 from .buckets import GradientBuckets
 from .buffers import Buffers
 from .checkpoint import plain_rng, rng_of, rng_state, seed_everything
-from .data import Fetched
+from .data import Fetched, ResumableLoader
 from .distributed import Rows, Team
 from .engine import Engine
 from .errors import DistributedError
@@ -112,7 +112,7 @@ class Ranks:
 
     # -- a batch -----------------------------------------------------------------------------------------------
 
-    def noting(self, steps: Iterable[list[Fetched]]) -> Iterator[list[Fetched]]:
+    def noting(self, steps: Iterable[Sequence[Fetched]]) -> Iterator[Sequence[Fetched]]:
         """Yield the steps of an epoch, and know how many samples of each are this rank's."""
         for fetched in steps:
             self._own = [each.samples for each in fetched]
@@ -256,13 +256,14 @@ def know_checkpoints(team: Team, folder: RunDir) -> None:
     folder.know(best, last)
 
 
-def start_alike(team: Team, model: nn.Module, facts: Mapping[str, Json]) -> None:
+def start_alike(team: Team, model: nn.Module, settings: Mapping[str, Json], **loaders: ResumableLoader | None) -> None:
     """Check that all ranks were given the same, and give the others the first rank's weights.
 
     Args:
         team: The ranks.
         model: The model; on its device.
-        facts: What else has to be the same: algorithms, settings, lengths of the data.
+        settings: Of the fit, algorithms among them.
+        loaders: The data, which has to be of one length.
 
     Raises:
         DistributedError: Names what differs, on all ranks.
@@ -272,7 +273,8 @@ def start_alike(team: Team, model: nn.Module, facts: Mapping[str, Json]) -> None
         for name, each in model.named_parameters()
     }
     everything |= {f"buffer {name}": [list(each.shape), str(each.dtype)] for name, each in model.named_buffers()}
-    everything |= facts
+    everything |= {f"setting {name}": value for name, value in settings.items()}
+    everything |= {f"batches of {name}": None if each is None else each.length for name, each in loaders.items()}
     digest = hashlib.sha256(repr(everything).encode()).hexdigest()
     team.compare("what is trained, and with what", digest, lambda: everything)
     team.spread([*model.parameters(), *model.buffers()])
