@@ -82,7 +82,7 @@ class Microbatches:
             state: With the batch.
             own: How many samples of each loader batch are this rank's; of one with none the batch is a stand-in.
         """
-        self._own = own
+        self._own, self.whole = own, False
         self._weighed = self._said(state, self._parts(state))
         return sum(weight for _, weight in self._weighed)
 
