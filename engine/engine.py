@@ -75,6 +75,7 @@ class Engine:
             counts[name] = counts.get(name, 0) + 1
             each.owner = name if counts[name] == 1 else f"{name}#{counts[name]}"
         self._handlers: dict[Event, tuple[Handler, ...]] = {}
+        self.heard: frozenset[Event] = frozenset()
         self._authors: dict[Handler, Algorithm] = {}
         self.compile()
 
@@ -92,6 +93,7 @@ class Engine:
             if self.debug and event is not Event.FIT_ABORT:
                 handlers.insert(0, self._look)
             self._handlers[event] = tuple(handlers)
+        self.heard = frozenset(event for event, handlers in self._handlers.items() if handlers)
 
     def emit(self, event: Event) -> None:
         """Tell everybody who subscribed to ``event``, in order.

@@ -70,7 +70,7 @@ class Forward:
         """
         loss: Any
         if self.loss_fn is not None:
-            targets = targets_of(batch)
+            targets = batch[-1] if type(batch) in _PAIRS and len(batch) > 1 else targets_of(batch)
             try:
                 loss = self.loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
             except Exception as error:
@@ -152,13 +152,12 @@ def _rename(batch: Any) -> str:
     return "" if found is None else f"Rename its {found!r} to 'labels': dataset.rename_column({found!r}, 'labels')."
 
 
-def require_gradient(loss: Tensor) -> None:
-    """Raise a LossError where no trainable parameter had a part in the loss."""
-    if not loss.requires_grad:
-        raise LossError(
-            "the loss has no gradient: no trainable parameter had a part in it. Do not detach it, compute it under "
-            "no_grad or turn it into a number, and look with ledger.trainable which parameters train."
-        )
+def without_gradient() -> LossError:
+    """Return the error where no trainable parameter had a part in the loss."""
+    return LossError(
+        "the loss has no gradient: no trainable parameter had a part in it. Do not detach it, compute it under "
+        "no_grad or turn it into a number, and look with ledger.trainable which parameters train."
+    )
 
 
 def warn_of_late_parameters(state: State) -> None:

@@ -17,10 +17,10 @@ from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, gathered
 from .engine import Engine
-from .errors import DataError, NonFiniteError
+from .errors import NonFiniteError
 from .evaluation import evaluate
 from .events import Event
-from .forward import require_gradient, stop_frozen, warn_of_late_parameters
+from .forward import stop_frozen, warn_of_late_parameters, without_gradient
 from .homes import OptimizerLike
 from .layering import find_layers
 from .layers import LayerMap, LayerSpec
@@ -165,8 +165,8 @@ class Run:
 
     def _batch(self, fetched: Sequence[Fetched]) -> None:
         """Do one batch: one optimizer step over all of its microbatches."""
-        emit, state, precision = self.engine.emit, self.state, self.precision
-        ledger = state.ledger
+        emit, heard, state, precision = self.engine.emit, self.engine.heard, self.state, self.precision
+        ledger, scaled = state.ledger, precision.kind == "fp16"
         state.batch, state.sample_ids, samples = gathered(fetched, self.trainer.accumulate, self.trainer.device)
         state.step_skipped, state.grad_norm = False, None
         emit(BATCH_START)
@@ -183,16 +183,19 @@ class Run:
             self._make_room(error)
         if total is None:
             total = self._repeat()
-        precision.unscale(ledger.optimizers)
-        emit(BEFORE_STEP)
+        if scaled:
+            precision.unscale(ledger.optimizers)
+        if BEFORE_STEP in heard:
+            emit(BEFORE_STEP)
         if self._guard.may_step(state, total):
             state.step_skipped = not precision.step(ledger.optimizers)
         else:
             state.step_skipped = True
             self._batch_start.restore_buffers()
-        if precision.kind == "fp16":
+        if scaled:
             self._guard.count_overflow(state, total)
-        emit(AFTER_STEP)
+        if AFTER_STEP in heard:
+            emit(AFTER_STEP)
         ledger.clear_gradients()
         state.outputs = state.microbatch = None
         if isfinite(total):
@@ -202,20 +205,26 @@ class Run:
 
     def _gradients(self) -> float:
         """Do forward and backward of the batch, a microbatch at a time; return its loss."""
-        emit, state, precision, outputs_of, loss_of = self.engine.emit, self.state, self.precision, *self.functions
-        parts = self._microbatches.of(state)
+        emit, heard, state, outputs_of, loss_of = self.engine.emit, self.engine.heard, self.state, *self.functions
+        model, backward = state.model, self.precision.backward
+        parts = ((state.batch, 1.0),) if self._microbatches.whole else self._microbatches.of(state)
         total = 0.0
         for part, share in parts:
             state.microbatch = part
             emit(BEFORE_FORWARD)
-            state.outputs = outputs_of(state.model, state.microbatch)
-            emit(AFTER_FORWARD)
+            state.outputs = outputs_of(model, state.microbatch)
+            if AFTER_FORWARD in heard:
+                emit(AFTER_FORWARD)
             state.loss = loss_of(state.outputs, state.microbatch)
-            emit(AFTER_LOSS)
-            require_gradient(state.loss)
-            precision.backward(state.loss if len(parts) == 1 else state.loss * share)
-            emit(AFTER_BACKWARD)
-            total += state.loss.item() * share
+            if AFTER_LOSS in heard:
+                emit(AFTER_LOSS)
+            loss = state.loss
+            if not loss.requires_grad:
+                raise without_gradient()
+            backward(loss if len(parts) == 1 else loss * share)
+            if AFTER_BACKWARD in heard:
+                emit(AFTER_BACKWARD)
+            total += loss.item() * share
         if state.loss is not None and len(parts) > 1:
             state.loss = state.loss.new_tensor(total)
         return total
@@ -289,19 +298,10 @@ class Run:
 
     # -- parts of a batch --------------------------------------------------------------------------------------
 
-    def _epoch(self) -> Iterator[list[Fetched]]:
-        """Yield the loader batches of each step of the running epoch, from where the clock stands."""
-        size, clock = self.trainer.accumulate, self.state.clock
-        batches = self.data.batches(*self._cursor())
-        empty = True
-        for first in batches:
-            empty = False
-            yield [first] if size == 1 else [first, *islice(batches, size - 1)]
-        if empty and not clock.batch_in_epoch:
-            raise DataError(
-                f"train_loader yields no batch in epoch {clock.epoch}. Give a loader with data; drop_last=True drops a "
-                "single short batch, and a generator is used up after one epoch."
-            )
+    def _epoch(self) -> Iterator[tuple[Fetched, ...]]:
+        """Return the loader batches of each step of the running epoch, from where the clock stands."""
+        size, batches = self.trainer.accumulate, self.data.batches(*self._cursor())
+        return zip(batches, strict=False) if size == 1 else iter(lambda: tuple(islice(batches, size)), ())
 
     def _cursor(self) -> tuple[int, int]:
         """Return the epoch, and the loader batches of it that were consumed."""
