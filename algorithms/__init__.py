@@ -12,6 +12,7 @@ from .layerwise_lr import LayerwiseLR, layer_factors
 from .lisa import LISA, sampled_layers
 from .lora import LoRAInject, inject_lora
 from .lora_modules import lora_forward
+from .prefix_cache import PrefixCache
 from .presets import fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
 from .train_only import TrainOnly
 
@@ -27,6 +28,7 @@ __all__ = [
     "LayerThaw",
     "LayerwiseLR",
     "LoRAInject",
+    "PrefixCache",
     "TrainOnly",
     "clip_gradients",
     "cycle_order",

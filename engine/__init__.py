@@ -2,6 +2,7 @@
 
 from .algorithm import Algorithm, Stage, register, registered, registered_names
 from .clock import Clock, Time
+from .data import Unloaded
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
@@ -24,6 +25,8 @@ from .errors import (
     nearest,
 )
 from .events import Event
+from .forward import targets_of
+from .forward_order import untouched
 from .groups import Group
 from .layers import Layer, LayerMap
 from .ledger import ParameterLedger
@@ -96,6 +99,7 @@ __all__ = [
     "TraceEntry",
     "Tracker",
     "Trainer",
+    "Unloaded",
     "configure_logging",
     "constant",
     "cosine",
@@ -113,6 +117,8 @@ __all__ = [
     "registered_names",
     "repeat",
     "surgery_op",
+    "targets_of",
+    "untouched",
     "warmup",
     "wsd",
 ]

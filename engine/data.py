@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
@@ -28,9 +29,11 @@ from .randomness import Randomness, Stream, derive_seed
 __all__ = [
     "Fetched",
     "ResumableLoader",
+    "Unloaded",
     "batch_size_of",
     "count_weight",
     "forward_arguments",
+    "loaded",
     "split_batch",
     "to_device",
 ]
@@ -52,6 +55,26 @@ class Fetched(NamedTuple):
     batch: Any
     sample_ids: tuple[int, ...] | None
     samples: int
+
+
+@frozen(eq=False, slots=True)
+class Unloaded:
+    """A batch that was not loaded yet.
+
+    Args:
+        sample_ids: Index in the dataset of each of its samples.
+        load: Loads it in this process: equal, bit for bit, to what a worker would have given.
+    """
+
+    sample_ids: tuple[int, ...]
+    load: Callable[[], Any]
+
+
+def loaded(batch: Any, device: torch.device) -> Any:
+    """Return a batch, or a list of batches, in which whatever is :class:`Unloaded` is loaded and on ``device``."""
+    if isinstance(batch, Unloaded):
+        return to_device(batch.load(), device)
+    return [loaded(each, device) for each in batch] if type(batch) is list else batch
 
 
 class ResumableLoader:
@@ -109,17 +132,18 @@ class ResumableLoader:
         """What cannot be resumed exactly, one sentence each."""
         return self._source.limits
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Fetched]:
+    def batches(self, epoch: int, start: int = 0, *, unloaded: bool = False) -> Iterator[Fetched]:
         """Yield the batches of an epoch.
 
         Args:
             epoch: Number of the epoch, from 0.
             start: Number of the first batch wanted, from 0.
+            unloaded: Yield each batch as an :class:`Unloaded` where the loader's sampler names the samples of each.
 
         Raises:
             DataError: The epoch has no batches at all, or the loader can be read only once and was.
         """
-        batches = self._source.batches(epoch, start)
+        batches = self._source.unloaded(epoch, start) if unloaded else self._source.batches(epoch, start)
         for first in batches:
             yield first
             yield from batches
@@ -138,8 +162,6 @@ class ResumableLoader:
         """
         return self._source.peek(samples)
 
-        return self._source.peek()
-
     def close(self) -> None:
         """Stop workers that persist between epochs."""
         self._source.close()
@@ -155,6 +177,8 @@ class _Source(Protocol):
     limits: tuple[str, ...]
 
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]: ...
+
+    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]: ...
 
     def sizes(self, epoch: int) -> Iterator[int] | None: ...
 
@@ -185,6 +209,9 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             yield Fetched(batch, None, _samples_in(batch))
+
+    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
+        return self.batches(epoch, start)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         return map(_samples_in, self._batches) if self._lie_ready else None
@@ -243,6 +270,9 @@ class _IterableSource:
             else:
                 yield Fetched(batch, None, _samples_in(batch))
 
+    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
+        return self.batches(epoch, start)
+
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         size = self._loader.batch_size if isinstance(self._loader, DataLoader) else None
         return None if size is None else repeat(size)
@@ -283,6 +313,14 @@ class _MapSource:
             else:
                 samples = _samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
+
+    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
+        if not self._batched:
+            yield from self.batches(epoch, start)
+            return
+        for indices in islice(epoch_order(self._indices, self._seed, epoch), start, None):
+            load, ids = partial(self._dataset.__getitem__, Key(epoch, indices)), _sample_ids(indices)
+            yield Fetched(load() if ids is None else Unloaded(ids, load), ids, len(indices))
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
         if not self._batched:

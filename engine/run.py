@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint import capture, restore, seed_everything
 from .clock import Clock, Time
-from .data import Fetched, ResumableLoader, split_batch, to_device
+from .data import Fetched, ResumableLoader, loaded, split_batch, to_device
 from .engine import Engine
 from .errors import DataError, LedgerError, NonFiniteError, ThawlineWarning
 from .evaluation import evaluate
@@ -114,6 +114,7 @@ class Run:
         self._skipped = 0
         self._next_due = 0
         self._whole = trainer.accumulate == 1 and trainer.microbatch_size is None
+        self._unloaded = False
         self._gradients_finite = GradientCheck()
 
     # -- the loop ----------------------------------------------------------------------------------------------
@@ -155,15 +156,17 @@ class Run:
         state.batch, state.sample_ids, samples = self._gathered(fetched)
         state.step_skipped, state.grad_norm = False, None
         emit(BATCH_START)
+        if self._unloaded:
+            state.batch = loaded(state.batch, self.trainer.device)
         if not ledger.trainable_parameters:
             stop_frozen(state)
         if state.stop_reason is not None:
             return
         self.recorder.observe(state.clock)
-        parts = [(state.batch, 1.0)] if self._whole else self._microbatches()
+        parts = [(state.batch, 1.0, state.sample_ids)] if self._whole else self._microbatches(fetched)
         total = 0.0
-        for part, share in parts:
-            state.microbatch = part
+        for part, share, ids in parts:
+            state.microbatch, state.microbatch_ids = part, ids
             emit(BEFORE_FORWARD)
             state.outputs = outputs_of(state.model, state.microbatch)
             emit(AFTER_FORWARD)
@@ -182,7 +185,7 @@ class Run:
             self._count_overflow(total)
         emit(AFTER_STEP)
         ledger.clear_gradients()
-        state.outputs = state.microbatch = None
+        state.outputs = state.microbatch = state.microbatch_ids = None
         if isfinite(total):
             self._losses.add(total)
         state.tick(samples)
@@ -250,7 +253,9 @@ class Run:
     def _epoch(self) -> Iterator[list[Fetched]]:
         """Yield the loader batches of each step of the running epoch, from where the clock stands."""
         size, clock = self.trainer.accumulate, self.state.clock
-        batches = self.data.batches(clock.epoch, clock.batch_in_epoch * size)
+        # A function of the user's reads the batch itself.
+        self._unloaded = self.state.unloaded and self.forward.reads_targets_only
+        batches = self.data.batches(clock.epoch, clock.batch_in_epoch * size, unloaded=self._unloaded)
         empty = True
         for first in batches:
             empty = False
@@ -272,16 +277,21 @@ class Run:
         known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
         return batches, known, sum(each.samples for each in fetched)
 
-    def _microbatches(self) -> list[tuple[Any, float]]:
-        """Cut the batch as it is now into microbatches, each with its share of what the batch's loss is a mean over."""
+    def _microbatches(self, fetched: Sequence[Fetched]) -> list[tuple[Any, float, tuple[int, ...] | None]]:
+        """Cut the batch as it is now into microbatches, each with its share of what the loss is a mean over, and its ids."""
         size, batch = self.trainer.microbatch_size, self.state.batch
         batches = [batch] if self.trainer.accumulate == 1 else list(batch)
-        parts = batches if size is None else [part for each in batches for part in split_batch(each, size)]
-        weights = [self.forward.weight(self.state.model, part) for part in parts]
+        parts: list[tuple[Any, float, tuple[int, ...] | None]] = []
+        for number, each in enumerate(batches):
+            # As many as were loaded, unless an algorithm has put something else in the place of the batch.
+            ids = fetched[number].sample_ids if len(batches) == len(fetched) else None
+            for index, part in enumerate([each] if size is None else split_batch(each, size)):
+                own = ids if size is None or ids is None else ids[index * size : (index + 1) * size]
+                parts.append((part, self.forward.weight(self.state.model, part), own))
         # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
-        said = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
-        whole = sum(weight for _, weight in said)
-        return [(part, weight / whole) for part, weight in said] or [(parts[0], 1.0)]
+        whole = sum(weight for _, weight, _ in parts)
+        said = [(part, weight / whole, ids) for part, weight, ids in parts if weight]
+        return said or [(parts[0][0], 1.0, parts[0][2])]
 
     def _is_finite(self, loss: float) -> bool:
         """Return whether to step; raise where the policy says so. An fp16 overflow is the scaler's own business."""
