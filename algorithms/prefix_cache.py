@@ -27,7 +27,7 @@ from ..engine import (
 )
 from .arguments import one_of
 from .prefix_pass import Pass, is_batched
-from .prefix_replay import Replay, UnskippableError, close, find_replay, gives_the_same, replaced
+from .prefix_replay import Replay, UnskippableError, close, find_replay, gives_the_same, replaced, unpadded
 from .prefix_store import RowStore
 
 log = get_logger(__name__)
