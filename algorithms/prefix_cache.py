@@ -282,12 +282,10 @@ class PrefixCache(Algorithm):
             return False
         made = []
         for each in batches:
-            if not isinstance(each, Unloaded) or not at.store.has(each.sample_ids):
+            kept = at.store.take(each.sample_ids, 2) if isinstance(each, Unloaded) else None
+            if kept is None:
                 return False
-            signature = at.store.signature(each.sample_ids)
-            if signature is None:
-                return False
-            features, targets, _ = at.store.rows(each.sample_ids, signature)
+            features, targets = kept
             made.append((features, targets) if not at.label else {"inputs": features, at.label: targets})
         state.batch = made if many else made[0]
         return True

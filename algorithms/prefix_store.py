@@ -31,6 +31,10 @@ class Leaf:
     dtype: torch.dtype
     device: torch.device
     order: tuple[int, ...]
+    straight: bool = attrs.field(init=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "straight", self.order == tuple(range(len(self.order))))
 
     @classmethod
     def of(cls, batch: Tensor) -> Leaf:
@@ -40,8 +44,8 @@ class Leaf:
 
     def made_of(self, rows: Tensor) -> Tensor:
         """Return the rows as such a tensor."""
-        batch = rows.to(self.device, self.dtype)
-        if self.order == tuple(range(batch.ndim)):
+        batch = rows if rows.dtype == self.dtype and rows.device == self.device else rows.to(self.device, self.dtype)
+        if self.straight:
             return batch
         inverse = sorted(range(batch.ndim), key=self.order.__getitem__)
         return batch.permute(self.order).contiguous().permute(inverse)
@@ -164,11 +168,27 @@ class RowStore:
         """Return whether the samples, which are there, can be trimmed and padded into a batch of that signature."""
         return signature in self._tables and all(self._places[each][0].right for each in ids)
 
-    def signature(self, ids: Ids) -> Hashable:
-        """Return the signature of a batch that needs no trimming and padding to be made of the samples; None if there is none."""
-        first, *others = dict.fromkeys(self._places[each][0] for each in ids)
-        same = all(each.right and each.leaves[:-1] == first.leaves[:-1] for each in others)
-        return first.signature if same and (first.right or not others) else None
+    def take(self, ids: Ids, count: int) -> list[Tensor] | None:
+        """Return the first ``count`` tensors, with one row a sample, in as little time as can be.
+
+        Returns:
+            None where a sample is missing, or the rows differ in shape and would have to be trimmed and padded.
+        """
+        known = self._places
+        try:
+            places = [known[each] for each in ids]
+        except KeyError:
+            return None
+        table = places[0][0]
+        if len(self._tables) > 1:
+            others = {id(each): each for each, _ in places if each is not table}.values()
+            if any(not (each.right and each.leaves[:count] == table.leaves[:count]) for each in others):
+                return None
+            if others:
+                return self.rows(ids, table.signature)[:count] if table.right else None
+        index = torch.tensor([row for _, row in places])
+        pairs = zip(table.leaves[:count], table.columns, strict=False)
+        return [leaf.made_of(column.rows.index_select(0, index)) for leaf, column in pairs]
 
     def add(
         self, ids: Ids, signature: Hashable, batch: Sequence[Tensor], *, right: bool = False, exact: int = 0

@@ -216,14 +216,14 @@ class Blocks(nn.Module):
 
 def prefix(rounds: int, device: torch.device) -> list[Row]:
     """Head-only epochs after the first: uncached, cached, and by hand over features that lie ready."""
-    samples, size, epochs = 512, 32, 6
+    samples, size, epochs = 1024, 32, 6
     inputs, targets = torch.randn(samples, 32, 384, device=device), torch.randint(10, (samples,), device=device)
     loader = DataLoader(TensorDataset(inputs, targets), batch_size=size, shuffle=True)
     net = Blocks().to(device)
     net.blocks.requires_grad_(False)
     net.blocks.eval()
     with torch.no_grad():
-        features = torch.cat([net.features(each) for each in inputs.split(size)])
+        features = torch.cat([net.features(each) for each in torch.split(inputs, size)])
     optimizer, loss_fn = partial(torch.optim.AdamW, lr=1e-3), nn.functional.cross_entropy
 
     def trainer(*algorithms: Algorithm) -> Callable[[int], float]:
@@ -243,7 +243,7 @@ def prefix(rounds: int, device: torch.device) -> list[Row]:
         stepper = optimizer(net.head.parameters())
         began = time.process_time()
         for _ in range(epochs):
-            for index in torch.randperm(samples).split(size):
+            for index in torch.split(torch.randperm(samples), size):
                 loss = loss_fn(net.head(features[index]), targets[index])
                 loss.backward()  # type: ignore[no-untyped-call]
                 stepper.step()

@@ -12,7 +12,19 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from helpers import Bare, Shared, cnn, encoder, loader, mlp, same_weights, weights
 from thawline.algorithms import EMA, LISA, LayerFreeze, LayerThaw, LoRAInject, PrefixCache, head_only, lp_ft
-from thawline.engine import Algorithm, ArgumentError, Checkpointing, Event, Stage, State, Trainer
+from thawline.algorithms.prefix_store import RowStore
+from thawline.engine import (
+    Algorithm,
+    ArgumentError,
+    Checkpointing,
+    Event,
+    ParameterLedger,
+    Stage,
+    State,
+    Trainer,
+    Unloaded,
+)
+from thawline.engine.data import ResumableLoader
 
 Batches = Iterable[Any]
 
@@ -467,3 +479,48 @@ def test_a_model_without_a_mask_is_not_given_padded_rows() -> None:
     assert cache.off is None
     for name, each in plain.items():
         torch.testing.assert_close(cached[name], each, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_come_back_in_any_order_and_layout() -> None:
+    """By id, trimmed and padded with zeros to a signature that was seen, with the strides they had."""
+    store = RowStore(budget=10**6)
+    short = torch.arange(12.0).view(2, 3, 2).transpose(1, 2)  # samples x 2 x 3, the last dimension the widest
+    long = torch.arange(20.0).view(2, 2, 5)
+    assert store.add([4, 9], "short", [short], right=True)
+    assert store.add([1, 2], "long", [long], right=True)
+    (same,) = store.rows([9, 4], "short")
+    assert torch.equal(same, short.flip(0))
+    assert same.stride() == short.stride()
+    (mixed,) = store.rows([2, 9], "long")
+    assert torch.equal(mixed[0], long[1])
+    assert torch.equal(mixed[1], nn.functional.pad(short[1], (0, 2)))
+    (cut,) = store.rows([1], "short")
+    assert torch.equal(cut[0], long[0, :, :3])
+    assert store.nbytes == 4 * (12 + 20)
+    assert store.take([4, 5], 1) is None
+    assert store.take([4, 1], 1) is None
+
+
+def test_a_batch_is_loaded_after_its_start_as_a_worker_would_have() -> None:
+    """Unloaded batches know their samples, and load what the loader gives."""
+    source = ResumableLoader(DataLoader(Noisy(inputs=True), batch_size=8, shuffle=True), seed=3)
+    for plain, late in zip(source.batches(1), source.batches(1, unloaded=True), strict=True):
+        assert isinstance(late.batch, Unloaded)
+        assert late.sample_ids == late.batch.sample_ids == plain.sample_ids
+        assert all(map(torch.equal, late.batch.load(), plain.batch))
+
+
+def test_frozen_modules_stand_in_eval_mode_while_asked() -> None:
+    """As long as none of their parameters trains; nothing is held."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Dropout()), nn.Linear(4, 4), nn.Linear(4, 2))
+    ledger = ParameterLedger(model.train(), partial(torch.optim.SGD, lr=0.1))
+    ledger.freeze("0.*", owner="me")
+    ledger.evaluate_frozen(["0.*", "1.*"], owner="cache")
+    assert [module.training for module in model] == [False, True, True]
+    ledger.thaw("0.*", owner="me")
+    assert len(ledger.trainable) == 6
+    assert model[0][1].training
+    ledger.freeze("0.*", owner="me")
+    assert not model[0][1].training
+    ledger.evaluate_frozen(None, owner="cache")
+    assert model[0][1].training
