@@ -137,6 +137,7 @@ class ParameterLedger(Books):
             self._modes.calm.pop(owner, None)
         else:
             self._modes.calm[owner] = frozenset(self._resolve(select).names)
+        self._modes.evaluating = True
         self._modes.refresh(self._trainable, self._holds)
 
     def scale(self, select: Selector, factor: float, *, owner: str) -> None:

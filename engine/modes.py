@@ -20,7 +20,7 @@ class ModeKeeper:
 
     Args:
         model: The model.
-        evaluating: Whether any hold was ever taken with ``mode="eval"``.
+        evaluating: Whether eval mode was ever asked for.
         calm: Owner to parameters whose modules stand in eval mode as long as none of them trains.
     """
 
