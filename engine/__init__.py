@@ -3,6 +3,7 @@
 from .algorithm import Algorithm, Stage, register, registered, registered_names
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
+from .data import Unloaded
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
@@ -27,6 +28,8 @@ from .errors import (
     warn,
 )
 from .events import Event
+from .forward import targets_of
+from .forward_order import untouched
 from .functions import on
 from .groups import Group
 from .layers import Layer, LayerMap
@@ -101,6 +104,7 @@ __all__ = [
     "TraceEntry",
     "Tracker",
     "Trainer",
+    "Unloaded",
     "configure_logging",
     "constant",
     "cosine",
@@ -121,6 +125,8 @@ __all__ = [
     "registered_names",
     "repeat",
     "surgery_op",
+    "targets_of",
+    "untouched",
     "warmup",
     "warn",
     "wsd",

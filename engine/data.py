@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, repeat
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from attrs import frozen
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
@@ -38,6 +39,7 @@ from .workers import outliving
 __all__ = [
     "Fetched",
     "ResumableLoader",
+    "Unloaded",
     "batch_size_of",
     "count_weight",
     "forward_arguments",
@@ -108,17 +110,18 @@ class ResumableLoader:
         """What cannot be resumed exactly, one sentence each."""
         return self._source.limits
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Fetched]:
+    def batches(self, epoch: int, start: int = 0, *, unloaded: bool = False) -> Iterator[Fetched]:
         """Yield the batches of an epoch.
 
         Args:
             epoch: Number of the epoch, from 0.
             start: Number of the first batch wanted, from 0.
+            unloaded: Yield each batch as an :class:`Unloaded` where the loader's sampler names the samples of each.
 
         Raises:
             DataError: The epoch has no batches at all, or the loader can be read only once and was.
         """
-        batches = self._source.batches(epoch, start)
+        batches = self._source.unloaded(epoch, start) if unloaded else self._source.batches(epoch, start)
         for first in batches:
             yield first
             yield from batches
@@ -192,6 +195,8 @@ class _Source(Protocol):
 
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]: ...
 
+    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]: ...
+
     def sizes(self, epoch: int) -> Iterator[int] | None: ...
 
     def peek(self, samples: int | None) -> Any: ...
@@ -223,6 +228,9 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             yield Fetched(batch, None, samples_in(batch))
+
+    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
+        return self.batches(epoch, start)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         return map(samples_in, self._batches) if self._lie_ready else None
@@ -281,6 +289,9 @@ class _IterableSource:
             else:
                 yield Fetched(batch, None, samples_in(batch))
 
+    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
+        return self.batches(epoch, start)
+
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         size = self._loader.batch_size if isinstance(self._loader, DataLoader) else None
         return None if size is None else repeat(size)
@@ -329,6 +340,14 @@ class _MapSource:
             else:
                 samples = samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
+
+    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
+        if not self._batched:
+            yield from self.batches(epoch, start)
+            return
+        for indices in islice(epoch_order(self._indices, self._seed, epoch), start, None):
+            load, ids = partial(self._dataset.__getitem__, Key(epoch, indices)), _sample_ids(indices)
+            yield Fetched(load() if ids is None else Unloaded(ids, load), ids, len(indices))
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
         if not self._batched:

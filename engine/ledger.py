@@ -116,6 +116,26 @@ class ParameterLedger(Rates):
         elif released and self._modes.asked:
             self._modes.refresh(self._trainable, self._holds)
 
+    def evaluate_frozen(self, select: Selector | None, *, owner: str) -> None:
+        """Put modules in eval mode (dropout off) as long as none of their parameters trains; nothing is held.
+
+        It is not saved: who asks for it asks again in a resumed fit.
+
+        Args:
+            select: The parameters whose modules it is; replaces what ``owner`` asked for before. None: no longer any.
+            owner: Who asks.
+
+        Raises:
+            SelectorError: ``select`` matches nothing.
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("evaluate_frozen", owner)
+        if select is None:
+            self._modes.calm.pop(owner, None)
+        else:
+            self._modes.calm[owner] = frozenset(self._resolve(select).names)
+        self._modes.refresh(self._trainable, self._holds)
+
     def attach(self, module_name: str | Sequence[str], op: str, *, owner: str, **arguments: Json) -> None:
         """Attach what a surgery op builds, and record it.
 

@@ -21,10 +21,12 @@ class ModeKeeper:
     Args:
         model: The model.
         asked: Whether any hold was ever taken with a mode.
+        calm: Owner to parameters whose modules stand in eval mode as long as none of them trains.
     """
 
     model: nn.Module
     asked: bool = False
+    calm: dict[str, frozenset[str]] = field(factory=dict)
     _norms: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
     _all: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
     _modes: list[tuple[nn.Module, bool]] = field(init=False, factory=list)
@@ -52,10 +54,11 @@ class ModeKeeper:
     def refresh(self, trainable: AbstractSet[str], holds: Holds) -> None:
         """Derive the modes from the trainable set and the holds, and set them."""
         modes = {module: any(name in trainable for name in names) for module, names in self._norms}
-        if self.asked:
+        if self.asked or self.calm:
             modes = {module: modes[module] or any(map(holds.tracks, names)) for module, names in self._norms}
+            calm = frozenset[str]().union(*self.calm.values()) - trainable
             for module, names in self._all:
-                held = bool(names) and all(holds.evaluates(name) for name in names)
+                held = bool(names) and all(name in calm or holds.evaluates(name) for name in names)
                 modes[module] = modes.get(module, True) and not held
         self._modes = list(modes.items())
         self.sync()
