@@ -27,13 +27,13 @@ from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
 from .memory import BatchStart, Microbatches, is_out_of_memory
-from .meters import RunningLoss
 from .monitor import warn_of_monitors
 from .nonfinite import Setback, StepGuard
 from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
 from .recipe import Recipe
+from .report import Report
 from .resume import OnChange
 from .rundir import RunDir
 from .settings import bound_schedule, total_batches
@@ -70,7 +70,6 @@ class Run:
     ) -> None:
         self.trainer = trainer
         self._on_change: OnChange = on_change
-        self.history: list[dict[str, float]] = []
         self.progress = progress_for(trainer.progress)
         self.forward = trainer.forward()
         self.precision = Precision(trainer.precision, trainer.device)
@@ -102,13 +101,11 @@ class Run:
             self.folder.close()
             raise
         self._pristine = self.folder.pristine(model)
-        self._losses = RunningLoss()
-        self._shown: dict[str, float] = {}
+        self.report = Report(self.state, self.folder, self.progress)
         self._evaluated_at: int | None = None
         self._exhausted = False
         self._epoch_begun = False
         self._interrupted = False
-        self._last_rates: tuple[int, dict[str, float]] = (-1, {})
         self._next_due = 0
         self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
         self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")
@@ -135,10 +132,10 @@ class Run:
         if not self._interrupted:
             if self._evaluated_at != self.state.clock.batch:
                 self._evaluate()
-            self._log_loss()
+            self.report.log_loss()
         self._save()
         self.engine.emit(Event.FIT_END)
-        self._tell_end()
+        self.report.end(self.stop_reason, self._signals.received)
 
     def _train_epoch(self) -> None:
         """Train the batches of an epoch, from where the clock stands to its end or the fit's."""
@@ -159,7 +156,7 @@ class Run:
             due = state.clock.batch >= self._next_due
             if due:
                 self._do_what_is_due(before)
-            self.progress.update(state.clock.batch, self._shown)
+            self.progress.update(state.clock.batch, self.report.shown)
             if (due or state.stop_reason is not None) and self._finished():
                 return
         self._exhausted = not self._finished()
@@ -197,7 +194,7 @@ class Run:
         ledger.clear_gradients()
         state.outputs = state.microbatch = None
         if isfinite(total):
-            self._losses.add(total)
+            self.report.losses.add(total)
         state.tick(samples)
         emit(BATCH_END)
 
@@ -247,7 +244,7 @@ class Run:
         state.log(values)
         self.engine.emit(Event.EVAL_END)
         self.folder.note_evaluation(state.metrics)
-        self._log({})
+        self.report.log({})
 
     def _do_what_is_due(self, before: Clock) -> None:
         """Evaluate, log, and ask for a checkpoint, each where its interval has passed; find out when to look again."""
@@ -255,7 +252,7 @@ class Run:
         if trainer.eval_every.crossed(before, clock):
             self._evaluate()
         if trainer.log_every.crossed(before, clock):
-            self._log_loss()
+            self.report.log_loss()
         self.folder.note(before, clock)
         times = (trainer.eval_every, trainer.log_every, *self.folder.policy.times, self.state.duration)
         if self._batch_start.unsure:
@@ -275,13 +272,13 @@ class Run:
             self.folder.note(before, state.clock)
         trained = before.batch_in_epoch > 0
         if trained:
-            state.metrics["train/loss"] = self._losses.of_epoch()
+            state.metrics["train/loss"] = self.report.losses.of_epoch()
         self.engine.emit(Event.EPOCH_END)
         if state.restored:
             self._evaluate()
         if trained:
-            self._write_history()
-        self._log({})
+            self.report.end_epoch()
+        self.report.log({})
         self._batch_start.look()
         self._epoch_begun = False
 
@@ -376,9 +373,8 @@ class Run:
             tree, self.engine, self.precision, settings=self.settings, pristine=self._pristine, on_change=self._on_change
         )  # fmt: skip
         with well_formed():
-            self.history, self._losses = list(extra["history"]), RunningLoss(*extra["losses"])
+            self.report.load_state_dict(extra, batch=tree["clock"]["batch"])
             self._guard.skipped, self._epoch_begun = extra["skipped"], extra["epoch_begun"]
-            self._last_rates = tree["clock"]["batch"], extra["rates"]
             if tree["settings"]["microbatch_size"] == self.trainer.microbatch_size:
                 self._microbatches.shrink_to(extra["microbatch_size"])
             self._evaluated_at = extra["evaluated_at"]
@@ -413,13 +409,11 @@ class Run:
 
     def _capture(self) -> dict[str, Any]:
         extra = {
-            "history": self.history,
-            "losses": self._losses.parts(),
+            **self.report.state_dict(),
             "skipped": self._guard.skipped,
             "epoch_begun": self._epoch_begun,
             "microbatch_size": self._microbatches.size,
             "evaluated_at": self._evaluated_at,
-            "rates": self._rates(),
             "timeline": self.recorder.state_dict(self.state.clock),
             "loader": self.data.state_dict(*self._cursor()),
         }
@@ -460,41 +454,3 @@ class Run:
             self.folder.close()
         if error is None and failed is not None:
             raise failed
-
-    # -- telling -----------------------------------------------------------------------------------------------
-
-    def _log_loss(self) -> None:
-        """Log the mean loss since the last time, and the rates."""
-        if self._losses.count:
-            self._log({"train/loss": self._losses.since_log(), **self._rates()})
-
-    def _log(self, values: dict[str, float]) -> None:
-        self.state.log(values)
-        shown = {name: value for name, value in self.state.metrics.items() if name.startswith(("train/", "eval/"))}
-        self._shown = shown | {"lr": self._rates().get("lr", 0.0)}
-        if self.state.logged:
-            self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
-
-    def _rates(self) -> dict[str, float]:
-        """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""
-        if self._last_rates[0] == self.state.clock.batch:  # resumed, and no step since: those of the step before
-            return self._last_rates[1]
-        rates = self.state.ledger.rates
-        return {"lr": max(rates.values())} | {f"lr/{layer}": lr for layer, lr in rates.items()} if rates else {}
-
-    def _write_history(self) -> None:
-        state = self.state
-        state.metrics.update(self._rates())
-        row = dict(state.metrics)
-        numel = sum(each.numel() for each in state.ledger.trainable_parameters)
-        row |= {"epoch": state.clock.epoch, "batch": state.clock.batch, "trainable": numel}
-        self.history.append(row)
-        self._losses.begin_epoch()
-        shown = {name: value for name, value in row.items() if name.startswith(("train/", "eval/"))}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        self.progress.message(f"epoch {len(self.history)}: {text}  {numel:,} parameters train")
-
-    def _tell_end(self) -> None:
-        log.info("fit ended", reason=self.stop_reason, batches=self.state.clock.batch, signal=self._signals.received)
-        if self.stop_reason != "duration":
-            self.progress.message(f"stopped: {self.stop_reason}")

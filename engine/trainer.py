@@ -166,7 +166,7 @@ class Trainer(Recipe):
         ) as run:  # fmt: skip
             run.train()
             return FitResult(
-                run.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,
+                run.report.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,
                 run.folder.best, run.folder.last,
             )  # fmt: skip
 

@@ -50,7 +50,7 @@ TIERS: tuple[frozenset[str], ...] = (
         | {"checkpointing", "pristine", "weights"}
         | {"comet", "tracking", "signals", "workers"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "run", "trainer"}),
+    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "report", "run", "trainer"}),
     frozenset(
         {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "conformance"}
         | {"oracle", "machine", "strategies", "testing"}

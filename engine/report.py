@@ -1,0 +1,85 @@
+"""What a fit tells: its losses, rates and metrics to the trackers, the bar and the history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import define, field
+
+from .log import get_logger
+from .meters import RunningLoss
+from .progress import Progress
+from .rundir import RunDir
+from .state import State
+
+log = get_logger(__name__)
+
+
+@define(eq=False)
+class Report:
+    """Gathers what a fit tells, and hands it to the trackers, the progress bar and the history.
+
+    Args:
+        state: Where metrics are.
+        folder: Whose trackers are told.
+        progress: Where messages are shown.
+    """
+
+    state: State
+    folder: RunDir
+    progress: Progress
+    history: list[dict[str, float]] = field(factory=list, init=False)
+    losses: RunningLoss = field(factory=RunningLoss, init=False)
+    shown: dict[str, float] = field(factory=dict, init=False)
+    _saved_rates: tuple[int, dict[str, float]] = field(default=(-1, {}), init=False)
+
+    def log_loss(self) -> None:
+        """Log the mean loss since the last time, and the rates."""
+        if self.losses.count:
+            self.log({"train/loss": self.losses.since_log(), **self.rates()})
+
+    def log(self, values: Mapping[str, float]) -> None:
+        """Give the trackers what was logged since the last time, and the bar what it shows."""
+        self.state.log(values)
+        self.shown = _of_interest(self.state.metrics) | {"lr": self.rates().get("lr", 0.0)}
+        if self.state.logged:
+            self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
+
+    def rates(self) -> dict[str, float]:
+        """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""
+        batch, saved = self._saved_rates
+        if batch == self.state.clock.batch:  # resumed, and no step since: those of the step before
+            return saved
+        rates = self.state.ledger.rates
+        return {"lr": max(rates.values())} | {f"lr/{layer}": lr for layer, lr in rates.items()} if rates else {}
+
+    def end_epoch(self) -> None:
+        """Write the row of history of an epoch in which something was trained."""
+        state = self.state
+        state.metrics.update(self.rates())
+        numel = sum(each.numel() for each in state.ledger.trainable_parameters)
+        place = {"epoch": state.clock.epoch, "batch": state.clock.batch, "trainable": numel}
+        self.history.append(state.metrics | place)
+        self.losses.begin_epoch()
+        text = "  ".join(f"{name} {value:.4g}" for name, value in _of_interest(state.metrics).items())
+        self.progress.message(f"epoch {len(self.history)}: {text}  {numel:,} parameters train")
+
+    def end(self, reason: str, signal: object) -> None:
+        """Tell why the fit ended."""
+        log.info("fit ended", reason=reason, batches=self.state.clock.batch, signal=signal)
+        if reason != "duration":
+            self.progress.message(f"stopped: {reason}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it."""
+        return {"history": self.history, "losses": self.losses.parts(), "rates": self.rates()}
+
+    def load_state_dict(self, saved: Mapping[str, Any], *, batch: int) -> None:
+        """Go on from what :meth:`state_dict` returned at ``batch``."""
+        self.history, self.losses = list(saved["history"]), RunningLoss(*saved["losses"])
+        self._saved_rates = batch, saved["rates"]
+
+
+def _of_interest(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name.startswith(("train/", "eval/"))}
