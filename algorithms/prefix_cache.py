@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import attrs
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from ..engine import (
@@ -26,15 +24,15 @@ from ..engine import (
     targets_of,
 )
 from .arguments import one_of
-from .prefix_pass import Pass, is_batched
-from .prefix_replay import Replay, UnskippableError, close, find_replay, gives_the_same, replaced, unpadded
+from .prefix_feed import Feed
+from .prefix_frontier import Frontier, frozen_depth, label_of, replay_at
+from .prefix_pass import Forward, Pass
+from .prefix_replay import Replay, UnskippableError, replaced
 from .prefix_store import RowStore
 
 log = get_logger(__name__)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _EXAMPLE = "PrefixCache(budget='4GB')"
-# A row computed alone differs in its last bits from the same row computed in a batch.
-_TOLERANCE, _ROUGH_TOLERANCE = 1e-3, 3e-2
 
 
 def _budget(value: object) -> int:
@@ -53,64 +51,6 @@ def _folder(value: object) -> Path | None:
         return None if value is None else Path(value)
     example = "PrefixCache(folder='cache')"
     raise ArgumentError("PrefixCache(folder=)", got=value, takes="a directory, or None for memory", example=example)
-
-
-@attrs.define(eq=False)
-class Frontier:
-    """What is kept of the part of the model before its first layer that trains.
-
-    Args:
-        depth: How many layers lie before it.
-        store: Rows by sample: what crosses the frontier, the targets where there is a ``label``, prints of the inputs.
-        replay: How to skip what lies before it; None until the first batch.
-        label: The name of the targets in a batch that is a mapping, ``""`` in a tuple; None where no batch can be made
-            of what is kept.
-        crossing: How many tensors cross it.
-        padded: The signatures for which trimmed and padded rows were tried.
-    """
-
-    depth: int
-    store: RowStore
-    replay: Replay | None = None
-    label: str | None = None
-    crossing: int = 0
-    padded: set[Hashable] = attrs.field(factory=set)
-
-    def rows(self, one: Pass, *, alike: bool = False) -> list[Tensor] | None:
-        """Return what is kept of a batch; None where something is missing.
-
-        Args:
-            one: The forward pass of the batch.
-            alike: Neither trim nor pad.
-        """
-        store, ids, signature = self.store, one.ids, one.signature
-        if not store.has(ids):
-            return None
-        if store.alike(ids, signature) or (not alike and store.fits(ids, signature) and one.right):
-            return store.rows(ids, signature)
-        return None
-
-    def keep(self, one: Pass, value: Sequence[Tensor]) -> bool:
-        """Keep what crosses the frontier; return whether there was room.
-
-        Raises:
-            UnskippableError: It has a gradient, or not one row a sample.
-        """
-        if any(each.requires_grad for each in value):
-            raise UnskippableError("its output has a gradient")
-        if not all(is_batched(each, len(one.ids)) for each in value):
-            raise UnskippableError("its output does not have one row a sample")
-        self.crossing = len(value)
-        facts = [one.prints] if self.label is None else [one.targets, one.prints]
-        return self.store.add(one.ids, one.signature, [*value, *facts], right=one.right, exact=len(facts))
-
-    def changed(self, one: Pass, kept: Sequence[Tensor]) -> str | None:
-        """Return what is not as it was when it was kept; None where all is."""
-        if not torch.allclose(kept[-1], one.prints, rtol=1e-9, atol=1e-6, equal_nan=True):
-            return "inputs"
-        if self.label is not None and not torch.equal(kept[self.crossing], one.targets):
-            return "targets"
-        return None
 
 
 @register
@@ -159,20 +99,28 @@ class PrefixCache(Algorithm):
     """Why nothing is cached any more; None while it is on."""
     barred: dict[int, str] = attrs.field(init=False, factory=dict, repr=False)
     """Why nothing is cached where that many layers are frozen: the model's structure."""
-    hits: int = attrs.field(init=False, default=0, repr=False)
-    """Microbatches for which the frozen part was skipped."""
     misses: int = attrs.field(init=False, default=0, repr=False)
-    """Microbatches for which it ran."""
+    """Microbatches for which the frozen part ran."""
+    _hits: int = attrs.field(init=False, default=0, repr=False)
     _at: Frontier | None = attrs.field(init=False, default=None, repr=False)
     _older: Frontier | None = attrs.field(init=False, default=None, repr=False)
     _replays: dict[int, Replay] = attrs.field(init=False, factory=dict, repr=False)
+    _feed: Feed | None = attrs.field(init=False, default=None, repr=False)
     _version: int | None = attrs.field(init=False, default=None, repr=False)
-    _due: bool = attrs.field(init=False, default=True, repr=False)
-    _lacks: bool = attrs.field(init=False, default=True, repr=False)
-    _fed: bool = attrs.field(init=False, default=False, repr=False)
+    _due: bool = attrs.field(init=False, default=True, repr=False)  # whether the checks of the epoch are to come
+    _lacks: bool = attrs.field(init=False, default=True, repr=False)  # whether samples of the epoch were not kept
+    _mixed: int = attrs.field(init=False, default=0, repr=False)  # batches of the epoch of which only a part was there
+    _lazy: bool = attrs.field(init=False, default=False, repr=False)  # whether batches come unloaded
+    _fed: bool = attrs.field(init=False, default=False, repr=False)  # whether the batch is one for the head
     _told: bool = attrs.field(init=False, default=False, repr=False)
     _called: bool = attrs.field(init=False, default=False, repr=False)
-    _standing: AbstractContextManager[None] | None = attrs.field(init=False, default=None, repr=False)
+    _model: nn.Module | None = attrs.field(init=False, default=None, repr=False)
+    _own: Forward | None = attrs.field(init=False, default=None, repr=False)
+
+    @property
+    def hits(self) -> int:
+        """Microbatches for which the frozen part was skipped."""
+        return self._hits + (0 if self._feed is None else self._feed.hits)
 
     @property
     def samples(self) -> int:
@@ -188,7 +136,9 @@ class PrefixCache(Algorithm):
     def apply(self, event: Event, state: State) -> None:
         """Follow the frontier between steps; stand in for the model's forward in between."""
         if event is Event.BEFORE_FORWARD:
-            if self._at is not None and self.off is None and self._version == state.ledger.version:
+            if self._fed and self._feed is not None:
+                self._stand_in(state.model, self._feed.head)
+            elif self._at is not None and self._version == state.ledger.version:
                 self._begin(state)
         elif event is Event.AFTER_FORWARD or event is Event.FIT_ABORT:
             self._end()
@@ -197,21 +147,23 @@ class PrefixCache(Algorithm):
                 self._move(state)
             if event is Event.EPOCH_START:
                 self._begin_epoch(state)
-            else:
-                self._fed = state.unloaded and self._feed(state)
+            elif self._lazy:
+                self._fed = self._feed_or_load(state)
 
     @override
     def attach(self, state: State) -> None:
         """Start empty: a resumed fit fills it again."""
         self.close()
+        state.unloaded = False
 
     @override
     def close(self) -> None:
         """Give the model its forward back, and drop what is kept."""
         self._end()
         self._drop(self._at, self._older)
+        self._stop_feeding()
         self._at = self._older = self._version = None
-        self._replays, self._due, self._lacks = {}, True, True
+        self._replays, self._due, self._lacks, self._lazy = {}, True, True, False
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -228,13 +180,11 @@ class PrefixCache(Algorithm):
 
     def _move(self, state: State) -> None:
         """Find the frontier again; keep what still holds."""
-        ledger = state.ledger
+        ledger, layers, began = state.ledger, list(state.layers), self._version is None
         self._version = ledger.version
-        layers = list(state.layers)
-        trains = (place for place, layer in enumerate(layers) if not ledger.trainable.isdisjoint(layer.parameters))
-        depth = next(trains, 0)
+        depth = frozen_depth(state.layers, ledger.trainable)
         depth = 0 if self.off is not None or depth in self.barred else depth
-        if depth == (0 if self._at is None else self._at.depth):
+        if depth == (0 if self._at is None else self._at.depth) and not began:
             return
         kept = [each for each in (self._at, self._older) if each is not None]
         # What lies before an older frontier may have trained unless the new one lies beyond it.
@@ -244,9 +194,12 @@ class PrefixCache(Algorithm):
         self._drop(*kept[:-1])
         self._older = kept[-1] if kept and len(kept[-1].store) else None
         if depth and self._at is None:
-            store = RowStore(self.budget - self.nbytes, self.folder, narrow=self.dtype == "bf16")
-            self._at = Frontier(depth, store, self._replays.get(depth))
+            room = self.budget - (0 if self._older is None else self._older.store.reserved)
+            self._at = Frontier(
+                depth, RowStore(room, self.folder, narrow=self.dtype == "bf16"), self._replays.get(depth)
+            )
         self._lacks = self._due = True
+        self._stop_feeding()
         state.unloaded = False
         names = [name for layer in layers[:depth] for name in layer.parameters]
         ledger.evaluate_frozen(names or None, owner=self.owner)
@@ -262,6 +215,7 @@ class PrefixCache(Algorithm):
         """Cache nothing any more; the frozen part leaves eval mode at the next batch."""
         self.off = why
         self._drop(self._at, self._older)
+        self._stop_feeding()
         self._at = self._older = None
         self._version = -1
         log.warning("prefix cache off", why=why)
@@ -271,54 +225,68 @@ class PrefixCache(Algorithm):
     def _begin_epoch(self, state: State) -> None:
         """Ask for batches that are not loaded, once a whole epoch has been kept."""
         at = self._at
-        state.unloaded = self.off is None and at is not None and at.label is not None and not self._lacks
-        self._due, self._lacks = True, False
+        # A sampler that draws with replacement: who loads many batches here would do without the loader's workers.
+        lacks = self._lacks or self._mixed * 4 > state.clock.batches_per_epoch
+        self._stop_feeding()
+        if at is not None and at.replay is not None and not lacks and len(at.store):
+            self._drop(self._older)
+            self._older, at.store.budget = None, self.budget
+            if at.label is not None and at.store.is_uniform:
+                self._feed = Feed(at.store, at.replay, at.label)
+        state.unloaded = self._lazy = self._feed is not None
+        self._due, self._lacks, self._mixed = True, False, 0
 
-    def _feed(self, state: State) -> bool:
-        """Put what the head is given in the place of batches that are not loaded; return whether that was done."""
-        at, many = self._at, type(state.batch) is list
-        batches = state.batch if many else [state.batch]
-        if at is None or self.off is not None or self._due or at.label is None:
+    def _stop_feeding(self) -> None:
+        self._hits, self._feed, self._fed = self.hits, None, False
+
+    def _feed_or_load(self, state: State) -> bool:
+        """Put what the head is given in the place of a batch that is not loaded, or load it; return whether it was fed."""
+        batch, feed = state.batch, None if self._due else self._feed
+        if type(batch) is Unloaded:
+            fed = None if feed is None else feed.batch(batch)
+            state.batch = batch.load() if fed is None else fed
+            return fed is not None
+        if type(batch) is not list:
             return False
-        made = []
-        for each in batches:
-            kept = at.store.take(each.sample_ids, 2) if isinstance(each, Unloaded) else None
-            if kept is None:
-                return False
-            features, targets = kept
-            made.append((features, targets) if not at.label else {"inputs": features, at.label: targets})
-        state.batch = made if many else made[0]
-        return True
+        made = [feed.batch(each) if feed is not None and type(each) is Unloaded else None for each in batch]
+        if all(each is not None for each in made):
+            state.batch = made
+            return True
+        state.batch = [each.load() if type(each) is Unloaded else each for each in batch]
+        return False
 
     # -- one microbatch ------------------------------------------------------------------------------------------
 
     def _begin(self, state: State) -> None:
         """Stand in for the model's forward, until the microbatch has gone through it."""
+        self._end()
         if state.microbatch_ids is None:
             self._turn_off("the loader does not say which samples a batch holds: pass a DataLoader over a dataset")
             return
         forward, ids, targets = state.model.forward, state.microbatch_ids, targets_of(state.microbatch)
 
         def instead(*args: Any, **kwargs: Any) -> Any:
-            if self._fed:
-                return self._feed_head(*args, *kwargs.values())
             return self._forward(state, Pass(forward, args, kwargs, ids, targets))
 
         self._called = False
-        self._standing = replaced({state.model: instead})
-        self._standing.__enter__()
+        self._stand_in(state.model, instead)
+
+    def _stand_in(self, model: nn.Module, forward: Forward) -> None:
+        self._end()  # a batch that is repeated has not come to AFTER_FORWARD
+        own = vars(model)
+        self._model, self._own = model, own.get("forward")
+        own["forward"] = forward
 
     def _end(self) -> None:
         """Leave nothing on the model."""
-        if self._standing is not None:
-            self._standing.__exit__(None, None, None)
-            self._standing = None
-
-    def _feed_head(self, *inputs: Any) -> Any:
-        assert self._at is not None, "fed from what is kept there"
-        assert self._at.replay is not None, "it was filled"
-        self.hits += 1
-        return self._at.replay.run_head(inputs[0])
+        if self._model is None:
+            return
+        own = vars(self._model)
+        if self._own is None:
+            own.pop("forward", None)
+        else:
+            own["forward"] = self._own
+        self._model = self._own = None
 
     def _forward(self, state: State, one: Pass) -> Any:
         """Run the model: with what is kept where all of it is there, else as it is, and keep what crosses the frontier."""
@@ -330,14 +298,16 @@ class PrefixCache(Algorithm):
             return one()
         try:
             if at.replay is None:
-                at.replay = self._replays[at.depth] = _found(state, at.depth, one)
+                at.replay = self._replays[at.depth] = replay_at(state, at.depth, one)
             kept = at.rows(one)
             if kept is None:
                 return self._fill(state, at, at.replay, one)
-            if why := self._check(state, at, at.replay, one, kept):
+            row = derive_seed(state.seed, "prefix", state.clock.epoch) % len(one.ids) if self._due else None
+            self._due = False
+            if why := at.fault(state, at.replay, one, kept, row=row):
                 self._turn_off(why)
                 return one()
-            self.hits += 1
+            self._hits += 1
             return at.replay.run(one, kept[: at.crossing])
         except UnskippableError as error:
             self.barred[at.depth], self._version = str(error), -1
@@ -347,8 +317,9 @@ class PrefixCache(Algorithm):
     def _fill(self, state: State, at: Frontier, replay: Replay, one: Pass) -> Any:
         """Run the model, from the older frontier on where all is there, and keep what crosses the newer one."""
         self.misses += 1
+        self._mixed += any(at.store.has((each,)) for each in one.ids)
         if replay.chain and not len(at.store):
-            at.label = _label(state.microbatch, one.targets, len(one.ids))
+            at.label = label_of(state.microbatch, one.targets, len(one.ids))
 
         def keep(value: list[Tensor]) -> None:
             if not at.keep(one, value):
@@ -369,49 +340,3 @@ class PrefixCache(Algorithm):
                 "prefix cache full", samples=len(at.store), budget=self.budget,
                 write="a larger budget, dtype='bf16', or folder='cache' for memory-mapped files",
             )  # fmt: skip
-
-    # -- checks --------------------------------------------------------------------------------------------------
-
-    def _check(self, state: State, at: Frontier, replay: Replay, one: Pass, kept: Sequence[Tensor]) -> str | None:
-        """At the first cached batch of an epoch compare inputs, and compute a row again; at a new length compare outputs.
-
-        Returns:
-            What differs; None where nothing does.
-        """
-        features = kept[: at.crossing]
-        rough = self.dtype == "bf16" or any(each.dtype.itemsize < 4 for each in features)
-        tolerance = _ROUGH_TOLERANCE if rough else _TOLERANCE
-        alike = at.store.alike(one.ids, one.signature)
-        if self._due:
-            self._due = False
-            if alike and (changed := at.changed(one, kept)):
-                return f"the {changed} change between epochs: what is augmented gives something else each time"
-            row = derive_seed(state.seed, "prefix", state.clock.epoch) % len(one.ids)
-            pairs = zip([each[row : row + 1] for each in features], replay.value(one.row(row)), strict=True)
-            masks = [each[row : row + 1] for each in one.masks]
-            if not all(close(unpadded(mine, masks), unpadded(again, masks), tolerance) for mine, again in pairs):
-                return "the frozen part gives something else for a sample that is computed again"
-        if not alike and one.signature not in at.padded:
-            at.padded.add(one.signature)
-            if not gives_the_same(state.model, replay, one, features, tolerance=tolerance):
-                return "what the model gives for a sample depends on how far its batch is padded"
-        return None
-
-
-def _found(state: State, depth: int, one: Pass) -> Replay:
-    """Find out how to skip the first ``depth`` layers."""
-    layers, modules = list(state.layers), dict(state.model.named_modules())
-    suffix = [name for layer in layers[depth:] for name in layer.modules]
-    prefix = [modules[name] for layer in layers[:depth] for name in layer.modules if name in modules]
-    head = depth == len(layers) - 1 and all(name in modules for name in suffix)
-    beyond = [modules[name] for name in suffix if name in modules]
-    return find_replay(state.model, beyond, prefix, head=head, one=one)
-
-
-def _label(microbatch: Any, targets: Any, samples: int) -> str | None:
-    """Return how a batch is made of inputs and targets; None where it cannot be."""
-    if not is_batched(targets, samples):
-        return None
-    if not isinstance(microbatch, Mapping):
-        return ""
-    return next((name for name, each in microbatch.items() if each is targets), None)

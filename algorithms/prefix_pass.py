@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import attrs
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Forward: TypeAlias = Callable[..., Any]
 
 
@@ -56,9 +58,9 @@ class Pass:
 
     @property
     def prints(self) -> Tensor:
-        """One number for each sample and tensor, which differs where these do."""
+        """One whole number for each sample and tensor, which differs where any of their bits do."""
         columns = [_print(each) for each in self.tensors if is_batched(each, len(self.ids))]
-        return torch.stack(columns, 1).cpu() if columns else torch.zeros(len(self.ids), 0)
+        return torch.stack(columns, 1).cpu() if columns else torch.zeros(len(self.ids), 0, dtype=torch.int64)
 
     @property
     def masks(self) -> list[Tensor]:
@@ -92,8 +94,15 @@ def _is_mask(each: Tensor, samples: int) -> bool:
 
 
 def _print(each: Tensor) -> Tensor:
-    """Return one number a sample, which differs where the sample does or its values change places."""
+    """Return one whole number a sample, which differs where any bit of the sample does: a sum of products that wraps."""
     flat = each.detach().reshape(len(each), -1)
-    flat = torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat.double()
-    places = torch.arange(1, flat.shape[1] + 1, dtype=torch.float64, device=flat.device)
-    return flat @ places.mul_(0.6180339887).cos_()
+    flat = torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
+    bits = flat.contiguous().view(_BITS[flat.dtype.itemsize])
+    bits = bits if bits.dtype.itemsize > 2 else bits.int()
+    return (bits * _odd_numbers(bits.shape[1], bits.dtype, bits.device)).sum(1, dtype=torch.int64)
+
+
+@lru_cache(maxsize=32)
+def _odd_numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(1 << 30, (count,), generator=generator).mul_(2).add_(1).to(device, dtype)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Hashable, Sequence
+from array import array
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +58,7 @@ class Column:
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> None:
         self._shape, self._dtype, self._path = shape, dtype, path
+        self._bytes = np.empty(0, dtype=np.uint8)
         self.rows = torch.empty((0, *shape), dtype=dtype)
 
     @property
@@ -64,22 +67,27 @@ class Column:
         return self._dtype.itemsize * torch.Size(self._shape).numel()
 
     def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` samples.
+        """Make room for ``capacity`` samples, without a second copy of those that are there.
 
         Raises:
             OSError: The disk is full.
+            MemoryError: Memory is.
         """
-        if self._path is None or not self.row_bytes:
-            rows = torch.empty((capacity, *self._shape), dtype=self._dtype)
-            rows[: len(self.rows)] = self.rows
-            self.rows = rows
+        size = capacity * self.row_bytes
+        if not size:
+            self.rows = torch.empty((capacity, *self._shape), dtype=self._dtype)
             return
-        # Reserved first: writing to a mapped page for which the disk has no room kills the process.
-        with self._path.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, capacity * self.row_bytes)
-        numel = capacity * torch.Size(self._shape).numel()
-        mapped = torch.from_file(str(self._path), shared=True, size=numel, dtype=self._dtype)
-        self.rows = mapped.view(capacity, *self._shape)
+        if self._path is None:
+            self.rows = self.rows[:0].clone()  # nothing else looks at the bytes, which may move
+            self._bytes.resize(size, refcheck=False)
+            flat = torch.from_numpy(self._bytes).view(self._dtype)
+        else:
+            # Reserved first: writing to a mapped page for which the disk has no room kills the process.
+            with self._path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+            numel = capacity * torch.Size(self._shape).numel()
+            flat = torch.from_file(str(self._path), shared=True, size=numel, dtype=self._dtype)
+        self.rows = flat.view(capacity, *self._shape)
 
 
 @attrs.define(eq=False)
@@ -87,16 +95,12 @@ class Table:
     """The samples whose tensors have equal shapes.
 
     Args:
-        signature: Of the batches they come from.
         leaves: What the tensors of a batch of them were like.
         columns: One for each.
-        right: Whether all rows end where their sample ends, or in padding.
     """
 
-    signature: Hashable
     leaves: tuple[Leaf, ...]
     columns: list[Column]
-    right: bool = True
     used: int = 0
 
     @property
@@ -104,11 +108,16 @@ class Table:
         """Bytes of one sample."""
         return sum(each.row_bytes for each in self.columns)
 
-    def append(self, rows: Sequence[Tensor]) -> None:
-        """Add samples below the others."""
+    @property
+    def capacity(self) -> int:
+        """For how many samples there is room."""
+        return len(self.columns[0].rows)
+
+    def append(self, rows: Sequence[Tensor], *, at_most: int) -> None:
+        """Add samples below the others; never make room for more than ``at_most`` in all."""
         count = len(rows[0])
-        if self.used + count > len(self.columns[0].rows):
-            capacity = max(2 * len(self.columns[0].rows), self.used + count, _FIRST_CAPACITY)
+        if self.used + count > self.capacity:
+            capacity = min(max(2 * self.capacity, self.used + count, _FIRST_CAPACITY), at_most)
             for column in self.columns:
                 column.grow(capacity)
         for column, row in zip(self.columns, rows, strict=True):
@@ -116,16 +125,23 @@ class Table:
         self.used += count
 
 
+@attrs.define
+class Kind:
+    """What is known of all rows from batches of one signature: their table, and whether all padding stands at the end."""
+
+    table: int
+    right: bool = True
+
+
 @attrs.define(eq=False)
 class RowStore:
     """Rows of tensors by sample id.
 
-    Rows are kept by the *signature* of the batch they come from, in which everything has one shape. A batch of another
-    signature is made of them where one like it was seen before: each row is trimmed, or padded with zeros, at the end of
-    each dimension.
+    Rows are kept with the *signature* of the batch they come from. A batch of another signature is made of them where one
+    like it was seen before: each row is trimmed, or padded with zeros, at the end of each dimension.
 
     Args:
-        budget: The most bytes it takes.
+        budget: The most bytes it takes, reserved ones included.
         folder: Where files go; None keeps rows in memory.
         narrow: Whether wider floating-point numbers are stored as bfloat16.
 
@@ -143,52 +159,71 @@ class RowStore:
     folder: Path | None = None
     narrow: bool = False
     full: bool = attrs.field(default=False, init=False)
-    _tables: dict[Hashable, Table] = attrs.field(factory=dict, init=False)
-    _places: dict[int, tuple[Table, int]] = attrs.field(factory=dict, init=False)
+    _tables: list[Table] = attrs.field(factory=list, init=False)
+    _kinds: dict[Hashable, Kind] = attrs.field(factory=dict, init=False)
+    _numbers: dict[int, int] = attrs.field(factory=dict, init=False)
+    # By number: the place among the signatures, and the row in the table.
+    _kind_of: array[int] = attrs.field(factory=lambda: array("l"), init=False)
+    _row_of: array[int] = attrs.field(factory=lambda: array("l"), init=False)
     _directory: tempfile.TemporaryDirectory[str] | None = attrs.field(default=None, init=False)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._numbers)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the rows take."""
-        return sum(each.used * each.row_bytes for each in self._tables.values())
+        return sum(each.used * each.row_bytes for each in self._tables)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of memory or disk that are taken."""
+        return sum(each.capacity * each.row_bytes for each in self._tables)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the first tensor, where all have one shape."""
+        return self._tables[0].columns[0].row_bytes
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows have one shape, and none depends on how far its batch was padded."""
+        return len(self._tables) == 1 and (len(self._kinds) == 1 or all(each.right for each in self._kinds.values()))
 
     def has(self, ids: Ids) -> bool:
         """Return whether all of the samples are there."""
-        return all(map(self._places.__contains__, ids))
+        return all(map(self._numbers.__contains__, ids))
 
     def alike(self, ids: Ids, signature: Hashable) -> bool:
         """Return whether all of the samples, which are there, come from batches of that signature."""
-        table = self._tables.get(signature)
-        return all(self._places[each][0] is table for each in ids)
+        if len(self._kinds) == 1:
+            return signature in self._kinds
+        kind = next((place for place, each in enumerate(self._kinds) if each == signature), -1)
+        return all(self._kind_of[self._numbers[each]] == kind for each in ids)
 
     def fits(self, ids: Ids, signature: Hashable) -> bool:
         """Return whether the samples, which are there, can be trimmed and padded into a batch of that signature."""
-        return signature in self._tables and all(self._places[each][0].right for each in ids)
+        if signature not in self._kinds:
+            return False
+        kinds, own = list(self._kinds.values()), self._tables[self._kinds[signature].table]
+        theirs = (kinds[place] for place in {self._kind_of[self._numbers[each]] for each in ids})
+        return all(kind.right and _like(self._tables[kind.table].leaves, own.leaves) for kind in theirs)
 
-    def take(self, ids: Ids, count: int) -> list[Tensor] | None:
+    def take(self, ids: Iterable[int], count: int) -> list[Tensor] | None:
         """Return the first ``count`` tensors, with one row a sample, in as little time as can be.
 
         Returns:
-            None where a sample is missing, or the rows differ in shape and would have to be trimmed and padded.
+            None where a sample is missing, or the rows differ in shape.
         """
-        known = self._places
-        try:
-            places = [known[each] for each in ids]
+        if len(self._tables) != 1:
+            return None
+        try:  # with one table a sample's number is its row
+            rows = torch.tensor(list(map(self._numbers.__getitem__, ids)))
         except KeyError:
             return None
-        table = places[0][0]
-        if len(self._tables) > 1:
-            others = {id(each): each for each, _ in places if each is not table}.values()
-            if any(not (each.right and each.leaves[:count] == table.leaves[:count]) for each in others):
-                return None
-            if others:
-                return self.rows(ids, table.signature)[:count] if table.right else None
-        index = torch.tensor([row for _, row in places])
+        (table,) = self._tables
         pairs = zip(table.leaves[:count], table.columns, strict=False)
-        return [leaf.made_of(column.rows.index_select(0, index)) for leaf, column in pairs]
+        return [leaf.made_of(column.rows.index_select(0, rows)) for leaf, column in pairs]
 
     def add(
         self, ids: Ids, signature: Hashable, batch: Sequence[Tensor], *, right: bool = False, exact: int = 0
@@ -204,61 +239,90 @@ class RowStore:
 
         Returns:
             Whether there was room.
+
+        Raises:
+            ValueError: Samples of that signature had other shapes before.
         """
-        new = {each: place for place, each in enumerate(ids) if each not in self._places}
+        new = {each: place for place, each in enumerate(ids) if each not in self._numbers}
         if not new or self.full:
             return not new
-        table = self._tables.get(signature)
-        if table is None:
-            table = self._table(signature, [Leaf.of(each) for each in batch], exact)
-            self._tables[signature] = table
-        table.right &= right
-        if self.nbytes + len(new) * table.row_bytes > self.budget:
+        kind = self._kind(signature, tuple(map(Leaf.of, batch)), exact)
+        kind.right &= right
+        table = self._tables[kind.table]
+        others = self.reserved - table.capacity * table.row_bytes
+        at_most = (self.budget - others) // max(table.row_bytes, 1)
+        if table.used + len(new) > at_most:
             self.full = True
             return False
         places = list(new.values())
+        rows = [each.detach() if len(new) == len(each) else each.detach()[places] for each in batch]
         try:
-            table.append([each.detach() if len(new) == len(each) else each.detach()[places] for each in batch])
-        except OSError:
+            table.append(rows, at_most=at_most)
+        except (OSError, MemoryError):
             self.full = True
             return False
-        self._places.update((each, (table, table.used - len(new) + row)) for row, each in enumerate(new))
+        place = list(self._kinds).index(signature)
+        for row, each in enumerate(new, start=table.used - len(new)):
+            self._numbers[each] = len(self._row_of)
+            self._kind_of.append(place)
+            self._row_of.append(row)
         return True
 
     def rows(self, ids: Ids, signature: Hashable) -> list[Tensor]:
         """Return tensors with one row a sample, as in a batch of that signature."""
-        table = self._tables[signature]
-        places = [self._places[each] for each in ids]
-        if all(each is table for each, _ in places):
-            index = torch.tensor([row for _, row in places])
-            parts = [column.rows.index_select(0, index) for column in table.columns]
+        numbers = [self._numbers[each] for each in ids]
+        kinds, own = list(self._kinds.values()), self._kinds[signature].table
+        leaves = self._tables[own].leaves
+        rows = torch.tensor([self._row_of[each] for each in numbers])
+        tables = torch.tensor([kinds[self._kind_of[each]].table for each in numbers])
+        sources = tables.unique().tolist()
+        if sources == [own]:
+            parts = [column.rows.index_select(0, rows) for column in self._tables[own].columns]
         else:
-            parts = [torch.zeros((len(ids), *leaf.shape), dtype=leaf.dtype) for leaf in table.leaves]
-            for target, (source, row) in enumerate(places):
-                for part, column in zip(parts, source.columns, strict=True):
+            parts = [torch.zeros((len(ids), *leaf.shape), dtype=leaf.dtype) for leaf in leaves]
+            for source in sources:
+                (places,) = torch.nonzero(tables == source, as_tuple=True)
+                for part, column in zip(parts, self._tables[source].columns, strict=True):
                     common = tuple(map(slice, map(min, part.shape[1:], column.rows.shape[1:])))
-                    part[target][common] = column.rows[row][common]
-        return [leaf.made_of(part) for leaf, part in zip(table.leaves, parts, strict=True)]
+                    part[(places, *common)] = column.rows.index_select(0, rows[places])[(slice(None), *common)].to(part)
+        return [leaf.made_of(part) for leaf, part in zip(leaves, parts, strict=True)]
 
     def close(self) -> None:
         """Forget everything, and remove the files."""
-        self._tables, self._places = {}, {}
+        self._tables, self._kinds, self._numbers = [], {}, {}
+        self._kind_of, self._row_of = array("l"), array("l")
         if self._directory is not None:
             self._directory.cleanup()
             self._directory = None
 
-    def _table(self, signature: Hashable, leaves: list[Leaf], exact: int) -> Table:
+    def _kind(self, signature: Hashable, leaves: tuple[Leaf, ...], exact: int) -> Kind:
+        """Return what is known of a signature; for a new one, find its table or make one."""
+        kind = self._kinds.get(signature)
+        if kind is None:
+            found = (place for place, each in enumerate(self._tables) if each.leaves == leaves)
+            number = next(found, len(self._tables))
+            if number == len(self._tables):
+                self._tables.append(self._table(leaves, exact))
+            kind = self._kinds[signature] = Kind(number)
+        elif [each.shape for each in self._tables[kind.table].leaves] != [each.shape for each in leaves]:
+            raise ValueError(f"samples of one shape had {self._tables[kind.table].leaves} and have {leaves}")
+        return kind
+
+    def _table(self, leaves: tuple[Leaf, ...], exact: int) -> Table:
         if self.folder is not None and self._directory is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._directory = tempfile.TemporaryDirectory(prefix="prefix-cache-", dir=self.folder)
         columns = []
         for number, leaf in enumerate(leaves):
-            narrow = (
-                self.narrow
-                and number < len(leaves) - exact
-                and leaf.dtype.is_floating_point
-                and leaf.dtype.itemsize > 2
-            )
+            wide = leaf.dtype.is_floating_point and leaf.dtype.itemsize > 2
+            narrow = self.narrow and number < len(leaves) - exact and wide
             path = None if self._directory is None else Path(self._directory.name, f"{len(self._tables)}-{number}")
             columns.append(Column(leaf.shape, torch.bfloat16 if narrow else leaf.dtype, path))
-        return Table(signature, tuple(leaves), columns)
+        return Table(leaves, columns)
+
+
+def _like(some: Sequence[Leaf], others: Sequence[Leaf]) -> bool:
+    """Return whether rows of one can be trimmed and padded into rows of the other."""
+    return all(
+        one.dtype == other.dtype and len(one.shape) == len(other.shape) for one, other in zip(some, others, strict=True)
+    )

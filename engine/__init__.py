@@ -1,9 +1,9 @@
 """The engine of thawline: events, state, ledger, trainer. It knows no algorithm by name."""
 
 from .algorithm import Algorithm, Stage, register, registered, registered_names
+from .batches import Unloaded
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
-from .data import Unloaded
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from attrs import frozen
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import (
     Fetched,
+    Unloaded,
     batch_size_of,
     count_weight,
     forward_arguments,
@@ -50,6 +50,8 @@ __all__ = [
 
 log = get_logger(__name__)
 _TRAIN = "Trainer.fit(train_loader=)"
+# Batches whose samples are drawn at once where none of them is loaded.
+_AHEAD = 64
 _EXAMPLE = "trainer.fit(model, DataLoader(dataset, batch_size=32, shuffle=True), duration='3ep')"
 
 
@@ -110,18 +112,21 @@ class ResumableLoader:
         """What cannot be resumed exactly, one sentence each."""
         return self._source.limits
 
-    def batches(self, epoch: int, start: int = 0, *, unloaded: bool = False) -> Iterator[Fetched]:
+    def batches(self, epoch: int, start: int = 0, *, unloaded_for: torch.device | None = None) -> Iterator[Fetched]:
         """Yield the batches of an epoch.
 
         Args:
             epoch: Number of the epoch, from 0.
             start: Number of the first batch wanted, from 0.
-            unloaded: Yield each batch as an :class:`Unloaded` where the loader's sampler names the samples of each.
+            unloaded_for: Yield each as an :class:`~thawline.engine.batches.Unloaded` for this device, where the loader's
+                sampler tells the samples of each.
 
         Raises:
             DataError: The epoch has no batches at all, or the loader can be read only once and was.
         """
-        batches = self._source.unloaded(epoch, start) if unloaded else self._source.batches(epoch, start)
+        source = self._source
+        lazy = unloaded_for is not None and isinstance(source, _MapSource) and source.can_wait
+        batches = source.unloaded(epoch, start, unloaded_for) if lazy else source.batches(epoch, start)
         for first in batches:
             yield first
             yield from batches
@@ -195,8 +200,6 @@ class _Source(Protocol):
 
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]: ...
 
-    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]: ...
-
     def sizes(self, epoch: int) -> Iterator[int] | None: ...
 
     def peek(self, samples: int | None) -> Any: ...
@@ -228,9 +231,6 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             yield Fetched(batch, None, samples_in(batch))
-
-    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
-        return self.batches(epoch, start)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         return map(samples_in, self._batches) if self._lie_ready else None
@@ -289,9 +289,6 @@ class _IterableSource:
             else:
                 yield Fetched(batch, None, samples_in(batch))
 
-    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
-        return self.batches(epoch, start)
-
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         size = self._loader.batch_size if isinstance(self._loader, DataLoader) else None
         return None if size is None else repeat(size)
@@ -341,13 +338,23 @@ class _MapSource:
                 samples = samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
 
-    def unloaded(self, epoch: int, start: int) -> Iterator[Fetched]:
-        if not self._batched:
-            yield from self.batches(epoch, start)
-            return
-        for indices in islice(epoch_order(self._indices, self._seed, epoch), start, None):
-            load, ids = partial(self._dataset.__getitem__, Key(epoch, indices)), _sample_ids(indices)
-            yield Fetched(load() if ids is None else Unloaded(ids, load), ids, len(indices))
+    @property
+    def can_wait(self) -> bool:
+        """Whether batches can be loaded later and here: nobody has set up the workers for it."""
+        return self._batched and self._loader.worker_init_fn is None
+
+    def unloaded(self, epoch: int, start: int, device: torch.device) -> Iterator[Fetched]:
+        """Yield the batches unloaded, but for those whose samples have no whole numbers."""
+        order = epoch_order(self._indices, self._seed, epoch, start)
+        while drawn := list(islice(order, _AHEAD)):
+            ids = list(map(_sample_ids, drawn))
+            ahead = [each or () for each in ids]
+            for place, (indices, known) in enumerate(zip(drawn, ids, strict=True)):
+                load = partial(self._load, Key(epoch, indices), device)
+                yield Fetched(load() if known is None else Unloaded(load, ahead, place), known, len(indices))
+
+    def _load(self, key: Key, device: torch.device) -> Any:
+        return to_device(self._dataset[key], device)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
         if not self._batched:

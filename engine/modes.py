@@ -20,7 +20,7 @@ class ModeKeeper:
 
     Args:
         model: The model.
-        asked: Whether any hold was ever taken with a mode.
+        asked: Whether a mode was ever asked for.
         calm: Owner to parameters whose modules stand in eval mode as long as none of them trains.
     """
 
@@ -54,9 +54,10 @@ class ModeKeeper:
     def refresh(self, trainable: AbstractSet[str], holds: Holds) -> None:
         """Derive the modes from the trainable set and the holds, and set them."""
         modes = {module: any(name in trainable for name in names) for module, names in self._norms}
-        if self.asked or self.calm:
+        if self.asked:
             modes = {module: modes[module] or any(map(holds.tracks, names)) for module, names in self._norms}
             calm = frozenset[str]().union(*self.calm.values()) - trainable
+            calm = frozenset(name for name in calm if not holds.tracks(name))
             for module, names in self._all:
                 held = bool(names) and all(name in calm or holds.evaluates(name) for name in names)
                 modes[module] = modes.get(module, True) and not held

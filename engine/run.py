@@ -203,8 +203,8 @@ class Run:
         emit, state, precision, outputs_of, loss_of = self.engine.emit, self.state, self.precision, *self.functions
         parts = self._microbatches.of(state)
         total = 0.0
-        for part, share in parts:
-            state.microbatch = part
+        for part, share, ids in parts:
+            state.microbatch, state.microbatch_ids = part, ids
             emit(BEFORE_FORWARD)
             state.outputs = outputs_of(state.model, state.microbatch)
             emit(AFTER_FORWARD)
@@ -287,7 +287,9 @@ class Run:
     def _epoch(self) -> Iterator[list[Fetched]]:
         """Yield the loader batches of each step of the running epoch, from where the clock stands."""
         size, clock = self.trainer.accumulate, self.state.clock
-        batches = self.data.batches(*self._cursor())
+        # A function of the user's reads the batch itself.
+        lazy = self.state.unloaded and self.forward.reads_targets_only
+        batches = self.data.batches(*self._cursor(), unloaded_for=self.trainer.device if lazy else None)
         empty = True
         for first in batches:
             empty = False

@@ -33,9 +33,9 @@ class State:
         grad_norm: Norm of all gradients before clipping, where an algorithm measured it.
         sample_ids: Index in the dataset of each sample of the batch, where the loader has them.
         microbatch_ids: The same of each sample of the microbatch.
-        unloaded: Set by an algorithm that may not need what the loader gives: from the next epoch on ``batch`` is then
-            an :class:`~thawline.engine.data.Unloaded` (a list of them where ``accumulate`` is above 1) at BATCH_START,
-            and loaded after it unless an algorithm has put something in its place.
+        unloaded: Set by an algorithm that may not need what the loader gives: from the next epoch on ``batch`` may be an
+            :class:`~thawline.engine.Unloaded` (a list of them where ``accumulate`` is above 1) at BATCH_START, and that
+            algorithm puts what ``load()`` gives, or something else, in its place.
         step_skipped: Whether the last step left the weights alone.
         exception: What ended the fit, at FIT_ABORT.
         restored: Whether earlier weights were put back at the fit's last EPOCH_END: the loop then evaluates them anew.

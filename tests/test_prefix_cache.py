@@ -504,7 +504,7 @@ def test_rows_come_back_in_any_order_and_layout() -> None:
 def test_a_batch_is_loaded_after_its_start_as_a_worker_would_have() -> None:
     """Unloaded batches know their samples, and load what the loader gives."""
     source = ResumableLoader(DataLoader(Noisy(inputs=True), batch_size=8, shuffle=True), seed=3)
-    for plain, late in zip(source.batches(1), source.batches(1, unloaded=True), strict=True):
+    for plain, late in zip(source.batches(1), source.batches(1, unloaded_for=torch.device("cpu")), strict=True):
         assert isinstance(late.batch, Unloaded)
         assert late.sample_ids == late.batch.sample_ids == plain.sample_ids
         assert all(map(torch.equal, late.batch.load(), plain.batch))
