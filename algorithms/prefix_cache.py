@@ -31,6 +31,8 @@ from .prefix_replay import Replay, UnskippableError, replaced
 from .prefix_store import RowStore
 
 log = get_logger(__name__)
+# A name of the module is found in a fraction of the time that a member of an enum takes.
+EPOCH_START, BEFORE_FORWARD, AFTER_FORWARD = Event.EPOCH_START, Event.BEFORE_FORWARD, Event.AFTER_FORWARD
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _EXAMPLE = "PrefixCache(budget='4GB')"
 
@@ -54,7 +56,7 @@ def _folder(value: object) -> Path | None:
 
 
 @register
-@attrs.define(slots=False, eq=False)
+@attrs.define(slots=False, eq=False, on_setattr=attrs.setters.NO_OP)  # it sets some each batch
 class PrefixCache(Algorithm):
     """Computes the output of the frozen leading part of the model once a sample, and skips that part afterwards.
 
@@ -135,17 +137,18 @@ class PrefixCache(Algorithm):
     @override
     def apply(self, event: Event, state: State) -> None:
         """Follow the frontier between steps; stand in for the model's forward in between."""
-        if event is Event.BEFORE_FORWARD:
-            if self._fed and self._feed is not None:
+        if event is BEFORE_FORWARD:
+            if self._fed:
+                assert self._feed is not None, "what feeds the head knows how to run it"
                 self._stand_in(state.model, self._feed.head)
             elif self._at is not None and self._version == state.ledger.version:
                 self._begin(state)
-        elif event is Event.AFTER_FORWARD or event is Event.FIT_ABORT:
+        elif event is AFTER_FORWARD or event is Event.FIT_ABORT:
             self._end()
         else:
             if self._version != state.ledger.version:
                 self._move(state)
-            if event is Event.EPOCH_START:
+            if event is EPOCH_START:
                 self._begin_epoch(state)
             elif self._lazy:
                 self._fed = self._feed_or_load(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -13,8 +13,8 @@ from ..engine import Unloaded
 from .prefix_replay import Replay
 from .prefix_store import RowStore
 
-# Rows of several batches are gathered in one go, about as many as stay in a core's cache until they are used.
-_AT_ONCE = 1 << 20
+# Rows of several batches are gathered in one go, so many bytes of them.
+_AT_ONCE = 1 << 22
 # A kernel may round differently where its input does not begin on such a boundary, as what it is given elsewhere does.
 _ALIGNED = 64
 
@@ -34,9 +34,13 @@ class Feed:
     replay: Replay
     label: str
     hits: int = 0
+    run: Callable[[Tensor], Any] = attrs.field(init=False)
     _ahead: Sequence[tuple[int, ...]] = attrs.field(default=(), init=False)
     _first: int = attrs.field(default=0, init=False)
     _made: list[Any] = attrs.field(factory=list, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.run = self.replay.chain[0] if len(self.replay.chain) == 1 else self.replay.run_head
 
     def batch(self, one: Unloaded) -> Any | None:
         """Return what stands for a batch; None where a sample is missing."""
@@ -49,7 +53,7 @@ class Feed:
     def head(self, *inputs: Any, **named: Any) -> Any:
         """Run the head: what a model's forward is with such a batch."""
         self.hits += 1
-        return self.replay.run_head(inputs[0] if inputs else named["inputs"])
+        return self.run(inputs[0] if inputs else named["inputs"])
 
     def _gather(self, one: Unloaded) -> None:
         """Gather the batch, and those after it."""
@@ -58,11 +62,13 @@ class Feed:
         count = 1 if size % _ALIGNED else max(1, _AT_ONCE // max(size, 1))
         for several in (count, 1):
             ids = one.ahead[one.place : one.place + several]
-            kept = self.store.take(list(chain.from_iterable(ids)), 2)
+            sizes = list(map(len, ids))
+            kept = self.store.take(chain.from_iterable(ids), sum(sizes), 2)
             if kept is not None:
-                sizes = list(map(len, ids))
-                self._made = list(map(self._pair, *(each.split(sizes) for each in kept)))
+                parts = (each.split(sizes) for each in kept)
+                self._made = (
+                    [{"inputs": x, self.label: y} for x, y in zip(*parts, strict=True)]
+                    if self.label
+                    else list(zip(*parts, strict=True))
+                )
                 return
-
-    def _pair(self, features: Tensor, targets: Tensor) -> Any:
-        return {"inputs": features, self.label: targets} if self.label else (features, targets)

@@ -7,7 +7,7 @@ import tempfile
 from array import array
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -165,6 +165,8 @@ class RowStore:
     # By number: the place among the signatures, and the row in the table.
     _kind_of: array[int] = attrs.field(factory=lambda: array("l"), init=False)
     _row_of: array[int] = attrs.field(factory=lambda: array("l"), init=False)
+    # By sample: its number, or -1; empty where their ids lie far apart, None where samples have come since.
+    _lookup: np.ndarray[Any, Any] | None = attrs.field(default=None, init=False)
     _directory: tempfile.TemporaryDirectory[str] | None = attrs.field(default=None, init=False)
 
     def __len__(self) -> int:
@@ -209,21 +211,39 @@ class RowStore:
         theirs = (kinds[place] for place in {self._kind_of[self._numbers[each]] for each in ids})
         return all(kind.right and _like(self._tables[kind.table].leaves, own.leaves) for kind in theirs)
 
-    def take(self, ids: Iterable[int], count: int) -> list[Tensor] | None:
+    def take(self, ids: Iterable[int], samples: int, count: int) -> list[Tensor] | None:
         """Return the first ``count`` tensors, with one row a sample, in as little time as can be.
+
+        Args:
+            ids: The samples.
+            samples: How many they are.
+            count: How many tensors.
 
         Returns:
             None where a sample is missing, or the rows differ in shape.
         """
         if len(self._tables) != 1:
             return None
-        try:  # with one table a sample's number is its row
-            rows = torch.tensor(list(map(self._numbers.__getitem__, ids)))
-        except KeyError:
+        rows = self._found(np.fromiter(ids, np.int64, samples))
+        if rows is None:
             return None
-        (table,) = self._tables
+        (table,), index = self._tables, torch.from_numpy(rows)
         pairs = zip(table.leaves[:count], table.columns, strict=False)
-        return [leaf.made_of(column.rows.index_select(0, rows)) for leaf, column in pairs]
+        return [leaf.made_of(column.rows.index_select(0, index)) for leaf, column in pairs]
+
+    def _found(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """Return the samples' numbers, which with one table are their rows; None where one is missing."""
+        numbers, lookup = self._numbers, self._lookup
+        if lookup is None:
+            dense = bool(numbers) and min(numbers) >= 0 and max(numbers) < 4 * len(numbers)
+            self._lookup = lookup = np.full(max(numbers) + 1 if dense else 0, -1, np.int64)
+            if dense:
+                lookup[list(numbers)] = list(numbers.values())
+        if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= len(lookup):
+            rows = np.array([numbers.get(each, -1) for each in ids.tolist()], np.int64)
+        else:
+            rows = lookup[ids]
+        return rows if (rows >= 0).all() else None
 
     def add(
         self, ids: Ids, signature: Hashable, batch: Sequence[Tensor], *, right: bool = False, exact: int = 0
@@ -261,6 +281,7 @@ class RowStore:
         except (OSError, MemoryError):
             self.full = True
             return False
+        self._lookup = None
         place = list(self._kinds).index(signature)
         for row, each in enumerate(new, start=table.used - len(new)):
             self._numbers[each] = len(self._row_of)
@@ -290,6 +311,7 @@ class RowStore:
     def close(self) -> None:
         """Forget everything, and remove the files."""
         self._tables, self._kinds, self._numbers = [], {}, {}
+        self._lookup = None
         self._kind_of, self._row_of = array("l"), array("l")
         if self._directory is not None:
             self._directory.cleanup()

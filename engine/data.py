@@ -344,17 +344,18 @@ class _MapSource:
         return self._batched and self._loader.worker_init_fn is None
 
     def unloaded(self, epoch: int, start: int, device: torch.device) -> Iterator[Fetched]:
-        """Yield the batches unloaded, but for those whose samples have no whole numbers."""
+        """Yield the batches unloaded; those whose samples have no whole numbers are loaded."""
         order = epoch_order(self._indices, self._seed, epoch, start)
         while drawn := list(islice(order, _AHEAD)):
             ids = list(map(_sample_ids, drawn))
-            ahead = [each or () for each in ids]
-            for place, (indices, known) in enumerate(zip(drawn, ids, strict=True)):
-                load = partial(self._load, Key(epoch, indices), device)
-                yield Fetched(load() if known is None else Unloaded(load, ahead, place), known, len(indices))
+            load = partial(self._load, epoch, drawn, device)
+            if None in ids:
+                yield from (Fetched(load(place), ids[place], len(each)) for place, each in enumerate(drawn))
+            else:  # made at once, which takes half the time
+                yield from [Fetched(Unloaded(ids, place, load), each, len(each)) for place, each in enumerate(ids)]
 
-    def _load(self, key: Key, device: torch.device) -> Any:
-        return to_device(self._dataset[key], device)
+    def _load(self, epoch: int, drawn: Sequence[Any], device: torch.device, place: int) -> Any:
+        return to_device(self._dataset[Key(epoch, drawn[place])], device)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
         if not self._batched:

@@ -497,8 +497,8 @@ def test_rows_come_back_in_any_order_and_layout() -> None:
     (cut,) = store.rows([1], "short")
     assert torch.equal(cut[0], long[0, :, :3])
     assert store.nbytes == 4 * (12 + 20)
-    assert store.take([4, 5], 1) is None
-    assert store.take([4, 1], 1) is None
+    assert store.take([4, 5], 2, 1) is None
+    assert store.take([4, 1], 2, 1) is None
 
 
 def test_a_batch_is_loaded_after_its_start_as_a_worker_would_have() -> None:
