@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
 
 from ..engine import Unloaded
@@ -65,10 +66,7 @@ class Feed:
             sizes = list(map(len, ids))
             kept = self.store.take(chain.from_iterable(ids), sum(sizes), 2)
             if kept is not None:
-                parts = (each.split(sizes) for each in kept)
-                self._made = (
-                    [{"inputs": x, self.label: y} for x, y in zip(*parts, strict=True)]
-                    if self.label
-                    else list(zip(*parts, strict=True))
-                )
+                pairs = zip(*(torch.split(each, sizes) for each in kept), strict=True)
+                label = self.label
+                self._made = [{"inputs": x, label: y} for x, y in pairs] if label else list(pairs)
                 return

@@ -295,17 +295,17 @@ class RowStore:
         kinds, own = list(self._kinds.values()), self._kinds[signature].table
         leaves = self._tables[own].leaves
         rows = torch.tensor([self._row_of[each] for each in numbers])
-        tables = torch.tensor([kinds[self._kind_of[each]].table for each in numbers])
-        sources = tables.unique().tolist()
-        if sources == [own]:
+        places: dict[int, list[int]] = {}  # by table
+        for place, each in enumerate(numbers):
+            places.setdefault(kinds[self._kind_of[each]].table, []).append(place)
+        if list(places) == [own]:
             parts = [column.rows.index_select(0, rows) for column in self._tables[own].columns]
         else:
             parts = [torch.zeros((len(ids), *leaf.shape), dtype=leaf.dtype) for leaf in leaves]
-            for source in sources:
-                (places,) = torch.nonzero(tables == source, as_tuple=True)
-                for part, column in zip(parts, self._tables[source].columns, strict=True):
-                    common = tuple(map(slice, map(min, part.shape[1:], column.rows.shape[1:])))
-                    part[(places, *common)] = column.rows.index_select(0, rows[places])[(slice(None), *common)].to(part)
+            for table, targets in places.items():
+                index = torch.tensor(targets)
+                for part, column in zip(parts, self._tables[table].columns, strict=True):
+                    _put(part, index, column.rows.index_select(0, rows[index]))
         return [leaf.made_of(part) for leaf, part in zip(leaves, parts, strict=True)]
 
     def close(self) -> None:
@@ -341,6 +341,21 @@ class RowStore:
             path = None if self._directory is None else Path(self._directory.name, f"{len(self._tables)}-{number}")
             columns.append(Column(leaf.shape, torch.bfloat16 if narrow else leaf.dtype, path))
         return Table(leaves, columns)
+
+
+def _put(part: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Write rows at places of the first dimension, trimmed or padded with zeros at the end of each other one."""
+    sizes = list(map(min, part.shape[1:], rows.shape[1:]))
+    whole = torch.zeros((len(index), *part.shape[1:]), dtype=part.dtype)
+    _cut(whole, sizes).copy_(_cut(rows, sizes))
+    part[index] = whole
+
+
+def _cut(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return so many of each dimension but the first, as a view."""
+    for dimension, size in enumerate(sizes, start=1):
+        rows = rows.narrow(dimension, 0, size)
+    return rows
 
 
 def _like(some: Sequence[Leaf], others: Sequence[Leaf]) -> bool:

@@ -125,8 +125,10 @@ class ResumableLoader:
             DataError: The epoch has no batches at all, or the loader can be read only once and was.
         """
         source = self._source
-        lazy = unloaded_for is not None and isinstance(source, _MapSource) and source.can_wait
-        batches = source.unloaded(epoch, start, unloaded_for) if lazy else source.batches(epoch, start)
+        if unloaded_for is not None and isinstance(source, _MapSource) and source.can_wait:
+            batches = source.unloaded(epoch, start, unloaded_for)
+        else:
+            batches = source.batches(epoch, start)
         for first in batches:
             yield first
             yield from batches
@@ -347,12 +349,12 @@ class _MapSource:
         """Yield the batches unloaded; those whose samples have no whole numbers are loaded."""
         order = epoch_order(self._indices, self._seed, epoch, start)
         while drawn := list(islice(order, _AHEAD)):
-            ids = list(map(_sample_ids, drawn))
             load = partial(self._load, epoch, drawn, device)
-            if None in ids:
-                yield from (Fetched(load(place), ids[place], len(each)) for place, each in enumerate(drawn))
-            else:  # made at once, which takes half the time
+            ids = [known for each in drawn if (known := _sample_ids(each)) is not None]
+            if len(ids) == len(drawn):  # made at once, which takes half the time
                 yield from [Fetched(Unloaded(ids, place, load), each, len(each)) for place, each in enumerate(ids)]
+            else:
+                yield from (Fetched(load(place), _sample_ids(each), len(each)) for place, each in enumerate(drawn))
 
     def _load(self, epoch: int, drawn: Sequence[Any], device: torch.device, place: int) -> Any:
         return to_device(self._dataset[Key(epoch, drawn[place])], device)
