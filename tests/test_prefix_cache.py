@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from helpers import Bare, Shared, cnn, encoder, loader, mlp, same_weights, weights
-from thawline.algorithms import EMA, LISA, LayerFreeze, LayerThaw, LoRAInject, PrefixCache, head_only, lp_ft
-from thawline.algorithms.prefix_store import RowStore
+from thawline.algorithms import EMA, LISA, FreezeAt, LayerFreeze, LayerThaw, LoRAInject, PrefixCache, head_only, lp_ft
 from thawline.engine import (
     Algorithm,
     ArgumentError,
@@ -115,8 +114,38 @@ def residual_cnn() -> nn.Module:
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(4, 10))
 
 
+class Carrying(nn.Module):
+    """A block that hands a tensor and, in a tuple, running sums of two shapes and a number on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, carried: tuple[Tensor, Tensor, int]) -> tuple[Tensor, tuple[Tensor, Tensor, int]]:
+        total, means, count = carried
+        x = torch.tanh(self.linear(x))
+        return x, (total + x, means + x.mean(1), count + 1)
+
+
+class Tuples(nn.Module):
+    """Blocks that give tuples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Carrying() for _ in range(4)])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        carried = (x, x.mean(1), 0)
+        for block in self.blocks:
+            x, carried = block(x, carried)
+        total, means, count = carried
+        return self.head(x + total / count) + means[:, None]
+
+
 TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batches]]] = {
     "mlp": (partial(mlp, depth=4), loader),
+    "tuples": (Tuples, loader),
     "bare": (Bare, loader),
     "cnn": (cnn, images),
     "stages": (residual_cnn, images),
@@ -210,6 +239,109 @@ def test_a_resumed_fit_is_the_whole_fit(moves: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     resumed = fit(mlp(depth=4), [*RECIPES[moves](), PrefixCache()], duration="22ba", **options)
     assert same_weights(whole, resumed)
+
+
+class Calls(nn.Linear):
+    """Counts what goes through it."""
+
+    samples = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.samples += len(x)
+        return super().forward(x)
+
+
+def counting() -> nn.Sequential:
+    """Return an MLP that counts."""
+    return nn.Sequential(*[each for _ in range(4) for each in (Calls(4, 4), nn.Tanh())], nn.Linear(4, 2))
+
+
+class Counts(Algorithm):
+    """Notes how much went through each layer, epoch by epoch."""
+
+    events = frozenset({Event.EPOCH_START, Event.EPOCH_END})
+    stage = Stage.OBSERVE
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+
+    def apply(self, event: Event, state: State) -> None:
+        layers = [each for each in state.model.modules() if isinstance(each, Calls)]
+        if event is Event.EPOCH_END:
+            self.seen.append([each.samples for each in layers])
+        for each in layers:
+            each.samples = 0
+
+
+def test_it_goes_on_from_the_old_frontier_when_more_freezes() -> None:
+    """What was kept is fed to the layers between the two; where it moves back, everything runs once again."""
+    counts = Counts()
+    fit(counting(), [FreezeAt({"blocks[0]": "1ep", "blocks[1:3]": "3ep"}), PrefixCache(), counts], duration="5ep")
+    # One row is computed again in each epoch but those that fill; the passes that find out how to skip leave no trace.
+    assert counts.seen == [[32, 32, 32, 32], [32, 32, 32, 32], [1, 32, 32, 32], [0, 32, 32, 32], [1, 1, 1, 32]]
+
+
+def test_a_prefix_that_is_changed_behind_it_turns_it_off(caplog: pytest.LogCaptureFixture) -> None:
+    """One row is computed again in each epoch, and shows it."""
+
+    class Spoil(Algorithm):
+        events = frozenset({Event.EPOCH_END})
+
+        def apply(self, event: Event, state: State) -> None:
+            if state.clock.epoch == 3:
+                with torch.no_grad():
+                    next(state.model.parameters()).add_(1)
+
+    cache = PrefixCache()
+    fit(mlp(), [*head_only(), Spoil(), cache], duration="5ep")
+    assert cache.off is not None
+    assert "computed again" in cache.off
+    assert cache.misses == 4
+    assert cache.hits == 2 * 4
+
+
+class NoRoom(Algorithm):
+    """Runs out of memory in the first forward of a batch."""
+
+    events = frozenset({Event.BEFORE_FORWARD})
+    stage = Stage.OBSERVE
+
+    def __init__(self, batch: int) -> None:
+        self.batch: int | None = batch
+
+    def apply(self, event: Event, state: State) -> None:
+        if state.clock.batch == self.batch:
+            self.batch = None
+            raise torch.OutOfMemoryError
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("recipe", ["head_only", "thaw"])
+def test_a_batch_that_is_repeated_in_parts(batch: int, recipe: str) -> None:
+    """Out of memory leaves nothing on the model, and the parts are looked up by their own samples."""
+    plain, cached, cache = both(partial(mlp, depth=4), lambda: [*RECIPES[recipe](), NoRoom(batch)])
+    assert cache.off is None
+    assert cache.hits
+    for name, each in plain.items():
+        torch.testing.assert_close(cached[name], each, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"drop_last": True, "batch_size": 5}, {"sampler": "replacement", "batch_size": 8}])
+def test_samples_that_an_epoch_leaves_out(options: dict[str, Any]) -> None:
+    """They are loaded and computed when they come."""
+    dataset: Any = loader().dataset
+
+    def data() -> Batches:
+        given = dict(options)
+        if given.pop("sampler", None):
+            return DataLoader(dataset, sampler=RandomSampler(dataset, replacement=True), **given)
+        return DataLoader(dataset, shuffle=True, **given)
+
+    plain, cached, cache = both(mlp, head_only, data, duration="6ep")
+    assert same_weights(plain, cached)
+    assert cache.misses < 6 * 4
+    assert cache.hits
 
 
 class Noisy(Dataset[Any]):
@@ -455,6 +587,38 @@ def test_a_transformer_on_padded_batches(batches: str, recipe: str) -> None:
             assert (cached[name] - each).norm() <= 1e-5 * each.norm(), name
 
 
+class Gradients(Algorithm):
+    """Notes the gradients before each step; leaves the weights alone, so that all batches are compared at one place."""
+
+    events = frozenset({Event.BEFORE_STEP})
+    stage = Stage.OBSERVE
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor]] = []
+
+    def apply(self, event: Event, state: State) -> None:
+        found = {name: each.grad for name, each in state.ledger.parameters.items() if each.grad is not None}
+        self.seen.append({name: grad.clone() for name, grad in found.items()})
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_gradients_of_variable_lengths(shuffle: bool) -> None:
+    """Bit for bit where the same batches come again; reshuffled, within 1e-6 of each gradient's norm."""
+    seen = []
+    for last in (EvalFrozen(), PrefixCache()):
+        watch = Gradients()
+        torch.manual_seed(0)
+        recipe = [FreezeAt({"stem": "0ep", "blocks[:2]": "0ep"}), last, watch]
+        trainer = Trainer(algorithms=recipe, optimizer=partial(torch.optim.SGD, lr=0.0), device="cpu", progress=False)
+        trainer.fit(bert(), texts(shuffle=shuffle), duration="4ep")
+        seen.append(watch.seen)
+    assert last.hits == 12
+    for plain, cached in zip(*seen, strict=True):
+        assert plain.keys() == cached.keys()
+        for name, each in plain.items():
+            assert (cached[name] - each).norm() <= (1e-6 if shuffle else 0) * each.norm(), name
+
+
 def test_a_model_without_a_mask_is_not_given_padded_rows() -> None:
     """Whether it looks at padding is not known, so only rows of the batch's own length are used."""
 
@@ -479,26 +643,6 @@ def test_a_model_without_a_mask_is_not_given_padded_rows() -> None:
     assert cache.off is None
     for name, each in plain.items():
         torch.testing.assert_close(cached[name], each, rtol=1e-5, atol=1e-6)
-
-
-def test_rows_come_back_in_any_order_and_layout() -> None:
-    """By id, trimmed and padded with zeros to a signature that was seen, with the strides they had."""
-    store = RowStore(budget=10**6)
-    short = torch.arange(12.0).view(2, 3, 2).transpose(1, 2)  # samples x 2 x 3, the last dimension the widest
-    long = torch.arange(20.0).view(2, 2, 5)
-    assert store.add([4, 9], "short", [short], right=True)
-    assert store.add([1, 2], "long", [long], right=True)
-    (same,) = store.rows([9, 4], "short")
-    assert torch.equal(same, short.flip(0))
-    assert same.stride() == short.stride()
-    (mixed,) = store.rows([2, 9], "long")
-    assert torch.equal(mixed[0], long[1])
-    assert torch.equal(mixed[1], nn.functional.pad(short[1], (0, 2)))
-    (cut,) = store.rows([1], "short")
-    assert torch.equal(cut[0], long[0, :, :3])
-    assert store.nbytes == 4 * (12 + 20)
-    assert store.take([4, 5], 2, 1) is None
-    assert store.take([4, 1], 2, 1) is None
 
 
 def test_a_batch_is_loaded_after_its_start_as_a_worker_would_have() -> None:
