@@ -95,9 +95,18 @@ class Frontier:
         if row is not None:
             if alike and (changed := self.changed(one, kept)):
                 return f"the {changed} change between epochs: what is augmented gives something else each time"
-            pairs = zip([each[row : row + 1] for each in features], replay.value(one.row(row)), strict=True)
+            try:
+                again = replay.value(one.row(row))
+            except UnskippableError:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever the model says to a batch of one
+                return f"a sample alone cannot be computed again: {error!r}"
             masks = [each[row : row + 1] for each in one.masks]
-            if not all(close(unpadded(mine, masks), unpadded(again, masks), tolerance) for mine, again in pairs):
+            pairs = [
+                (unpadded(mine[row : row + 1], masks), unpadded(new, masks))
+                for mine, new in zip(features, again, strict=True)
+            ]
+            if not all(close(mine, new, tolerance) for mine, new in pairs):
                 return "the frozen part gives something else for a sample that is computed again"
         if not alike and one.signature not in self.padded:
             self.padded.add(one.signature)
@@ -112,8 +121,8 @@ def frozen_depth(layers: LayerMap, trainable: frozenset[str]) -> int:
     Example:
         >>> from torch import nn
         >>> layers = LayerMap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
-        >>> frozen_depth(layers, frozenset({"4.weight", "2.bias"})), [layer.name for layer in layers]
-        (2, ['stem', 'blocks[0]', 'blocks[1]', 'head'])
+        >>> [layer.name for layer in layers], frozen_depth(layers, frozenset({"4.weight", "2.bias"}))
+        (['blocks[0]', 'blocks[1]', 'head'], 1)
     """
     trains = (place for place, layer in enumerate(layers) if not trainable.isdisjoint(layer.parameters))
     return next(trains, 0)
@@ -128,6 +137,9 @@ def replay_at(state: State, depth: int, one: Pass) -> Replay:
     layers, modules = list(state.layers), dict(state.model.named_modules())
     suffix = [name for layer in layers[depth:] for name in layer.modules]
     prefix = [modules[name] for layer in layers[:depth] for name in layer.modules if name in modules]
+    norms = (each for module in prefix for each in module.modules() if getattr(each, "running_mean", None) is not None)
+    if moving := next((each for each in norms if each.training), None):
+        raise UnskippableError(f"the statistics of a {type(moving).__name__} in it go on")
     head = depth == len(layers) - 1 and all(name in modules for name in suffix)
     beyond = [modules[name] for name in suffix if name in modules]
     return find_replay(state.model, beyond, prefix, head=head, one=one)

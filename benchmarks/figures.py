@@ -11,15 +11,15 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from thawline.algorithms import PrefixCache, ema_update, head_only
+from thawline.algorithms import ema_update
 from thawline.algorithms.grad_clip import clip_gradients
 from thawline.engine import Algorithm, Engine, Event, ParameterLedger, State, Trainer
 
 from .adapters import adapting
 from .measure import Row, race, told
+from .prefix import prefix
 from .saving import adapters, resuming, saving
 
 Figure = Callable[[int, torch.device], list[Row]]
@@ -193,79 +193,6 @@ def freezing(rounds: int, device: torch.device) -> list[Row]:
             told(timings, "ms"),
         )
         for what in ("freeze", "thaw")
-    ]
-
-
-class Blocks(nn.Module):
-    """Six transformer blocks of width 384, a mean over the tokens, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        block = partial(nn.TransformerEncoderLayer, 384, 6, 1536, dropout=0.0, batch_first=True)
-        self.blocks = nn.ModuleList([block() for _ in range(6)])
-        self.head = nn.Linear(384, 10)
-
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the head is given."""
-        for each in self.blocks:
-            x = each(x)
-        return x.mean(1)
-
-    @override
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(x))  # type: ignore[no-any-return]
-
-
-def prefix(rounds: int, device: torch.device) -> list[Row]:
-    """Head-only epochs after the first: uncached, cached, and by hand over features that lie ready."""
-    samples, size, epochs = 1024, 32, 6
-    inputs, targets = torch.randn(samples, 32, 384, device=device), torch.randint(10, (samples,), device=device)
-    loader = DataLoader(TensorDataset(inputs, targets), batch_size=size, shuffle=True)
-    net = Blocks().to(device)
-    net.blocks.requires_grad_(False)
-    net.blocks.eval()
-    with torch.no_grad():
-        features = torch.cat([net.features(each) for each in torch.split(inputs, size)])
-    optimizer, loss_fn = partial(torch.optim.AdamW, lr=1e-3), nn.functional.cross_entropy
-
-    def trainer(*algorithms: Algorithm) -> Callable[[int], float]:
-        recipe = Trainer(
-            algorithms=[*head_only(), *algorithms], optimizer=optimizer, loss_fn=loss_fn, progress=False,
-            device=str(device),
-        )  # fmt: skip
-
-        def run(length: int) -> float:
-            began = time.process_time()
-            recipe.fit(net, loader, duration=length)
-            return time.process_time() - began
-
-        return run
-
-    def by_hand() -> float:
-        stepper = optimizer(net.head.parameters())
-        began = time.process_time()
-        for _ in range(epochs):
-            for index in torch.split(torch.randperm(samples), size):
-                loss = loss_fn(net.head(features[index]), targets[index])
-                loss.backward()  # type: ignore[no-untyped-call]
-                stepper.step()
-                stepper.zero_grad()
-                loss.item()
-        return time.process_time() - began
-
-    # What the first epoch costs, which fills the cache, is no part of those after it.
-    cached, plain = trainer(PrefixCache()), trainer()
-    contestants = {
-        "uncached, one epoch": lambda: plain(1),
-        "cached": lambda: max(cached(epochs + 1) - cached(1), 1e-9),
-        "by hand": by_hand,
-    }
-    timings = race(contestants, max(2, rounds // 4))
-    one, ours, hand = (timings[name].median for name in contestants)
-    note = told(timings, "ms")
-    return [
-        Row("head-only epoch, cached, of the uncached", ours / epochs / one, "x", 0.01, note),
-        Row("head-only epoch by hand, of the cached", hand / ours, "x", None, f"bar: at least 0.85; {note}"),
     ]
 
 

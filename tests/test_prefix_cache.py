@@ -439,6 +439,42 @@ def test_what_cannot_be_skipped_is_not(make: Callable[[], nn.Module], reason: st
     assert not cache.hits
 
 
+def test_statistics_that_go_on_are_not_cached() -> None:
+    """Somebody wants the frozen normalization layers to follow the data."""
+
+    class Keep(Algorithm):
+        events = frozenset({Event.FIT_START})
+
+        def apply(self, event: Event, state: State) -> None:
+            state.ledger.freeze(lambda name: not name.startswith("6."), owner=self.owner, mode="train")
+
+    plain, cached, cache = both(residual_cnn, lambda: [Keep()], images)
+    assert same_weights(plain, cached)
+    assert "statistics of a BatchNorm2d" in cache.barred[3]
+
+
+class Squeezing(nn.Module):
+    """Takes no batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1:
+            raise RuntimeError("a batch of one")
+        return self.head(self.blocks[1](self.blocks[0](x).relu()).relu())
+
+
+def test_a_model_that_takes_no_single_sample_is_not_cached() -> None:
+    """No row of it can be checked; the fit goes on."""
+    plain, cached, cache = both(Squeezing, head_only)
+    assert same_weights(plain, cached)
+    assert cache.off is not None
+    assert "a sample alone cannot be computed again" in cache.off
+
+
 def test_a_batch_along_another_dimension_is_not_cut_wrongly() -> None:
     """What lies at the frontier has no row a sample; the head's input has."""
     plain, cached, cache = both(SequenceFirst, lambda: [LayerThaw(every=3, start=1)])
