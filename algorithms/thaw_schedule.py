@@ -240,7 +240,7 @@ class ThawSchedule(Algorithm):
             self._leave(state)
             self._enter(state)
         elif event is Event.FIT_END:
-            # Where a signal or another algorithm's EPOCH_END has ended the fit; the last checkpoint could go on.
+            # Where a signal has ended the fit; the last checkpoint could go on.
             if not state.restored:
                 self._watch.weights.put_back(state)
             self._watch = PhaseWatch()

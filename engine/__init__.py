@@ -24,6 +24,7 @@ from .errors import (
     SurgeryError,
     ThawlineError,
     ThawlineWarning,
+    UnknownArgumentError,
     nearest,
     warn,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "TraceEntry",
     "Tracker",
     "Trainer",
+    "UnknownArgumentError",
     "Unloaded",
     "configure_logging",
     "constant",

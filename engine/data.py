@@ -113,7 +113,7 @@ class ResumableLoader:
         return self._source.limits
 
     def batches(self, epoch: int, start: int = 0, *, unloaded_for: torch.device | None = None) -> Iterator[Fetched]:
-        """Yield the batches of an epoch.
+        """Return the batches of an epoch, the first of which is read at once.
 
         Args:
             epoch: Number of the epoch, from 0.
@@ -129,12 +129,10 @@ class ResumableLoader:
             batches = source.unloaded(epoch, start, unloaded_for)
         else:
             batches = source.batches(epoch, start)
-        for first in batches:
-            yield first
-            yield from batches
-            return
-        if not start:
+        first = next(batches, None)
+        if first is None and not start:
             raise self._empty()
+        return batches if first is None else chain((first,), batches)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
         """Yield the samples in each batch of an epoch without loading one; None where the loader does not say."""
@@ -186,8 +184,8 @@ def gathered(
 ) -> tuple[Any, tuple[int, ...] | None, int]:
     """Return a step's batch on the device, or a list of them where it accumulates, its sample ids and its number of samples."""
     if accumulate == 1:
-        (one,) = fetched
-        return to_device(one.batch, device), one.sample_ids, one.samples
+        ((batch, sample_ids, samples),) = fetched
+        return to_device(batch, device), sample_ids, samples
     batches = [to_device(each.batch, device) for each in fetched]
     ids = [each.sample_ids for each in fetched]
     known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))

@@ -27,7 +27,7 @@ def forward_order(model: nn.Module, forward: Callable[[], object]) -> tuple[str,
 
     A tied weight has a place for each of its names: its first use since the module of that name was called. What the
     pass does not use keeps its place behind the parameter registered before it. The pass runs in eval mode without
-    gradients; weights, buffers, modes, attributes of modules, hooks and random number generators are afterwards as
+    gradients and without forward hooks; weights, buffers, modes, attributes of modules, hooks and random number generators are afterwards as
     they were. A pass that fails is logged, and nothing is recorded.
 
     Args:
@@ -121,7 +121,7 @@ def untouched(model: nn.Module, *, evaluate: bool = False) -> Generator[None, No
 
     Args:
         model: The model.
-        evaluate: Put all of it in eval mode meanwhile.
+        evaluate: Put all of it in eval mode meanwhile, and call no forward hooks.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
@@ -142,6 +142,7 @@ def untouched(model: nn.Module, *, evaluate: bool = False) -> Generator[None, No
         with torch.random.fork_rng(devices):
             for module, _ in attributes if evaluate else ():
                 module.training = False
+                module._forward_hooks.clear()  # the caller's own recorders see nothing; pre-hooks may make weights
             yield
     finally:
         random.setstate(drawn[0])

@@ -29,7 +29,7 @@ class ModeKeeper:
     calm: dict[str, frozenset[str]] = field(factory=dict)
     _norms: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
     _all: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
-    _modes: list[tuple[nn.Module, bool]] = field(init=False, factory=list)
+    derived: list[tuple[nn.Module, bool]] = field(init=False, factory=list)
 
     def __attrs_post_init__(self) -> None:
         self.scan()
@@ -61,13 +61,13 @@ class ModeKeeper:
             for module, names in self._all:
                 held = bool(names) and all(name in calm or holds.evaluates(name) for name in names)
                 modes[module] = modes.get(module, True) and not held
-        self._modes = list(modes.items())
+        self.derived = list(modes.items())
         self.sync()
 
     def sync(self) -> None:
         """Set the derived modes; under ``model.eval()`` everything stays in eval mode."""
         training = self.model.training
-        for module, trains in self._modes:
+        for module, trains in self.derived:
             wanted = training and trains
             if module.training is not wanted:
                 module.training = wanted

@@ -640,7 +640,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_train_does_not_undo_it() -> 
     ledger = ParameterLedger(net, partial(torch.optim.SGD, lr=0.1))
     ledger.freeze("blocks[0]", owner="me")
     net.train()
-    ledger.sync_modes()
+    ledger.begin_batch(ledger.clock)
     before = net[1].running_mean.clone()
     net(torch.randn(4, 1, 8, 8))
     assert torch.equal(net[1].running_mean, before)
@@ -648,7 +648,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_train_does_not_undo_it() -> 
     ledger.thaw("blocks[0]", owner="me")
     assert net[1].training
     net.eval()
-    ledger.sync_modes()
+    ledger.begin_batch(ledger.clock)
     assert not net[4].training
 
 

@@ -529,6 +529,37 @@ def test_at_the_fits_end_model_metrics_and_checkpoint_agree(
     assert same_weights(read_checkpoint(result.last)["model"], weights(model))
 
 
+class StopAt(Algorithm):
+    """Stops the fit at the end of an epoch."""
+
+    events = frozenset({Event.EPOCH_END})
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def apply(self, event: Event, state: State) -> None:
+        if state.clock.epoch == self.epoch:
+            state.stop("enough")
+
+
+@pytest.mark.parametrize("stop", [EarlyStop("train/loss", patience=1, min_delta=99.0), StopAt(2)])
+@pytest.mark.parametrize("first", [False, True])
+def test_what_another_algorithm_stops_at_an_epochs_end_is_in_the_last_checkpoint(
+    stop: Algorithm, first: bool, tmp_path: Path
+) -> None:
+    """In either order of the list: model, metrics and the last checkpoint are those of the best evaluation."""
+    script = Script(VALUES)
+    thaw = schedule(Phase(thaw=("head", "blocks"), restore="best", restore_monitor="eval/score"))
+    model, result = fit(script, *((stop, thaw) if first else (thaw, stop)), folder=tmp_path)
+    assert result.clock.batch == 8
+    assert same_weights(weights(model), script.evaluated[4])
+    assert result.last is not None
+    assert same_weights(read_checkpoint(result.last)["model"], weights(model))
+    inputs, targets = (torch.cat(each) for each in zip(*loader(seed=1), strict=True))
+    with torch.no_grad():
+        assert result.metrics["eval/loss"] == pytest.approx(cross_entropy(model(inputs), targets).item(), rel=1e-5)
+
+
 class Evaluations(Algorithm):
     """Notes the loss of each evaluation by batch."""
 
