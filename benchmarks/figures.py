@@ -20,6 +20,7 @@ from thawline.engine import Algorithm, Engine, Event, ParameterLedger, State, Tr
 from .adapters import adapting
 from .distributed import distributed
 from .measure import Row, race, told
+from .prefix import prefix
 from .saving import adapters, resuming, saving
 
 Figure = Callable[[int, torch.device], list[Row]]
@@ -247,6 +248,7 @@ FIGURES: dict[str, Figure] = {
     "clipping": clipping,
     "lora": adapting,
     "freezing": freezing,
+    "prefix": prefix,
     "import": importing,
     "construction": construction,
     "saving": saving,

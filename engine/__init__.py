@@ -1,6 +1,7 @@
 """The engine of thawline: events, state, ledger, trainer. It knows no algorithm by name."""
 
 from .algorithm import Algorithm, Stage, register, registered, registered_names
+from .batches import Unloaded
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .distributed import Replicate
@@ -29,6 +30,8 @@ from .errors import (
     warn,
 )
 from .events import Event
+from .forward import targets_of
+from .forward_order import untouched
 from .functions import on
 from .groups import Group
 from .layers import Layer, LayerMap
@@ -105,6 +108,7 @@ __all__ = [
     "Tracker",
     "Trainer",
     "UnknownArgumentError",
+    "Unloaded",
     "configure_logging",
     "constant",
     "cosine",
@@ -125,6 +129,8 @@ __all__ = [
     "registered_names",
     "repeat",
     "surgery_op",
+    "targets_of",
+    "untouched",
     "warmup",
     "warn",
     "wsd",

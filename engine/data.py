@@ -10,7 +10,7 @@ import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import (
     Fetched,
+    Unloaded,
     batch_size_of,
     count_weight,
     forward_arguments,
@@ -39,6 +40,7 @@ from .workers import outliving
 __all__ = [
     "Fetched",
     "ResumableLoader",
+    "Unloaded",
     "batch_size_of",
     "count_weight",
     "forward_arguments",
@@ -49,6 +51,8 @@ __all__ = [
 
 log = get_logger(__name__)
 _TRAIN = "Trainer.fit(train_loader=)"
+# Batches whose samples are drawn at once where none of them is loaded.
+_AHEAD = 64
 _EXAMPLE = "trainer.fit(model, DataLoader(dataset, batch_size=32, shuffle=True), duration='3ep')"
 
 
@@ -124,17 +128,23 @@ class ResumableLoader:
         """What cannot be resumed exactly, one sentence each."""
         return self._source.limits
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Fetched]:
+    def batches(self, epoch: int, start: int = 0, *, unloaded_for: torch.device | None = None) -> Iterator[Fetched]:
         """Return the batches of an epoch, the first of which is read at once.
 
         Args:
             epoch: Number of the epoch, from 0.
             start: Number of the first batch wanted, from 0.
+            unloaded_for: Yield each as an :class:`~thawline.engine.batches.Unloaded` for this device, where the loader's
+                sampler tells the samples of each.
 
         Raises:
             DataError: The epoch has no batches at all, or the loader can be read only once and was.
         """
-        batches = self._source.batches(epoch, start)
+        source = self._source
+        if unloaded_for is not None and isinstance(source, _MapSource) and source.can_wait:
+            batches = source.unloaded(epoch, start, unloaded_for)
+        else:
+            batches = source.batches(epoch, start)
         if self._share is not None:
             batches = self._share.cut(batches)
         first = next(batches, None)
@@ -354,6 +364,29 @@ class _MapSource:
     def loads_a_share(self) -> bool:
         """Whether it loads a rank's part of each batch alone."""
         return self._share is not None
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether batches can be loaded later and here: nobody has set up the workers for it, and they are not shared out."""
+        return self._batched and self._share is None and self._loader.worker_init_fn is None
+
+    def unloaded(self, epoch: int, start: int, device: torch.device) -> Iterator[Fetched]:
+        """Yield the batches unloaded; those whose samples have no whole numbers are loaded."""
+        order = epoch_order(self._indices, self._seed, epoch, start)
+        while drawn := list(islice(order, _AHEAD)):
+            load = partial(self._load, epoch, drawn, device)
+            ids = [known for each in drawn if (known := _sample_ids(each)) is not None]
+            if len(ids) == len(drawn):  # made at once, which takes half the time
+                yield from [
+                    Fetched(Unloaded(ids, place, load), each, len(each), len(each)) for place, each in enumerate(ids)
+                ]
+            else:
+                yield from (
+                    Fetched(load(place), _sample_ids(each), len(each), len(each)) for place, each in enumerate(drawn)
+                )
+
+    def _load(self, epoch: int, drawn: Sequence[Any], device: torch.device, place: int) -> Any:
+        return to_device(self._dataset[Key(epoch, drawn[place])], device)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
         if not self._batched:

@@ -41,6 +41,11 @@ class Forward:
     loss_weight: Callable[[Any], float] | None = None
     criterion: Criterion = field(init=False, default=Factory(lambda self: Criterion.of(self.loss_fn), takes_self=True))
 
+    @property
+    def reads_targets_only(self) -> bool:
+        """Whether nothing but the model reads more of a batch than its targets."""
+        return self.forward_fn is None and self.loss_fn is not None and self.loss_weight is None
+
     def outputs(self, model: nn.Module, batch: Any) -> Any:
         """Return what the model makes of a batch."""
         if self.forward_fn is not None:

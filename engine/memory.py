@@ -5,20 +5,23 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from .batches import batch_size_of, split_batch
+from .batches import batch_size_of, samples_in, split_batch
 from .errors import DataError, OutOfMemoryError, warn
 from .forward import Forward
 from .log import get_logger
 from .state import State
 
 log = get_logger(__name__)
+# A part of a batch, what it counts, and the ids of its samples where all are known.
+Part: TypeAlias = tuple[Any, float, tuple[int, ...] | None]
 
 # torch's allocators say it in these words, cuBLAS and cuDNN in the last.
 _WORDS = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
@@ -58,22 +61,26 @@ class Microbatches:
     world: int = field(default=1, init=False)
     count: int = field(default=0, init=False)
     _own: Sequence[int] = field(default=(), init=False)
-    _weighed: list[tuple[Any, float]] | None = field(default=None, init=False)
+    _weighed: list[Part] | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.whole = self.accumulate == 1 and self.size is None
 
-    def of(self, state: State) -> list[tuple[Any, float]]:
-        """Return the microbatches of ``state.batch``; those whose labels are all ignored are left out."""
-        if self.total is not None:
-            return self._of_share(state, self.total)
+    def of(self, state: State) -> list[Part]:
+        """Return the microbatches of ``state.batch``, their shares of the loss, and the ids of their samples where all are known.
+
+        Those whose labels are all ignored are left out.
+        """
         if self.whole:
-            return [(state.batch, 1.0)]
-        parts = self._parts(state)
-        said = self._said(state, parts)
-        total = sum(weight for _, weight in said)
-        return [(part, weight / total) for part, weight in said] or [(parts[0], 1.0)]
+            return [(state.batch, 1.0, state.sample_ids)]
+        said = self._said(state) if self._weighed is None else self._weighed
+        total = sum(weight for _, weight, _ in said) if self.total is None else self.total
+        parts = [(part, weight / total, ids) for part, weight, ids in said] if total else []
+        if not total:
+            parts = [(self._parts(state)[0], 1.0 / self.world, None)]
+        self.count = len(parts)
+        return parts
 
     def weigh(self, state: State, own: Sequence[int]) -> float:
         """Return what this rank's share of the batch counts.
@@ -83,17 +90,8 @@ class Microbatches:
             own: How many samples of each loader batch are this rank's; of one with none the batch is a stand-in.
         """
         self._own, self.whole = own, False
-        self._weighed = self._said(state, self._parts(state))
-        return sum(weight for _, weight in self._weighed)
-
-    def _of_share(self, state: State, total: float) -> list[tuple[Any, float]]:
-        """Return the microbatches of this rank, none where it has nothing to say while others have."""
-        said = self._said(state, self._parts(state)) if self._weighed is None else self._weighed
-        parts = [(part, weight / total) for part, weight in said] if total else []
-        if not total:
-            parts = [(self._parts(state)[0], 1 / self.world)]
-        self.count = len(parts)
-        return parts
+        self._weighed = self._said(state)
+        return sum(weight for _, weight, _ in self._weighed)
 
     def _parts(self, state: State) -> list[Any]:
         batches = [state.batch] if self.accumulate == 1 else list(state.batch)
@@ -101,12 +99,14 @@ class Microbatches:
             batches = [batch for batch, samples in zip(batches, self._own, strict=True) if samples] or batches[:1]
         return batches if self.size is None else [part for each in batches for part in split_batch(each, self.size)]
 
-    def _said(self, state: State, parts: list[Any]) -> list[tuple[Any, float]]:
+    def _said(self, state: State) -> list[Part]:
         """Return the parts with their weights; one whose labels are all ignored has no say, and its mean would be NaN."""
         if self._own and not any(self._own):
             return []
+        parts = self._parts(state)
         weights = [self.forward.weight(state.model, part) for part in parts]
-        return [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+        rows = zip(parts, weights, _shared_out(state.sample_ids, parts), strict=True)
+        return [(part, weight, ids) for part, weight, ids in rows if weight]
 
     def shrink_to(self, size: int | None) -> None:
         """Take a size that the run has come down to; one that is larger changes nothing."""
@@ -239,6 +239,15 @@ class BatchStart:
                     places.append((module, name))
                     copies.append(buffer.detach().clone())
         self._buffers = list(alike.values())
+
+
+def _shared_out(ids: tuple[int, ...] | None, parts: Sequence[Any]) -> Sequence[tuple[int, ...] | None]:
+    """Return the ids of each part's samples; None where there are not as many of them as samples."""
+    sizes = () if ids is None else [samples_in(each) for each in parts]
+    if ids is None or sum(sizes) != len(ids):
+        return [None] * len(parts)
+    ends = list(accumulate(sizes))
+    return [ids[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _place(state: State) -> str:

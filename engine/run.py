@@ -229,10 +229,11 @@ class Run:
         """Do forward and backward of the batch, a microbatch at a time; return its loss."""
         emit, heard, state, outputs_of, loss_of = self.engine.emit, self.engine.heard, self.state, *self.functions
         model, backward = state.model, self.precision.backward
-        parts = ((state.batch, 1.0),) if self._microbatches.whole else self._microbatches.of(state)
+        whole = ((state.batch, 1.0, state.sample_ids),)
+        parts = whole if self._microbatches.whole else self._microbatches.of(state)
         total = 0.0
-        for part, share in parts:
-            state.microbatch = part
+        for part, share, ids in parts:
+            state.microbatch, state.microbatch_ids = part, ids
             emit(BEFORE_FORWARD)
             state.outputs = outputs_of(model, state.microbatch)
             if AFTER_FORWARD in heard:
@@ -322,7 +323,10 @@ class Run:
 
     def _epoch(self) -> Iterator[tuple[Fetched, ...]]:
         """Return the loader batches of each step of the running epoch, from where the clock stands."""
-        size, batches = self.trainer.accumulate, self.data.batches(*self._cursor())
+        # A function of the user's reads the batch itself.
+        lazy = self.state.unloaded and self.forward.reads_targets_only
+        batches = self.data.batches(*self._cursor(), unloaded_for=self.trainer.device if lazy else None)
+        size = self.trainer.accumulate
         return zip(batches, strict=False) if size == 1 else iter(lambda: tuple(islice(batches, size)), ())
 
     def _cursor(self) -> tuple[int, int]:

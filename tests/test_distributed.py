@@ -355,7 +355,9 @@ def test_a_killed_rank_is_started_anew_and_the_run_goes_on(folder: Path, two: La
     found = outcomes(folder / "elastic", "elastic", 2)
     same_everywhere(found)
     assert (folder / "elastic" / "died").exists()
-    assert len(found[0]["digests"]) == 4  # from batch 4, the newest checkpoint before batch 5, where the rank was killed
+    assert (
+        len(found[0]["digests"]) == 4
+    )  # from batch 4, the newest checkpoint before batch 5, where the rank was killed
     for part, whole in zip(found, two("elastic"), strict=True):
         same_end(whole, part)
 
