@@ -95,7 +95,7 @@ class Beside(Algorithm):
 def prefix(rounds: int, device: torch.device) -> list[Row]:
     """Head-only epochs after the first, six blocks of width 384 and 32 tokens: uncached, cached, and by hand."""
     quick = rounds < 3
-    dataset = Sequences(_INPUTS if quick else 32 * _INPUTS)
+    dataset = Sequences(_INPUTS if quick else 16 * _INPUTS)
     net = Blocks().to(device)
     net.blocks.requires_grad_(False)
     net.blocks.eval()
