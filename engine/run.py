@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 from .checkpoint import capture, restore, seed_everything, well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
+from .compiling import CompiledBlocks
 from .data import Fetched, ResumableLoader, gathered
 from .engine import Engine
 from .errors import DataError, NonFiniteError
@@ -97,6 +98,9 @@ class Run:
             self.state = State(model, ledger, duration, trainer.seed, clock)
             self.engine = Engine(trainer.algorithms, self.state, debug=trainer.debug)
             self.recorder = Recorder(ledger, total_batches(duration, clock))
+            self.compiled: AbstractContextManager[object] = (
+                CompiledBlocks(model, ledger.layers) if trainer.compile else nullcontext()
+            )
         except BaseException:
             self.folder.close()
             raise

@@ -75,7 +75,8 @@ class Trainer(Recipe):
         trackers: Where metrics go besides ``run_dir``.
         device: ``"auto"``, or a torch device.
         distributed: ``"auto"`` or False; several processes are refused for now.
-        compile: False.
+        compile: False, or ``"blocks"``: each block by itself, with at most five graphs a block structure whatever trains when;
+            needs torch's compiler (on the CPU, a C++ one).
         on_nonfinite: ``"raise"``, ``"skip"``: no step, and raise after five in a row, or ``"rollback"``: back to the
             last checkpoint, and the batch is skipped the second time; needs ``run_dir``.
         progress: ``"auto"``, True or False.
@@ -130,7 +131,7 @@ class Trainer(Recipe):
             RunDirError: ``run_dir`` holds a run, cannot be made, or another process writes there.
             CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
                 min_lr, seed, accumulate or layers differ.
-            DataError, LossError, LedgerError, NonFiniteError, OutOfMemoryError: As their docstrings say.
+            DataError, LossError, LedgerError, NonFiniteError, OutOfMemoryError, RecompileError: As their docstrings say.
 
         SIGTERM, SIGINT or SIGUSR1 end the fit before the next step, with a checkpoint where there is a ``run_dir``; a
         second one acts as it would have.
@@ -163,7 +164,7 @@ class Trainer(Recipe):
         with Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
             on_change=on_change,
-        ) as run:  # fmt: skip
+        ) as run, run.compiled:  # fmt: skip
             run.train()
             return FitResult(
                 run.report.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,
