@@ -255,7 +255,8 @@ class _LowRank(LowRank):
             y.addmm_(hidden, up.t(), alpha=plan.alpha)
         for out, part, place in plan.slices(up.shape[1]):
             y[:, out].addmm_(hidden[:, part], up[place].t(), alpha=plan.alpha)
-        return y.view(*x.shape[:-1], y.shape[-1]), hidden
+        # Not a view: what stands next may write into it, as ReLU(inplace=True) does.
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]]), hidden
 
     @staticmethod
     @override

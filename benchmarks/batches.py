@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 CPU = torch.device("cpu")
 
 
-class Batches:
+class Batches(Sequence[Any]):
     """Ready batches that note when the first and the last of them are asked for: steps are timed without start and end."""
 
     batch_size: int = 8
@@ -21,15 +22,16 @@ class Batches:
         self.device = device
         self.marks: list[Any] = []
 
+    @override
     def __len__(self) -> int:
         return len(self.ready)
 
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the batches."""
-        self.marks = []
-        for each in self.ready:
-            self.marks = [*self.marks[:1], self._mark()]
-            yield each
+    @override
+    def __getitem__(self, number: Any) -> Any:
+        """Return a batch: the only way to it, also for who iterates."""
+        batch = self.ready[number]
+        self.marks = [*self.marks[: min(number, 1)], self._mark()]
+        return batch
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":

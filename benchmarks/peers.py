@@ -148,7 +148,7 @@ def hf_trainer(model: nn.Module, batches: Batches) -> Any:
 
 def hf_fit(model: nn.Module, batches: Batches) -> None:
     """Run transformers' Trainer."""
-    named = Batches({"x": x, "labels": y} for x, y in batches)
+    named = Batches({"x": x, "labels": y} for x, y in batches.ready)
     hf_trainer(model, named).train()
     batches.marks = named.marks
 
