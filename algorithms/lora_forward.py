@@ -159,7 +159,11 @@ def drop(x: Tensor, p: float, seed: int) -> Tensor:
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(seed)
         return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator)
-    return x.reshape(-1).index_fill(0, _dropped(x.numel(), p, seed), 0).view(x.shape)
+    return _without(x, _dropped(x.numel(), p, seed))
+
+
+def _without(x: Tensor, places: Tensor) -> Tensor:
+    return x.reshape(-1).index_fill(0, places, 0).view(x.shape)
 
 
 def _dropped(size: int, p: float, seed: int) -> Tensor:
@@ -195,19 +199,25 @@ class _Plan:
         """The factor on the low-rank term: dropout's own folded in."""
         return self.scaling / (1 - self.p)
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """Return ``x`` with the same elements dropped each time."""
-        return drop(x, self.p, self.seed) if self.p > 0 else x
+    def places(self, x: Tensor) -> Tensor | None:
+        """Return which elements of ``x`` are dropped, always the same ones; None where that is not how they are drawn."""
+        return _dropped(x.numel(), self.p, self.seed) if self.p > 0 and x.device.type == "cpu" else None
 
-    def added(self, base: Tensor, back: Tensor, down: Tensor) -> Tensor:
+    def dropped(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return ``x`` with the same elements dropped each time, at ``places`` where these are known already."""
+        if self.p == 0:
+            return x
+        return drop(x, self.p, self.seed) if places is None else _without(x, places)
+
+    def added(self, base: Tensor, back: Tensor, down: Tensor, places: Tensor | None) -> Tensor:
         """Return ``base + dropped(back @ down)``; ``base`` is nobody else's, and written where no graph is recorded."""
         if torch.is_grad_enabled():
-            return base + self.dropped(back @ down)
-        if self.p > 0 and base.device.type == "cpu":  # all is added, and what was dropped put back
-            flat, places = base.view(-1), _dropped(base.numel(), self.p, self.seed)
-            before = flat[places]
+            return base + self.dropped(back @ down, places)
+        if places is not None:  # all is added, and what was dropped put back
+            flat = base.view(-1)
+            before = flat.index_select(0, places)
             base.addmm_(back, down)
-            flat.index_put_((places,), before)
+            flat.index_copy_(0, places, before)
             return base
         return base.addmm_(back, down) if self.p == 0 else base.add_(self.dropped(back @ down))
 
@@ -267,7 +277,8 @@ class _LowRank(LowRank):
         x, weight, down, up, hidden = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_down, wants_up, _ = ctx.needs_input_grad
         rows, push = x.flatten(0, -2), push.reshape(-1, push.shape[-1])
-        dropped = plan.dropped(rows) if wants_down or torch.is_grad_enabled() else rows
+        places = plan.places(rows)
+        dropped = plan.dropped(rows, places) if wants_down or torch.is_grad_enabled() else rows
         if torch.is_grad_enabled():  # gradients of gradients need to know where this came from
             hidden = F.linear(dropped, down)
         slices = plan.slices(up.shape[1])
@@ -276,7 +287,7 @@ class _LowRank(LowRank):
         into_x = into_up = None
         if wants_x:
             base = push @ (weight.t() if plan.transposed else weight)
-            into_x = plan.added(base, back, down)
+            into_x = plan.added(base, back, down, places)
             into_x = into_x.view(x.shape)
         if wants_up:
             parts = [(push[:, out], hidden[:, part]) for out, part, _ in slices] or [(push, hidden)]
