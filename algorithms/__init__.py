@@ -15,6 +15,7 @@ from .lora import LoRAInject, inject_lora
 from .lora_forward import lora_forward
 from .lora_merge import merge_lora, remove_lora, unmerge_lora
 from .phases import Phase, Plateau
+from .prefix_cache import PrefixCache
 from .presets import chain_thaw, fine_tune, full, head_only, lora, lp_ft, partial, progressive, ulmfit
 from .thaw_schedule import ThawSchedule
 from .train_only import TrainOnly
@@ -33,6 +34,7 @@ __all__ = [
     "LoRAInject",
     "Phase",
     "Plateau",
+    "PrefixCache",
     "ThawSchedule",
     "TrainOnly",
     "chain_thaw",

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 from typing_extensions import override
 
-from .lora_forward import LowRank, drop, new_seed, working_dtype
+from .lora_forward import LowRank, Plan, new_seed, working_dtype
 
 
 def lora_convolution(
@@ -64,7 +64,7 @@ def lora_convolution(
     dtype = working_dtype(x)
     if dtype != x.dtype or dtype != weight.dtype:  # autocast: cast here, once, where autograd sees it
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    plan = _Plan(base, down_groups, scaling, p, new_seed() if p > 0 else 0)
+    plan = _Plan(scaling, p, new_seed() if p > 0 else 0, base, down_groups)
     return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return, no-untyped-call]  # torch's are untyped
 
 
@@ -101,23 +101,9 @@ class _Convolution:
 
 
 @attrs.frozen
-class _Plan:
-    """What is no tensor in the function below."""
-
+class _Plan(Plan):
     base: _Convolution
     down_groups: int
-    scaling: float
-    p: float
-    seed: int
-
-    @property
-    def alpha(self) -> float:
-        """The factor on the low-rank term: dropout's own folded in."""
-        return self.scaling / (1 - self.p)
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """Return ``x`` with the same elements dropped each time."""
-        return drop(x, self.p, self.seed) if self.p > 0 else x
 
 
 class _LowRank(LowRank):
@@ -146,9 +132,7 @@ class _LowRank(LowRank):
         x, weight, down, up, hidden = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_down, wants_up, _ = ctx.needs_input_grad
         narrow = plan.base.with_groups(plan.down_groups)
-        dropped = plan.dropped(x) if wants_down or torch.is_grad_enabled() else x
-        if torch.is_grad_enabled():  # gradients of gradients need to know where this came from
-            hidden = narrow(dropped, down, None)
+        dropped, hidden = plan.again(x, hidden, lambda each: narrow(each, down, None), wanted=wants_down)
         into_x = into_weight = into_bias = branch = into_down = None
         back, into_up, _ = plan.base.pointwise().backward(
             push, hidden, up * plan.alpha, (wants_x or wants_down, wants_up, False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import attrs
@@ -185,14 +185,12 @@ def _dropped(size: int, p: float, seed: int) -> Tensor:
 
 
 @attrs.frozen
-class _Plan:
-    """What is no tensor in the function below."""
+class Plan:
+    """What is no tensor in a layer with its adapter."""
 
     scaling: float
     p: float
     seed: int
-    rows: Rows | None
-    transposed: bool
 
     @property
     def alpha(self) -> float:
@@ -208,6 +206,26 @@ class _Plan:
         if self.p == 0:
             return x
         return drop(x, self.p, self.seed) if places is None else _without(x, places)
+
+    def again(
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        project: Callable[[Tensor], Tensor],
+        *,
+        wanted: bool,
+        places: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return for a backward pass what of ``x`` was not dropped, where it is wanted, and the hidden features."""
+        recorded = torch.is_grad_enabled()  # gradients of gradients need to know where these came from
+        dropped = self.dropped(x, places) if wanted or recorded else x
+        return dropped, project(dropped) if recorded else hidden
+
+
+@attrs.frozen
+class _Plan(Plan):
+    rows: Rows | None
+    transposed: bool
 
     def added(self, base: Tensor, back: Tensor, down: Tensor, places: Tensor | None) -> Tensor:
         """Return ``base + dropped(back @ down)``; ``base`` is nobody else's, and written where no graph is recorded."""
@@ -278,9 +296,7 @@ class _LowRank(LowRank):
         wants_x, wants_weight, wants_bias, wants_down, wants_up, _ = ctx.needs_input_grad
         rows, push = x.flatten(0, -2), push.reshape(-1, push.shape[-1])
         places = plan.places(rows)
-        dropped = plan.dropped(rows, places) if wants_down or torch.is_grad_enabled() else rows
-        if torch.is_grad_enabled():  # gradients of gradients need to know where this came from
-            hidden = F.linear(dropped, down)
+        dropped, hidden = plan.again(rows, hidden, lambda each: F.linear(each, down), wanted=wants_down, places=places)
         slices = plan.slices(up.shape[1])
         back = push @ up if not slices else torch.cat([push[:, out] @ up[place] for out, _, place in slices], 1)
         back = back * plan.alpha
@@ -300,4 +316,4 @@ class _LowRank(LowRank):
         )  # fmt: skip
 
 
-__all__ = ["LowRank", "Rows", "drop", "lora_branch", "lora_forward", "new_seed", "spread", "working_dtype"]
+__all__ = ["LowRank", "Plan", "Rows", "drop", "lora_branch", "lora_forward", "new_seed", "spread", "working_dtype"]

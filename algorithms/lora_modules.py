@@ -6,11 +6,12 @@ below. They are defined statically, so that adapted models can be pickled and co
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
@@ -122,19 +123,23 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         return f"{super().extra_repr()}, {self.lora_repr()}"
 
 
-class LoRAConvolution(Adapted):
-    """What the adapted convolutions have in common.
+class LoRAConvolution(Adapted, _ConvNd):
+    """What the adapted convolutions are: a convolution of torch's behind this class gives the spatial dimensions.
 
     They gained ``lora_A`` (rank, in / groups, …), a convolution like their own, and ``lora_B`` (out, rank / groups, 1, …).
     """
 
-    weight: Tensor
-    bias: Tensor | None
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
-    _reversed_padding_repeated_twice: list[int]
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output with the adapter's added."""
+        if self.lora_merged:
+            merged: Tensor = super().forward(input)
+            return merged
+        return self.lora_convolved(input)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.lora_repr()}"  # type: ignore[no-untyped-call]  # torch's is untyped
 
     def lora_convolved(self, x: Tensor) -> Tensor:
         """Return the layer's output with the adapter's added."""
@@ -165,40 +170,13 @@ class LoRAConvolution(Adapted):
 class LoRAConv1d(LoRAConvolution, nn.Conv1d):
     """An ``nn.Conv1d`` with a low-rank adapter."""
 
-    @override
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the layer's output with the adapter's added."""
-        return super().forward(input) if self.lora_merged else self.lora_convolved(input)
-
-    @override
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.lora_repr()}"  # type: ignore[no-untyped-call]  # torch's is untyped
-
 
 class LoRAConv2d(LoRAConvolution, nn.Conv2d):
     """An ``nn.Conv2d`` with a low-rank adapter."""
 
-    @override
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the layer's output with the adapter's added."""
-        return super().forward(input) if self.lora_merged else self.lora_convolved(input)
-
-    @override
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.lora_repr()}"  # type: ignore[no-untyped-call]  # torch's is untyped
-
 
 class LoRAConv3d(LoRAConvolution, nn.Conv3d):
     """An ``nn.Conv3d`` with a low-rank adapter."""
-
-    @override
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the layer's output with the adapter's added."""
-        return super().forward(input) if self.lora_merged else self.lora_convolved(input)
-
-    @override
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.lora_repr()}"  # type: ignore[no-untyped-call]  # torch's is untyped
 
 
 def matrix_delta(module: Adapted, width: int, rows: Rows | None = None) -> Tensor:

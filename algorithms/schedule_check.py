@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..engine import LayerMap, ParameterLedger, ScheduleError, SelectorError, State, Time
 from .layer_thaw import share_of_fit
@@ -83,13 +83,26 @@ def never_begin(phases: Sequence[Phase], count: int, state: State) -> list[str]:
         count: How many begin, in all rounds.
         state: The state at the start of the fit.
     """
-    late: list[str] = []
+    # Shares are floats: ten times 0.1 is a little less than 1.
+    return [name for name, _, begin in _begins(phases, count, state) if begin >= 1 - 1e-9]
+
+
+def never_warm(phases: Sequence[Phase], count: int, state: State) -> list[str]:
+    """Return the names of the phases that begin, and whose warmup is known to outlast the fit; arguments as above."""
+    return [
+        name
+        for name, phase, begin in _begins(phases, count, state)
+        if phase.warmup is not None and begin < 1 - 1e-9 <= begin + (share_of_fit(phase.warmup, state) or 0.0)
+    ]
+
+
+def _begins(phases: Sequence[Phase], count: int, state: State) -> Iterator[tuple[str, Phase, float]]:
+    """Yield each phase with its name, and the earliest share of the fit at which it may begin."""
     batch, epoch = (share_of_fit(Time(one), state) for one in ("1ba", "1ep"))
     begin, named, unit = 0.0, 0.0, None
     for place in range(count):
         phase = phases[place % len(phases)]
-        if begin >= 1 - 1e-9:  # shares are floats: ten times 0.1 is a little less than 1
-            late.append(f"{phase.name}" + f" of round {place // len(phases) + 1}" * (place >= len(phases)))
+        yield f"{phase.name}" + f" of round {place // len(phases) + 1}" * (place >= len(phases)), phase, begin
         end, until = begin + (batch or 0.0), phase.until
         if isinstance(until, Time):
             # Behind a time in the same unit from the end that it named, not from where that was rounded up to.
@@ -98,7 +111,6 @@ def never_begin(phases: Sequence[Phase], count: int, state: State) -> list[str]:
         unit = until.unit if isinstance(until, Time) else None
         whole = epoch if unit == "ep" else batch
         begin = math.ceil(end / whole - 1e-6) * whole if whole else end
-    return late
 
 
 def _names(selector: str, ledger: ParameterLedger, place: str, faults: list[tuple[str, str, str]]) -> tuple[str, ...]:

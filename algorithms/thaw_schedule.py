@@ -31,7 +31,7 @@ from ..engine import (
 from .arguments import flag, one_of, positive, whole
 from .phase_watch import PhaseWatch, monitors
 from .phases import SCHEDULES, Phase, Plateau, number_phases
-from .schedule_check import check_phases, generate_phases, never_begin
+from .schedule_check import check_phases, generate_phases, never_begin, never_warm
 from .schedule_fts import Callback, phases_from_fts
 from .schedule_text import as_data, read_phases, write_phases
 from .standing import Standing, standing_after
@@ -240,7 +240,7 @@ class ThawSchedule(Algorithm):
             self._leave(state)
             self._enter(state)
         elif event is Event.FIT_END:
-            # Where a signal or another algorithm's EPOCH_END has ended the fit; the last checkpoint could go on.
+            # Where a signal has ended the fit; the last checkpoint could go on.
             if not state.restored:
                 self._watch.weights.put_back(state)
             self._watch = PhaseWatch()
@@ -388,6 +388,12 @@ class ThawSchedule(Algorithm):
             shown = ", ".join(map(repr, late[:3])) + f" and {len(late) - 3} more" * (len(late) > 3)
             _warn(
                 f"{len(late)} phases never begin: {shown}. The fit ends after {state.duration}, before them. Write shorter phases."
+            )
+        if cold := never_warm(self.phases, self._total, state):
+            shown = ", ".join(map(repr, cold))
+            _warn(
+                f"the warmup of {shown} is not over when the fit ends after {state.duration}, so its full rate is never "
+                "reached. An int is epochs: write warmup='100ba' for batches, or warmup='0.1dur' for a share of the fit."
             )
 
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from thawline.algorithms import LayerThaw, LoRAInject, TrainOnly, full, head_only, lp_ft
-from thawline.engine import Algorithm, Event, Stage, State, Trainer, linear, registered, registered_names
+from thawline.algorithms import LayerThaw, LoRAInject, PrefixCache, TrainOnly, full, head_only, lp_ft
+from thawline.engine import Algorithm, Event, Stage, State, Trainer, linear
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = ROOT / ".demo" / "vaderSentiment-3.3.2.tar.gz"
@@ -42,18 +42,15 @@ Way = tuple[float, Callable[[], list[Algorithm]]]
 def ways() -> dict[str, Way]:
     """Return each way to fine-tune: its learning rate and its algorithms."""
     upper = partial(TrainOnly, ["blocks[-2:]", "head"])
-    found: dict[str, Way] = {
+    return {
         "full": (3e-4, full),
         "head only": (3e-3, head_only),
         "LoRA": (1e-3, lambda: [LoRAInject(rank=8, target="all-linear")]),
         "gradual thaw": (3e-4, lambda: [LayerThaw("0.1dur", lr_scale=0.9, stem=False)]),
         "LP-FT": (3e-3, partial(lp_ft, "0.25dur")),
         "freeze": (3e-4, lambda: [upper()]),
+        "freeze + cache": (3e-4, lambda: [upper(), PrefixCache()]),
     }
-    if "PrefixCache" in registered_names():
-        cache: Any = registered("PrefixCache")
-        found["freeze + cache"] = (3e-4, lambda: [upper(), cache()])
-    return found
 
 
 class Watch(Algorithm):

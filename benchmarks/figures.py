@@ -12,6 +12,7 @@ from .kernels import averaging, clipping
 from .large import large
 from .loops import construction, event, importing, step
 from .measure import Row
+from .prefix import prefix
 from .saving import adapters, resuming, saving
 
 Figure = Callable[[int, torch.device], list[Row]]
@@ -23,6 +24,7 @@ FIGURES: dict[str, Figure] = {
     "lora": adapting,
     "frozen": steps,
     "freezing": ledger,
+    "prefix": prefix,
     "import": importing,
     "construction": construction,
     "saving": saving,

@@ -1,6 +1,7 @@
 """The engine of thawline: events, state, ledger, trainer. It knows no algorithm by name."""
 
 from .algorithm import Algorithm, Stage, register, registered, registered_names
+from .batches import Unloaded
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .engine import Engine, TraceEntry
@@ -24,10 +25,13 @@ from .errors import (
     SurgeryError,
     ThawlineError,
     ThawlineWarning,
+    UnknownArgumentError,
     nearest,
     warn,
 )
 from .events import Event
+from .forward import targets_of
+from .forward_order import untouched
 from .functions import on
 from .groups import Group
 from .layers import Layer, LayerMap
@@ -103,6 +107,8 @@ __all__ = [
     "TraceEntry",
     "Tracker",
     "Trainer",
+    "UnknownArgumentError",
+    "Unloaded",
     "configure_logging",
     "constant",
     "cosine",
@@ -123,6 +129,8 @@ __all__ = [
     "registered_names",
     "repeat",
     "surgery_op",
+    "targets_of",
+    "untouched",
     "warmup",
     "warn",
     "wsd",

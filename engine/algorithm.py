@@ -14,6 +14,7 @@ from torch import Tensor
 from .clock import Time
 from .errors import ArgumentError, nearest
 from .events import Event
+from .keywords import refuse_unknown
 from .state import State
 from .typing import Json
 
@@ -24,6 +25,7 @@ class Stage(IntEnum):
     """The order in which algorithms act at one event; within a stage the order of the list.
 
     At EVAL_START and EVAL_END, WEIGHTS come before all others: evaluation sees averaged weights, everybody else live ones.
+    At EPOCH_END, CONTROL comes before all others: whoever puts weights back at the end knows that the fit ends.
     """
 
     SURGERY = 0
@@ -167,14 +169,13 @@ class Algorithm(_Remembering):
 
 
 def _check_keywords(kind: type[_Remembering], keywords: Mapping[str, Any]) -> None:
-    """Raise a TypeError that lists the arguments of a class where it is given another."""
+    """Raise where a class is given an argument that it does not take."""
     if not keywords:  # a copy is made without any
         return
     _, *known = inspect.signature(kind.__init__).parameters.values()
     names = [each.name for each in known]
-    unknown = next((name for name in keywords if name not in names), None)
-    if unknown is not None and not any(each.kind is each.VAR_KEYWORD for each in known):
-        raise TypeError(f"{kind.__name__}() has no argument {unknown!r}. It takes: {', '.join(names) or 'none'}.")
+    if not any(each.kind is each.VAR_KEYWORD for each in known):
+        refuse_unknown(kind.__name__, keywords, names)
 
 
 Kind = TypeVar("Kind", bound=type[Algorithm])

@@ -14,6 +14,7 @@ Mask: TypeAlias = tuple[bool, ...]
 
 # Each gradient of a product of matrices, its last two operands, is such a product itself and costs the same.
 _PRODUCTS = frozenset({"MmBackward0", "AddmmBackward0", "BmmBackward0", "BaddbmmBackward0"})
+_CONVOLUTION = "ConvolutionBackward0"
 
 
 @define(eq=False)
@@ -43,6 +44,7 @@ class BackwardCost:
     _leaf: dict[int, int] = field(init=False, factory=dict)
     _costs: dict[tuple[int, Mask], int] = field(init=False, factory=dict)
     _spent: dict[int, int] = field(init=False, factory=dict)
+    _free: frozenset[int] = field(init=False, default=frozenset())
 
     def __attrs_post_init__(self) -> None:
         if self.loss.grad_fn is None:
@@ -56,6 +58,7 @@ class BackwardCost:
             if variable is not None:
                 self._leaf[place[node]] = id(variable)
         self._cost(list(self.parameters))  # the widest masks, from which those of products follow
+        self._free = frozenset(index for index, spent in self._spent.items() if not spent)  # also of narrower ones
 
     def of(self, trainable: frozenset[str] | set[str]) -> int:
         """Return the operations of a backward to ``trainable``.
@@ -70,7 +73,7 @@ class BackwardCost:
         known = [self._known(index, mask) for index, mask in masks.items()]
         if None in known:
             self._run(names, masks)
-            known = [self._costs[each] for each in masks.items()]
+            known = [self._known(*each) for each in masks.items()]
         return sum(each for each in known if each is not None)
 
     def _masks(self, names: list[str]) -> dict[int, Mask]:
@@ -86,7 +89,7 @@ class BackwardCost:
         return masks
 
     def _known(self, index: int, mask: Mask) -> int | None:
-        return self._costs.get((index, mask))
+        return 0 if index in self._free else self._costs.get((index, mask))
 
     def _run(self, names: list[str], masks: dict[int, Mask]) -> None:
         """Run a backward, and write down what each node costs."""
@@ -106,10 +109,10 @@ class BackwardCost:
                 handle.remove()
         for index, mask in masks.items():
             self._costs[index, mask] = spent = self._spent[index]
-            if self._nodes[index].name() in _PRODUCTS and any(mask[-2:]):
-                each = spent // sum(mask[-2:])
+            parts = _parts(self._nodes[index], len(mask))
+            if whole := _part(parts, mask):
                 for other in _masks_of(len(mask)):
-                    self._costs[index, other] = each * sum(other[-2:])
+                    self._costs[index, other] = spent * _part(parts, other) // whole
 
     def _watch(self, index: int, counter: Any) -> tuple[Any, Any]:
         node, spent = self._nodes[index], self._spent
@@ -121,6 +124,19 @@ class BackwardCost:
             spent[index] += counter.get_total_flops()
 
         return node.register_prehook(before), node.register_hook(after)
+
+
+def _parts(node: Node, edges: int) -> tuple[int, ...]:
+    """Return in which proportion the gradients of a node cost, as far as its kind tells; zeros where it does not."""
+    if node.name() in _PRODUCTS:
+        return (*(0,) * (edges - 2), 1, 1)
+    if node.name() == _CONVOLUTION:  # the weight's is counted over all pairs of channels, the input's within groups
+        return (1, int(node._saved_groups), *(0,) * (edges - 2))  # type: ignore[attr-defined]  # of this kind of node
+    return (0,) * edges
+
+
+def _part(parts: tuple[int, ...], mask: Mask) -> int:
+    return sum(part for part, wanted in zip(parts, mask, strict=True) if wanted)
 
 
 def _masks_of(edges: int) -> Iterator[Mask]:

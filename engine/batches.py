@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from attrs import define
 from torch import Tensor
 
 from .errors import ArgumentError, DataError, shorten, with_article
@@ -30,6 +31,31 @@ class Fetched(NamedTuple):
     batch: Any
     sample_ids: tuple[int, ...] | None
     samples: int
+
+
+@define(eq=False, slots=True)
+class Unloaded:
+    """A batch that is not loaded yet.
+
+    Args:
+        ahead: The sample ids of this batch and of others that were drawn with it, batch by batch: one list for all of them.
+        place: Which of them this one is.
+        loads: Loads the batch at a place in this process, onto the device: equal, bit for bit, to what a worker would have
+            given.
+    """
+
+    ahead: Sequence[tuple[int, ...]]
+    place: int
+    loads: Callable[[int], Any]
+
+    @property
+    def sample_ids(self) -> tuple[int, ...]:
+        """Index in the dataset of each of its samples."""
+        return self.ahead[self.place]
+
+    def load(self) -> Any:
+        """Load it."""
+        return self.loads(self.place)
 
 
 def batch_size_of(batch: Any) -> int:
@@ -133,6 +159,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
+    if type(batch) is Unloaded:
+        return batch
     if isinstance(batch, Tensor):
         return batch if batch.device == device else batch.to(device, non_blocking=device.type == "cuda")
     if isinstance(batch, np.ndarray):

@@ -16,7 +16,7 @@ from .clock import Clock
 from .events import Event
 from .footprint import Template, state_template, template_bytes
 from .grafts import record_of
-from .groups import Group, Origin, Slot, derive_groups, groups_of_layers, name_groups, view_groups
+from .groups import Group, Origin, Slot, derive_groups, layers_of_groups, name_groups, view_groups
 from .holds import USER, Hold, Holds
 from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
 from .layers import LayerMap, LayerSpec
@@ -73,7 +73,8 @@ class Books:
         self._slots: dict[str, Slot] = {}
         self._live: dict[Slot, dict[str, Any]] = {}
         self._names: tuple[str, ...] | None = None
-        self._groups_of_layers: dict[str, tuple[int, ...]] | None = None
+        self._layers_of_groups: list[tuple[str, ...]] | None = None
+        self._no_rates: dict[str, float] = {}
         self._trainable_names: frozenset[str] | None = None
         self._trained: set[str] = set()
         self._trained_until = -1  # the version whose trainable set is in it
@@ -125,16 +126,18 @@ class Books:
         The layers are always the same, while groups, and with them their names, come and go. Empty where the optimizers'
         groups have no learning rate.
         """
-        if all(home.lr is None for home in self._home_list):
-            return {}
-        lrs = [float(group.get("lr", 0.0)) for group in self._live.values()]
-        if self._groups_of_layers is None:
-            members = [self._members[slot] for slot in self._live]
-            self._groups_of_layers = groups_of_layers(members, self.layers)
-        return {
-            layer: max([lrs[place] for place in places], default=0.0)
-            for layer, places in self._groups_of_layers.items()
-        }
+        if self._layers_of_groups is None:
+            rated = any(home.lr is not None for home in self._home_list)
+            self._no_rates = {layer.name: 0.0 for layer in self.layers} if rated else {}
+            members = [self._members[slot] if rated else () for slot in self._live]
+            self._layers_of_groups = layers_of_groups(members, self.layers)
+        rates = self._no_rates.copy()
+        for group, layers in zip(self._live.values(), self._layers_of_groups, strict=True):
+            lr = float(group.get("lr", 0.0))
+            for layer in layers:
+                if lr > rates[layer]:
+                    rates[layer] = lr
+        return rates
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -185,7 +188,8 @@ class Books:
         if self._trained_until != self.version:
             self._trained |= self._trainable
             self._trained_until = self.version
-        self.sync_modes()
+        if self._modes.derived:
+            self._modes.sync()
         self.apply_lr(clock)
 
     def apply_lr(self, clock: Clock) -> None:
@@ -220,10 +224,6 @@ class Books:
             self._gathering -= 1
             if self._behind and not self._gathering:
                 self._regroup()
-
-    def sync_modes(self) -> None:
-        """Put normalization layers in the mode that follows from what trains; cheap, called at BATCH_START."""
-        self._modes.sync()
 
     def clear_gradients(self) -> None:
         """Set the gradient of every trainable parameter to None."""
@@ -360,7 +360,7 @@ class Books:
 
     def _regroup(self) -> None:
         """Derive the groups anew and make the optimizers hold them; inside :meth:`at_once`, at its end."""
-        self._trainable_names = self._names = self._groups_of_layers = None
+        self._trainable_names = self._names = self._layers_of_groups = None
         if self._gathering:
             self._behind = True
             return

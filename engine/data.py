@@ -10,7 +10,7 @@ import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import (
     Fetched,
+    Unloaded,
     batch_size_of,
     count_weight,
     forward_arguments,
@@ -38,6 +39,7 @@ from .workers import outliving
 __all__ = [
     "Fetched",
     "ResumableLoader",
+    "Unloaded",
     "batch_size_of",
     "count_weight",
     "forward_arguments",
@@ -48,6 +50,8 @@ __all__ = [
 
 log = get_logger(__name__)
 _TRAIN = "Trainer.fit(train_loader=)"
+# Batches whose samples are drawn at once where none of them is loaded.
+_AHEAD = 64
 _EXAMPLE = "trainer.fit(model, DataLoader(dataset, batch_size=32, shuffle=True), duration='3ep')"
 
 
@@ -108,23 +112,27 @@ class ResumableLoader:
         """What cannot be resumed exactly, one sentence each."""
         return self._source.limits
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Fetched]:
-        """Yield the batches of an epoch.
+    def batches(self, epoch: int, start: int = 0, *, unloaded_for: torch.device | None = None) -> Iterator[Fetched]:
+        """Return the batches of an epoch, the first of which is read at once.
 
         Args:
             epoch: Number of the epoch, from 0.
             start: Number of the first batch wanted, from 0.
+            unloaded_for: Yield each as an :class:`~thawline.engine.batches.Unloaded` for this device, where the loader's
+                sampler tells the samples of each.
 
         Raises:
             DataError: The epoch has no batches at all, or the loader can be read only once and was.
         """
-        batches = self._source.batches(epoch, start)
-        for first in batches:
-            yield first
-            yield from batches
-            return
-        if not start:
+        source = self._source
+        if unloaded_for is not None and isinstance(source, _MapSource) and source.can_wait:
+            batches = source.unloaded(epoch, start, unloaded_for)
+        else:
+            batches = source.batches(epoch, start)
+        first = next(batches, None)
+        if first is None and not start:
             raise self._empty()
+        return batches if first is None else chain((first,), batches)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
         """Yield the samples in each batch of an epoch without loading one; None where the loader does not say."""
@@ -176,8 +184,8 @@ def gathered(
 ) -> tuple[Any, tuple[int, ...] | None, int]:
     """Return a step's batch on the device, or a list of them where it accumulates, its sample ids and its number of samples."""
     if accumulate == 1:
-        (one,) = fetched
-        return to_device(one.batch, device), one.sample_ids, one.samples
+        ((batch, sample_ids, samples),) = fetched
+        return to_device(batch, device), sample_ids, samples
     batches = [to_device(each.batch, device) for each in fetched]
     ids = [each.sample_ids for each in fetched]
     known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
@@ -329,6 +337,25 @@ class _MapSource:
             else:
                 samples = samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether batches can be loaded later and here: nobody has set up the workers for it."""
+        return self._batched and self._loader.worker_init_fn is None
+
+    def unloaded(self, epoch: int, start: int, device: torch.device) -> Iterator[Fetched]:
+        """Yield the batches unloaded; those whose samples have no whole numbers are loaded."""
+        order = epoch_order(self._indices, self._seed, epoch, start)
+        while drawn := list(islice(order, _AHEAD)):
+            load = partial(self._load, epoch, drawn, device)
+            ids = [known for each in drawn if (known := _sample_ids(each)) is not None]
+            if len(ids) == len(drawn):  # made at once, which takes half the time
+                yield from [Fetched(Unloaded(ids, place, load), each, len(each)) for place, each in enumerate(ids)]
+            else:
+                yield from (Fetched(load(place), _sample_ids(each), len(each)) for place, each in enumerate(drawn))
+
+    def _load(self, epoch: int, drawn: Sequence[Any], device: torch.device, place: int) -> Any:
+        return to_device(self._dataset[Key(epoch, drawn[place])], device)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:
         if not self._batched:

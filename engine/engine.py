@@ -30,6 +30,10 @@ class TraceEntry:
     owner: str
 
 
+# Averages are in place before, and out again before, all others; whether the fit ends is known to whoever puts weights back.
+_FIRST = {Event.EVAL_START: Stage.WEIGHTS, Event.EVAL_END: Stage.WEIGHTS, Event.EPOCH_END: Stage.CONTROL}
+
+
 class Engine:
     """Emits events over one state to the algorithms that subscribed to them.
 
@@ -71,6 +75,7 @@ class Engine:
             counts[name] = counts.get(name, 0) + 1
             each.owner = name if counts[name] == 1 else f"{name}#{counts[name]}"
         self._handlers: dict[Event, tuple[Handler, ...]] = {}
+        self.heard: frozenset[Event] = frozenset()
         self._authors: dict[Handler, Algorithm] = {}
         self.compile()
 
@@ -80,17 +85,15 @@ class Engine:
         self._authors = {}
         for event in Event:
             listening = [each for each in ordered if event in each.events]
-            if event in (
-                Event.EVAL_START,
-                Event.EVAL_END,
-            ):  # averages are in place before, and out again before, all others
-                listening.sort(key=lambda each: each.stage is not Stage.WEIGHTS)
+            first = _FIRST.get(event)
+            listening.sort(key=lambda each: each.stage is not first)
             handlers = [self._handler(each) for each in listening]
             if event is Event.BATCH_START:
                 handlers.append(_begin_batch)
             if self.debug and event is not Event.FIT_ABORT:
                 handlers.insert(0, self._look)
             self._handlers[event] = tuple(handlers)
+        self.heard = frozenset(event for event, handlers in self._handlers.items() if handlers)
 
     def emit(self, event: Event) -> None:
         """Tell everybody who subscribed to ``event``, in order.

@@ -77,6 +77,40 @@ def _argument_error(argument: str, got: object, takes: str, example: str) -> Arg
     return ArgumentError(argument, got=got, takes=takes, example=example)
 
 
+class UnknownArgumentError(ArgumentError, TypeError):
+    """A keyword argument that a call does not take: Python's TypeError, which says what to write instead.
+
+    Args:
+        call: The call, such as ``"Trainer"``.
+        name: The keyword.
+        got: The value that was passed.
+        takes: The names of what the call takes; none where what to write says enough.
+        example: What to write instead.
+
+    Example:
+        >>> raise UnknownArgumentError("GradClip", "norm", got=1, takes=["max_norm"], example="GradClip(max_norm=1)")
+        Traceback (most recent call last):
+        thawline.engine.errors.UnknownArgumentError: GradClip takes no 'norm', only max_norm; got 1. Write: GradClip(max_norm=1)
+    """
+
+    def __init__(self, call: str, name: str, *, got: object, takes: Iterable[str], example: str) -> None:
+        self.call, self.name, self.names = call, name, tuple(takes)
+        listed = f", only {', '.join(self.names)}" if self.names else ""
+        super().__init__(f"{call}({name}=)", got=got, takes=f"no {name!r}{listed}", example=example)
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.call} takes {self.takes}; got {shorten(self.got)}. Write: {self.example}"
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        return _unknown_argument_error, (self.call, self.name, self.got, self.names, self.example)
+
+
+def _unknown_argument_error(call: str, name: str, got: object, takes: Iterable[str], example: str) -> ArgumentError:
+    return UnknownArgumentError(call, name, got=got, takes=takes, example=example)
+
+
 class SelectorError(ThawlineError, LookupError):
     """A selector that matches nothing, or names what the model does not have."""
 

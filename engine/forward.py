@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .criterion import Criterion
 from .data import count_weight, forward_arguments
-from .errors import ArgumentError, DataError, LedgerError, LossError, shorten, with_article
+from .errors import ArgumentError, DataError, LedgerError, LossError, shorten, warn, with_article
+from .layers import shorten_list
 from .shift import shifts_labels
 from .state import State
 
@@ -39,6 +40,11 @@ class Forward:
     loss_fn: Callable[[Any, Any], Tensor] | None = None
     loss_weight: Callable[[Any], float] | None = None
     criterion: Criterion = field(init=False, default=Factory(lambda self: Criterion.of(self.loss_fn), takes_self=True))
+
+    @property
+    def reads_targets_only(self) -> bool:
+        """Whether nothing but the model reads more of a batch than its targets."""
+        return self.forward_fn is None and self.loss_fn is not None and self.loss_weight is None
 
     def outputs(self, model: nn.Module, batch: Any) -> Any:
         """Return what the model makes of a batch."""
@@ -69,7 +75,7 @@ class Forward:
         """
         loss: Any
         if self.loss_fn is not None:
-            targets = targets_of(batch)
+            targets = batch[-1] if type(batch) in _PAIRS and len(batch) > 1 else targets_of(batch)
             try:
                 loss = self.loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
             except Exception as error:
@@ -151,12 +157,22 @@ def _rename(batch: Any) -> str:
     return "" if found is None else f"Rename its {found!r} to 'labels': dataset.rename_column({found!r}, 'labels')."
 
 
-def require_gradient(loss: Tensor) -> None:
-    """Raise a LossError where no trainable parameter had a part in the loss."""
-    if not loss.requires_grad:
-        raise LossError(
-            "the loss has no gradient: no trainable parameter had a part in it. Do not detach it, compute it under "
-            "no_grad or turn it into a number, and look with ledger.trainable which parameters train."
+def without_gradient() -> LossError:
+    """Return the error where no trainable parameter had a part in the loss."""
+    return LossError(
+        "the loss has no gradient: no trainable parameter had a part in it. Do not detach it, compute it under "
+        "no_grad or turn it into a number, and look with ledger.trainable which parameters train."
+    )
+
+
+def warn_of_late_parameters(state: State) -> None:
+    """Warn of parameters that the model has made or replaced since the fit began: nothing trains them."""
+    known = {id(each) for each in state.ledger.parameters.values()}
+    late = [name for name, each in state.model.named_parameters() if id(each) not in known]
+    if late:
+        warn(
+            f"{shorten_list(late)} of {type(state.model).__name__} came into being after the fit began, and will not train: the "
+            "optimizer does not have them. Make them in __init__, or run the model once before: model(inputs); trainer.fit(model, …)"
         )
 
 

@@ -27,7 +27,7 @@ def forward_order(model: nn.Module, forward: Callable[[], object]) -> tuple[str,
 
     A tied weight has a place for each of its names: its first use since the module of that name was called. What the
     pass does not use keeps its place behind the parameter registered before it. The pass runs in eval mode without
-    gradients; weights, buffers, modes, attributes of modules, hooks and random number generators are afterwards as
+    gradients and without forward hooks; weights, buffers, modes, attributes of modules, hooks and random number generators are afterwards as
     they were. A pass that fails is logged, and nothing is recorded.
 
     Args:
@@ -50,7 +50,7 @@ def forward_order(model: nn.Module, forward: Callable[[], object]) -> tuple[str,
     """
     uses = _Uses(model)
     try:
-        with _untouched(model), torch.no_grad(), uses:
+        with untouched(model, evaluate=True), torch.no_grad(), uses:
             forward()
     except Exception as error:  # noqa: BLE001 - whatever the user's model raises: the order of registration is left
         log.warning("forward order not recorded", model=type(model).__name__, error=repr(error))
@@ -116,8 +116,20 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does n
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Generator[None, None, None]:
-    """Put modes, attributes, buffers and random number generators back, whatever happens inside."""
+def untouched(model: nn.Module, *, evaluate: bool = False) -> Generator[None, None, None]:
+    """Put modes, attributes, buffers and random number generators back, whatever happens inside.
+
+    Args:
+        model: The model.
+        evaluate: Put all of it in eval mode meanwhile, and call no forward hooks.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+        >>> with untouched(model):
+        ...     _ = model(torch.randn(4, 2))
+        >>> model[0].num_batches_tracked
+        tensor(0)
+    """
     attributes = [(module, dict(vars(module))) for module in model.modules()]
     # The dictionaries are among others the registries of submodules, buffers and hooks.
     tables = [(table, dict(table)) for _, each in attributes for table in each.values() if isinstance(table, dict)]
@@ -128,8 +140,9 @@ def _untouched(model: nn.Module) -> Generator[None, None, None]:
     drawn = random.getstate(), np.random.get_state()  # noqa: NPY002 - models draw from the legacy generator
     try:
         with torch.random.fork_rng(devices):
-            for module, _ in attributes:
+            for module, _ in attributes if evaluate else ():
                 module.training = False
+                module._forward_hooks.clear()  # the caller's own recorders see nothing; pre-hooks may make weights
             yield
     finally:
         random.setstate(drawn[0])

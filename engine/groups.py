@@ -170,13 +170,9 @@ def name_groups(
     return tuple(names)
 
 
-def groups_of_layers(members: Iterable[Iterable[str]], layers: LayerMap) -> dict[str, tuple[int, ...]]:
-    """Return for each layer with parameters the places of the groups that have some of them; empty where none trains."""
-    places: dict[str, dict[int, None]] = {layer.name: {} for layer in layers}
-    for place, names in enumerate(members):
-        for name in names:
-            places[layers.of(name).name][place] = None
-    return {layer: tuple(found) for layer, found in places.items()}
+def layers_of_groups(members: Iterable[Iterable[str]], layers: LayerMap) -> list[tuple[str, ...]]:
+    """Return for each group the layers that it has parameters of."""
+    return [tuple(dict.fromkeys(layers.of(name).name for name in names)) for names in members]
 
 
 def view_groups(

@@ -116,6 +116,27 @@ class ParameterLedger(Rates):
         elif released and self._modes.asked:
             self._modes.refresh(self._trainable, self._holds)
 
+    def evaluate_frozen(self, select: Selector | None, *, owner: str) -> None:
+        """Put modules in eval mode (dropout off) as long as none of their parameters trains; nothing is held.
+
+        It is not saved: who asks for it asks again in a resumed fit.
+
+        Args:
+            select: The parameters whose modules it is; replaces what ``owner`` asked for before. None: no longer any.
+            owner: Who asks.
+
+        Raises:
+            SelectorError: ``select`` matches nothing.
+            LedgerClosedError: Called during forward, backward, step or evaluation.
+        """
+        self._check_open("evaluate_frozen", owner)
+        if select is None:
+            self._modes.calm.pop(owner, None)
+        else:
+            self._modes.calm[owner] = frozenset(self._resolve(select).names)
+        self._modes.asked = True
+        self._modes.refresh(self._trainable, self._holds)
+
     def attach(self, module_name: str | Sequence[str], op: str, *, owner: str, **arguments: Json) -> None:
         """Attach what a surgery op builds, and record it.
 
@@ -308,7 +329,8 @@ class ParameterLedger(Rates):
             self.attach([module for module, *_ in entries], op, owner=owner, **arguments)
         self._check_same(saved)
         self._holds = Holds.from_state(saved["holds"])
-        self._modes.asked = any(hold.mode is not None for mine in self._holds.held.values() for hold in mine.values())
+        moded = any(hold.mode is not None for mine in self._holds.held.values() for hold in mine.values())
+        self._modes.asked = moded or bool(self._modes.calm)
         by_index = {home.index: home for home in self._home_list}
         for home, entry in zip(self._home_list, saved["homes"], strict=True):
             home.lr, home.given, home.replaced = entry["lr"], dict(entry["given"]), dict(entry["replaced"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from .batches import batch_size_of, split_batch
+from .batches import batch_size_of, samples_in, split_batch
 from .errors import DataError, OutOfMemoryError, warn
 from .forward import Forward
 from .log import get_logger
@@ -53,18 +55,22 @@ class Microbatches:
     def __attrs_post_init__(self) -> None:
         self.whole = self.accumulate == 1 and self.size is None
 
-    def of(self, state: State) -> list[tuple[Any, float]]:
-        """Return the microbatches of ``state.batch``; those whose labels are all ignored are left out."""
+    def of(self, state: State) -> list[tuple[Any, float, tuple[int, ...] | None]]:
+        """Return the microbatches of ``state.batch``, and the ids of their samples where all are known.
+
+        Those whose labels are all ignored are left out.
+        """
         batch = state.batch
         if self.whole:
-            return [(batch, 1.0)]
+            return [(batch, 1.0, state.sample_ids)]
         batches = [batch] if self.accumulate == 1 else list(batch)
         parts = batches if self.size is None else [part for each in batches for part in split_batch(each, self.size)]
         weights = [self.forward.weight(state.model, part) for part in parts]
         # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
-        said = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
-        total = sum(weight for _, weight in said)
-        return [(part, weight / total) for part, weight in said] or [(parts[0], 1.0)]
+        rows = zip(parts, weights, _shared_out(state.sample_ids, parts), strict=True)
+        said = [(part, weight, ids) for part, weight, ids in rows if weight]
+        total = sum(weight for _, weight, _ in said)
+        return [(part, weight / total, ids) for part, weight, ids in said] or [(parts[0], 1.0, None)]
 
     def shrink_to(self, size: int | None) -> None:
         """Take a size that the run has come down to; one that is larger changes nothing."""
@@ -196,6 +202,15 @@ class BatchStart:
                     places.append((module, name))
                     copies.append(buffer.detach().clone())
         self._buffers = list(alike.values())
+
+
+def _shared_out(ids: tuple[int, ...] | None, parts: Sequence[Any]) -> Sequence[tuple[int, ...] | None]:
+    """Return the ids of each part's samples; None where there are not as many of them as samples."""
+    sizes = () if ids is None else [samples_in(each) for each in parts]
+    if ids is None or sum(sizes) != len(ids):
+        return [None] * len(parts)
+    ends = list(accumulate(sizes))
+    return [ids[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _place(state: State) -> str:

@@ -20,14 +20,16 @@ class ModeKeeper:
 
     Args:
         model: The model.
-        asked: Whether any hold was ever taken with a mode.
+        asked: Whether a mode was ever asked for.
+        calm: Owner to parameters whose modules stand in eval mode as long as none of them trains.
     """
 
     model: nn.Module
     asked: bool = False
+    calm: dict[str, frozenset[str]] = field(factory=dict)
     _norms: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
     _all: list[tuple[nn.Module, tuple[str, ...]]] = field(init=False)
-    _modes: list[tuple[nn.Module, bool]] = field(init=False, factory=list)
+    derived: list[tuple[nn.Module, bool]] = field(init=False, factory=list)
 
     def __attrs_post_init__(self) -> None:
         self.scan()
@@ -54,16 +56,18 @@ class ModeKeeper:
         modes = {module: any(name in trainable for name in names) for module, names in self._norms}
         if self.asked:
             modes = {module: modes[module] or any(map(holds.tracks, names)) for module, names in self._norms}
+            calm = frozenset[str]().union(*self.calm.values()) - trainable
+            calm = frozenset(name for name in calm if not holds.tracks(name))
             for module, names in self._all:
-                held = bool(names) and all(holds.evaluates(name) for name in names)
+                held = bool(names) and all(name in calm or holds.evaluates(name) for name in names)
                 modes[module] = modes.get(module, True) and not held
-        self._modes = list(modes.items())
+        self.derived = list(modes.items())
         self.sync()
 
     def sync(self) -> None:
         """Set the derived modes; under ``model.eval()`` everything stays in eval mode."""
         training = self.model.training
-        for module, trains in self._modes:
+        for module, trains in self.derived:
             wanted = training and trains
             if module.training is not wanted:
                 module.training = wanted

@@ -38,33 +38,49 @@ def of_evaluation(monitor: object) -> bool:
     return isinstance(monitor, str) and monitor.startswith("eval/")
 
 
-def warn_of_monitors(
-    algorithms: Iterable[object], saving: str | None, metrics: Iterable[str], *, evaluated: bool
-) -> bool:
-    """Warn at the start of a fit of metrics that will not come.
+class Monitors:
+    """Warns of metrics that somebody in the fit looks at and that do not come: each once, as soon as it is known.
 
     Args:
         algorithms: Those of the fit; one that looks at a metric has its name as ``monitor``.
         saving: The metric by which checkpoints are judged.
         metrics: Names of the metrics that an evaluation measures.
         evaluated: Whether there are evaluations.
-
-    Returns:
-        Whether the metric of the checkpoints is among them.
     """
-    names = list(metrics)
-    monitors = {getattr(each, "owner", ""): getattr(each, "monitor", None) for each in algorithms}
-    monitors["Checkpointing"] = saving
-    if not evaluated:
-        for doubt in never_measured(monitors, names):
+
+    def __init__(
+        self, algorithms: Iterable[object], saving: str | None, metrics: Iterable[str], *, evaluated: bool
+    ) -> None:
+        self._ours = all(type(each).__module__.startswith("thawline.") for each in algorithms)
+        self._waiting = {getattr(each, "owner", ""): getattr(each, "monitor", None) for each in algorithms}
+        self._saving = saving
+        self._metrics = list(metrics)
+        self._evaluated = evaluated
+
+    def begin(self) -> bool:
+        """Warn at the start of the fit of what is known then; return whether the metric of the checkpoints is among it."""
+        watched = self._waiting | {"Checkpointing": self._saving}
+        if not self._evaluated:
+            for doubt in never_measured(watched, self._metrics):
+                warn(doubt)
+            self._waiting = {owner: name for owner, name in self._waiting.items() if not of_evaluation(name)}
+            return False
+        # What an algorithm of the user's own logs is not known before.
+        doubts = dict(misspelled(watched, self._metrics)) if self._ours else {}
+        for owner, doubt in doubts.items():
             warn(doubt)
-        return False
-    # What an algorithm of the user's own logs is not known before.
-    ours = all(type(each).__module__.startswith("thawline.") for each in algorithms)
-    doubts = dict(misspelled(monitors, names)) if ours else {}
-    for doubt in doubts.values():
-        warn(doubt)
-    return "Checkpointing" in doubts
+            self._waiting.pop(owner, None)
+        return "Checkpointing" in doubts
+
+    def end_epoch(self, logged: Mapping[str, float]) -> None:
+        """Warn of what was not logged in an epoch that had an evaluation, where there are any."""
+        if not self._waiting or (self._evaluated and not any(map(of_evaluation, logged))):
+            return
+        for owner, name in self._waiting.items():
+            if isinstance(name, str) and name not in logged:
+                missing = missing_metric(name, logged, call=f"{owner}(monitor=)")
+                warn(f"{missing}. If an algorithm of your own logs it later, ignore this.")
+        self._waiting = {}
 
 
 def never_measured(monitors: Mapping[str, str | None], metrics: Iterable[str]) -> Iterator[str]:

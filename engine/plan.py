@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from .clock import Clock
 from .errors import ArgumentError, MissingExtraError
-from .groups import Slot
+from .groups import Slot, layers_of_groups
 from .layers import stretches
 from .ledger import ParameterLedger
 
@@ -296,8 +296,7 @@ class Recorder:
         self._open = Span(clock, clock, trains, share, names, groups, ledger.state_bytes, flops)
 
     def _layers(self) -> list[tuple[str, ...]]:
-        of = self.ledger.layers.of
-        return [tuple(dict.fromkeys(of(name).name for name in group.parameters)) for group in self.ledger.groups]
+        return layers_of_groups((group.parameters for group in self.ledger.groups), self.ledger.layers)
 
     def _with_end(self, span: Span, clock: Clock) -> Span:
         ledger = self.ledger

@@ -9,7 +9,7 @@ from attrs import define, field
 
 from .log import get_logger
 from .meters import RunningLoss
-from .progress import Progress
+from .progress import NoProgress, Progress
 from .rundir import RunDir
 from .state import State
 
@@ -41,8 +41,10 @@ class Report:
 
     def log(self, values: Mapping[str, float]) -> None:
         """Give the trackers what was logged since the last time, and the bar what it shows."""
-        self.state.log(values)
-        self.shown = _of_interest(self.state.metrics) | {"lr": self.rates().get("lr", 0.0)}
+        self.state.metrics.update(values)
+        self.state.logged.update(values)
+        if not isinstance(self.progress, NoProgress):
+            self.shown = _of_interest(self.state.metrics) | {"lr": self.state.metrics.get("lr", 0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
 

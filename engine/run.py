@@ -18,17 +18,17 @@ from .clock import Clock, Time
 from .compiling import CompiledBlocks
 from .data import Fetched, ResumableLoader, gathered
 from .engine import Engine
-from .errors import DataError, NonFiniteError
+from .errors import NonFiniteError
 from .evaluation import evaluate
 from .events import Event
-from .forward import require_gradient, stop_frozen
+from .forward import stop_frozen, warn_of_late_parameters, without_gradient
 from .homes import OptimizerLike
 from .layering import find_layers
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
 from .memory import BatchStart, Microbatches, is_out_of_memory
-from .monitor import warn_of_monitors
+from .monitor import Monitors
 from .nonfinite import Setback, StepGuard
 from .plan import Plan, Recorder
 from .precision import Precision
@@ -114,6 +114,8 @@ class Run:
         self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
         self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")
         self._batch_start = BatchStart(self.state, trainer.device)
+        watched = self.engine.algorithms, self.folder.policy.monitor, trainer.metrics
+        self._monitors = Monitors(*watched, evaluated=self.eval_data is not None)
         self._signals = StopSignals(self._look_up)
         self._handlers = ExitStack()
         self._deaths = DeferredDeaths((train_loader, eval_loader))
@@ -167,8 +169,8 @@ class Run:
 
     def _batch(self, fetched: Sequence[Fetched]) -> None:
         """Do one batch: one optimizer step over all of its microbatches."""
-        emit, state, precision = self.engine.emit, self.state, self.precision
-        ledger = state.ledger
+        emit, heard, state, precision = self.engine.emit, self.engine.heard, self.state, self.precision
+        ledger, scaled = state.ledger, precision.kind == "fp16"
         state.batch, state.sample_ids, samples = gathered(fetched, self.trainer.accumulate, self.trainer.device)
         state.step_skipped, state.grad_norm = False, None
         emit(BATCH_START)
@@ -185,16 +187,19 @@ class Run:
             self._make_room(error)
         if total is None:
             total = self._repeat()
-        precision.unscale(ledger.optimizers)
-        emit(BEFORE_STEP)
+        if scaled:
+            precision.unscale(ledger.optimizers)
+        if BEFORE_STEP in heard:
+            emit(BEFORE_STEP)
         if self._guard.may_step(state, total):
             state.step_skipped = not precision.step(ledger.optimizers)
         else:
             state.step_skipped = True
             self._batch_start.restore_buffers()
-        if precision.kind == "fp16":
+        if scaled:
             self._guard.count_overflow(state, total)
-        emit(AFTER_STEP)
+        if AFTER_STEP in heard:
+            emit(AFTER_STEP)
         ledger.clear_gradients()
         state.outputs = state.microbatch = None
         if isfinite(total):
@@ -204,20 +209,27 @@ class Run:
 
     def _gradients(self) -> float:
         """Do forward and backward of the batch, a microbatch at a time; return its loss."""
-        emit, state, precision, outputs_of, loss_of = self.engine.emit, self.state, self.precision, *self.functions
-        parts = self._microbatches.of(state)
+        emit, heard, state, outputs_of, loss_of = self.engine.emit, self.engine.heard, self.state, *self.functions
+        model, backward = state.model, self.precision.backward
+        whole = ((state.batch, 1.0, state.sample_ids),)
+        parts = whole if self._microbatches.whole else self._microbatches.of(state)
         total = 0.0
-        for part, share in parts:
-            state.microbatch = part
+        for part, share, ids in parts:
+            state.microbatch, state.microbatch_ids = part, ids
             emit(BEFORE_FORWARD)
-            state.outputs = outputs_of(state.model, state.microbatch)
-            emit(AFTER_FORWARD)
+            state.outputs = outputs_of(model, state.microbatch)
+            if AFTER_FORWARD in heard:
+                emit(AFTER_FORWARD)
             state.loss = loss_of(state.outputs, state.microbatch)
-            emit(AFTER_LOSS)
-            require_gradient(state.loss)
-            precision.backward(state.loss if len(parts) == 1 else state.loss * share)
-            emit(AFTER_BACKWARD)
-            total += state.loss.item() * share
+            if AFTER_LOSS in heard:
+                emit(AFTER_LOSS)
+            loss = state.loss
+            if not loss.requires_grad:
+                raise without_gradient()
+            backward(loss if len(parts) == 1 else loss * share)
+            if AFTER_BACKWARD in heard:
+                emit(AFTER_BACKWARD)
+            total += loss.item() * share
         if state.loss is not None and len(parts) > 1:
             state.loss = state.loss.new_tensor(total)
         return total
@@ -253,6 +265,8 @@ class Run:
     def _do_what_is_due(self, before: Clock) -> None:
         """Evaluate, log, and ask for a checkpoint, each where its interval has passed; find out when to look again."""
         trainer, clock = self.trainer, self.state.clock
+        if not self._next_due:  # the first batch: what the model has made by itself is there
+            warn_of_late_parameters(self.state)
         if trainer.eval_every.crossed(before, clock):
             self._evaluate()
         if trainer.log_every.crossed(before, clock):
@@ -282,25 +296,20 @@ class Run:
             self._evaluate()
         if trained:
             self.report.end_epoch()
+        self._monitors.end_epoch(state.metrics)
         self.report.log({})
         self._batch_start.look()
         self._epoch_begun = False
 
     # -- parts of a batch --------------------------------------------------------------------------------------
 
-    def _epoch(self) -> Iterator[list[Fetched]]:
-        """Yield the loader batches of each step of the running epoch, from where the clock stands."""
-        size, clock = self.trainer.accumulate, self.state.clock
-        batches = self.data.batches(*self._cursor())
-        empty = True
-        for first in batches:
-            empty = False
-            yield [first] if size == 1 else [first, *islice(batches, size - 1)]
-        if empty and not clock.batch_in_epoch:
-            raise DataError(
-                f"train_loader yields no batch in epoch {clock.epoch}. Give a loader with data; drop_last=True drops a "
-                "single short batch, and a generator is used up after one epoch."
-            )
+    def _epoch(self) -> Iterator[tuple[Fetched, ...]]:
+        """Return the loader batches of each step of the running epoch, from where the clock stands."""
+        # A function of the user's reads the batch itself.
+        lazy = self.state.unloaded and self.forward.reads_targets_only
+        batches = self.data.batches(*self._cursor(), unloaded_for=self.trainer.device if lazy else None)
+        size = self.trainer.accumulate
+        return zip(batches, strict=False) if size == 1 else iter(lambda: tuple(islice(batches, size)), ())
 
     def _cursor(self) -> tuple[int, int]:
         """Return the epoch, and the loader batches of it that were consumed."""
@@ -354,8 +363,7 @@ class Run:
         state, model = self.state, self.state.model
         for limit in self.data.limits:
             log.warning("data order", limit=limit)
-        watched = self.engine.algorithms, self.folder.policy.monitor, self.trainer.metrics
-        self.folder.warned = warn_of_monitors(*watched, evaluated=self.eval_data is not None)
+        self.folder.warned = self._monitors.begin()
         seed_everything(self.trainer.seed)
         model.train()
         self.engine.attach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from .clock import LONGEST, Clock, Time
 from .errors import ArgumentError, DistributedError, warn
-from .schedule import Schedule
+from .schedule import Schedule, Share, inside
 
 Validator = Callable[[Any, "Attribute[Any]", Any], None]
 
@@ -235,16 +235,37 @@ def bound_schedule(schedule: Schedule, duration: Time, batches_per_epoch: int) -
         ArgumentError: A time of it cannot be related to the duration.
 
     Warns:
-        ThawlineWarning: It begins with a warmup that the fit ends within.
+        ThawlineWarning: A warmup in it is not over when the fit ends, or the part of the fit that it has in another one.
     """
     share = share_of(duration, batches_per_epoch)
-    bound, length = schedule.bind(share), schedule.arguments.get("length")
-    if schedule.name == "warmup" and isinstance(length, str) and share(Time(length)) >= 1:
+    bound = schedule.bind(share)
+    for length, around in _endless_warmups(schedule, share):
+        ends = f"its part of {around}(…) ends" if around else f"the fit ends after {duration}"
         warn(
-            f"warmup({length!r}) is not over when the fit ends after {duration}, so the full rate is never reached. An int "
-            "is epochs: write warmup('100ba') for batches, or warmup('0.1dur') for a share of the fit."
+            f"warmup({length!r}) is not over when {ends}, so the full rate is never reached. An int is epochs: write "
+            "warmup('100ba') for batches, or warmup('0.1dur') for a share of the fit."
         )
     return bound
+
+
+def _endless_warmups(schedule: Schedule, share: Share, around: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the length of each warmup that is not over in the time it has, with the name of what it is a part of."""
+
+    def at(span: Any) -> float:
+        return share(Time(span)) if isinstance(span, str) else span
+
+    arguments: Mapping[str, Any] = schedule.arguments
+    if schedule.name == "warmup":
+        if (rise := at(arguments["length"])) >= 1:
+            yield arguments["length"], around
+        yield from _endless_warmups(arguments["then"], inside(share, 1 - rise), schedule.name) if rise < 1 else ()
+    elif schedule.name == "join":
+        begins = [0.0, *map(at, arguments["boundaries"])]
+        for each, begin, end in zip(arguments["schedules"], begins, [*begins[1:], 1.0], strict=True):
+            if begin < 1:
+                yield from _endless_warmups(each, inside(share, end - begin), schedule.name)
+    elif schedule.name == "repeat":
+        yield from _endless_warmups(arguments["schedule"], inside(share, at(arguments["every"])), schedule.name)
 
 
 def total_batches(duration: Time, clock: Clock) -> int | None:

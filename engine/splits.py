@@ -32,12 +32,12 @@ class Split:
     Args:
         of: Name of a parameter, further names of tied ones included, to ``"stem"``, ``"blocks[i]"`` or ``"head"``.
         doubt: Why the order of registration may not be the order of use; empty where nothing speaks for it.
-        stacks: How many classes of blocks there are: two in most models of an encoder and a decoder.
+        settled: Whether the order does not matter, because the model says where each of its parameters lies.
     """
 
     of: Mapping[str, str]
     doubt: str = ""
-    stacks: int = 1
+    settled: bool = False
 
 
 def find_split(model: nn.Module, order: Sequence[str]) -> Split:
@@ -58,23 +58,21 @@ def find_split(model: nn.Module, order: Sequence[str]) -> Split:
     """
     own = _by_matcher(model, order)
     if own is not None:
-        return Split(own)
-    kinds = _block_kinds(model)
-    if kinds:
-        names = _in_order([(name,) for kind in kinds for name in kind], order)
+        return Split(_filled(order, own), settled=len(own) == len(order))
+    if kinds := _block_paths(model):
+        names = _in_order(kinds, order)
         of = _filled(order, _labelled(order, {f"blocks[{index}]": block for index, block in enumerate(names)}))
-        return Split(of, _doubt(model, order, of, in_layers={"stem"}), len(kinds))
+        return Split(of, _doubt(model, order, of, in_layers={"stem"}))
     of = _filled(order, _labelled(order, _unit_layers(model, order)))
     return Split(of, _doubt(model, order, of, in_layers=set(of.values()) - {"head"}))
 
 
-def is_unsure(model: nn.Module) -> bool:
-    """Return whether a forward pass is worth its while: a head that may stand before its body, or several stacks."""
+def depends_on_order(model: nn.Module) -> bool:
+    """Return whether a forward pass may tell more of a model's layers than its registration does."""
     named = dict(model.named_parameters(remove_duplicate=False))
     if not named or any(map(is_lazy, named.values())):
         return False
-    split = find_split(model, tuple(named))
-    return bool(split.doubt) or split.stacks > 1
+    return not find_split(model, tuple(named)).settled
 
 
 # -- the model's own grouping ----------------------------------------------------------------------------------
@@ -98,7 +96,7 @@ def _by_matcher(model: nn.Module, order: Sequence[str]) -> dict[str, str] | None
     except Exception as error:  # noqa: BLE001 - the model's own code; without it the model is split as others are
         log.warning("group_matcher failed", model=type(module).__name__, error=repr(error))
         return None
-    return _filled(order, {f"{prefix}{name}": label for name, label in labels.items()}) if labels else None
+    return {f"{prefix}{name}": label for name, label in labels.items()} or None
 
 
 def _group_labels(names: Iterable[str], matcher: Any) -> dict[str, str]:
@@ -170,6 +168,7 @@ class _Kind:
         list
     )  # tensors of two or more dimensions in each: a unit such as conv-norm-act has one
     containers: set[type[nn.Module]] = Factory(set)
+    repeated: bool = False  # whether one instance alone fills a container, several times
 
     @property
     def held(self) -> int:
@@ -181,6 +180,16 @@ class _Kind:
 
     def inside(self, other: _Kind) -> bool:
         return all(any(path in other.names for path in ancestors(name)) for name in self.names)
+
+
+def _block_paths(model: nn.Module) -> list[tuple[str, ...]]:
+    """Return the paths of each block; one that stands in several places has several."""
+    names = [name for kind in _block_kinds(model) for name in kind]
+    paths: dict[nn.Module, list[str]] = {model.get_submodule(name): [] for name in names}
+    for path, module in model.named_modules(remove_duplicate=False) if paths else ():
+        if module in paths:
+            paths[module].append(path)
+    return [tuple(each) for each in paths.values()]
 
 
 def _block_kinds(model: nn.Module) -> list[list[str]]:
@@ -216,7 +225,8 @@ def _repeated(model: nn.Module) -> list[_Kind]:
             kind.sizes.append(sum(each.numel() for each in parameters))
             kind.weights.append(sum(each.ndim > 1 for each in parameters))
             kind.containers.add(type(parent))
-    return [kind for kind in kinds.values() if len(kind.names) > 1]
+            kind.repeated |= len(parent._modules) > 1 and all(each is child for each in parent._modules.values())
+    return [kind for kind in kinds.values() if len(kind.names) > 1 or kind.repeated]
 
 
 def _refined(stage: _Kind, kinds: Iterable[_Kind]) -> _Kind:

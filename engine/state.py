@@ -32,6 +32,10 @@ class State:
         metrics: The latest value of everything logged, such as ``"eval/loss"``.
         grad_norm: Norm of all gradients before clipping, where an algorithm measured it.
         sample_ids: Index in the dataset of each sample of the batch, where the loader has them.
+        microbatch_ids: The same of each sample of the microbatch.
+        unloaded: Set by an algorithm that may not need what the loader gives: from the next epoch on ``batch`` may be an
+            :class:`~thawline.engine.Unloaded` (a list of them where ``accumulate`` is above 1) at BATCH_START, and that
+            algorithm puts what ``load()`` gives, or something else, in its place.
         step_skipped: Whether the last step left the weights alone.
         exception: What ended the fit, at FIT_ABORT.
         restored: Whether earlier weights were put back at the fit's last EPOCH_END: the loop then evaluates them anew.
@@ -58,6 +62,8 @@ class State:
     metrics: dict[str, float] = field(factory=dict)
     grad_norm: Tensor | float | None = None
     sample_ids: tuple[int, ...] | None = None
+    microbatch_ids: tuple[int, ...] | None = None
+    unloaded: bool = False
     step_skipped: bool = False
     exception: BaseException | None = None
     restored: bool = False

@@ -293,7 +293,8 @@ class Trackers:
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Record numbers in each tracker; each gets a copy of its own."""
-        self._each("log_metrics", lambda tracker: tracker.log_metrics(dict(metrics), step=step))
+        if self.trackers:
+            self._each("log_metrics", lambda tracker: tracker.log_metrics(dict(metrics), step=step))
 
     def log_artifact(self, path: Path, *, name: str | None = None) -> None:
         """Record a file in each tracker."""

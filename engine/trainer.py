@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attrs import define, frozen
+from attrs import define, fields, frozen
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,6 +16,7 @@ from .errors import ArgumentError
 from .evaluation import evaluate
 from .foresight import foresee
 from .homes import OptimizerLike
+from .keywords import INSTEAD, elsewhere, explained, explained_constructor
 from .layers import LayerMap, LayerSpec
 from .plan import Plan
 from .precision import Precision
@@ -50,6 +51,18 @@ class FitResult:
     last: Path | None
 
 
+_START = "trainer.fit(model, train_loader, duration='3ep', "
+_AT_FIT = {
+    **elsewhere(_START, ("layers", "resume", "on_change")),
+    **elsewhere("trainer.fit(model, train_loader, ", ("duration",)),
+    "model": _START[:-2] + ")",
+    "train_loader": _START[:-2] + ")",
+    "eval_loader": "trainer.fit(model, train_loader, eval_loader, duration='3ep')",
+}
+_AT_CONSTRUCTION = elsewhere("Trainer(", (each.name for each in fields(Recipe)))
+
+
+@explained_constructor("Trainer", INSTEAD | _AT_FIT)
 @define(kw_only=True, eq=False)
 class Trainer(Recipe):
     """Fine-tunes models by a list of algorithms.
@@ -97,6 +110,7 @@ class Trainer(Recipe):
         (8, 'duration')
     """
 
+    @explained("trainer.fit", INSTEAD | _AT_CONSTRUCTION)
     def fit(
         self,
         model: nn.Module,
@@ -171,6 +185,7 @@ class Trainer(Recipe):
                 run.folder.best, run.folder.last,
             )  # fmt: skip
 
+    @explained("trainer.plan", INSTEAD | _AT_CONSTRUCTION | _AT_FIT)
     def plan(
         self,
         model: nn.Module,

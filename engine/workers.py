@@ -28,7 +28,7 @@ def outliving(make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
         make: Returns a loader that begins with the first batch not yet yielded.
 
     Raises:
-        RuntimeError, OSError: torch's own, where workers died more than :data:`MAX_DEATHS` times.
+        RuntimeError, OSError, EOFError: torch's own, where workers died more than :data:`MAX_DEATHS` times.
     """
     for deaths in range(MAX_DEATHS + 1):
         batches: Any = iter(make())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
 import warnings
@@ -52,6 +53,8 @@ from thawline.engine import (
     linear,
     warmup,
 )
+from thawline.engine.backward_cost import BackwardCost
+from thawline.engine.flops import count_flops
 from thawline.engine.footprint import state_template, template_bytes
 from thawline.engine.forward import Forward
 from thawline.engine.twin import meta_twin
@@ -690,3 +693,23 @@ def test_errors_of_the_algorithms_are_those_of_the_fit() -> None:
         with pytest.raises(type(planned.value)) as fitted:
             recipe.fit(mlp(), loader(), duration=1)
         assert str(planned.value) == str(fitted.value)
+
+
+def test_a_convolutional_net_is_counted_by_one_pass_for_any_set() -> None:
+    """With groups, strides and transposed convolutions: equal to a count of each set of up to three parameters."""
+    meta: dict[str, Any] = {"device": "meta"}
+    net = nn.Sequential(
+        nn.Conv2d(4, 8, 3, **meta), nn.BatchNorm2d(8, **meta), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2, groups=4, **meta),
+        nn.ConvTranspose2d(8, 4, 2, groups=2, **meta), nn.Conv2d(4, 4, 1, **meta),
+    )  # fmt: skip
+    inputs, names = torch.zeros(2, 4, 9, 9, device="meta"), dict(net.named_parameters())
+    cost = BackwardCost(net(inputs).sum(), names)
+    through = Forward(lambda model, batch: model(batch).sum())
+    with FlopCounterMode(display=False) as forward:
+        net(inputs)
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(names, size):
+            for name, each in names.items():
+                each.requires_grad_(name in chosen)
+            assert forward.get_total_flops() + cost.of(set(chosen)) == count_flops(net, inputs, through)
+    assert cost.runs == 1

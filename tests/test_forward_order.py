@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attrs import Factory, define
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from helpers import MODELS, Encoder, Tied, loader
-from thawline.engine import LayerMap, ThawlineWarning, Trainer
+from thawline.algorithms import LayerThaw
+from thawline.engine import Algorithm, Event, LayerMap, Stage, State, ThawlineWarning, Trainer
 from thawline.engine.data import ResumableLoader
 from thawline.engine.forward_order import forward_order
 
@@ -202,6 +204,17 @@ def test_what_is_registered_in_order_stays_so(name: str) -> None:
     ]
 
 
+def test_hooks_of_the_callers_see_nothing_of_it() -> None:
+    """One that records what goes through is as it was, and is there for the fit."""
+    seen: list[Tensor] = []
+    model = Tied()
+    model.embed.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    assert forward_order(model, lambda: model(torch.tensor([[1, 2]])))
+    assert not seen
+    model(torch.tensor([[1, 2]]))
+    assert len(seen) == 1
+
+
 def test_a_pass_that_fails_is_logged_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
     """The layers are then those of registration; so they are where the pass used nothing."""
     model = Tied()
@@ -232,6 +245,87 @@ def fitted(data: Any, layers: Any = None) -> tuple[nn.Module, Any]:
     model = HeadFirst()
     trainer = Trainer(loss_fn=nn.functional.cross_entropy, progress=False)
     return model, trainer.fit(model, data, duration="1ep", layers=layers)
+
+
+class UNet(nn.Module):
+    """Blocks on the way down, and on the way up in reverse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(self.block() for _ in range(3))
+        self.up = nn.ModuleList(self.block() for _ in range(3))
+        self.out = nn.Conv1d(4, 2, 1)
+
+    @staticmethod
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sub_(1.0)[..., None].repeat(1, 1, 2)
+        kept = []
+        for block in self.down:
+            x = block(x)
+            kept.append(x)
+        for block in reversed(self.up):
+            x = block(x + kept.pop())
+        return self.out(x).mean(-1)
+
+
+class LateFirst(nn.Module):
+    """Plain blocks that are registered in another order than that of use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.early, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.late(self.early(x)))
+
+
+@define(slots=False, eq=False)
+class Layers(Algorithm):
+    """Notes the modules of each layer at the start of a fit."""
+
+    events = frozenset({Event.FIT_START})
+    stage = Stage.OBSERVE
+    modules: list[tuple[str, ...]] = Factory(list)
+
+    def apply(self, event: Event, state: State) -> None:
+        self.modules = [layer.modules for layer in state.layers]
+
+
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [(UNet, ["down.0", "down.1", "down.2", "up.2", "up.1", "up.0", "out"]), (LateFirst, ["early", "late", "out"])],
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_fit_and_its_plan_follow_the_order_of_use(make: type[nn.Module], order: list[str], listed: bool) -> None:
+    """Registered otherwise, and no head before its body: layers are those of the pass, and thaw in its order."""
+    data: Any = list(loader()) if listed else loader()
+    trainer = Trainer(
+        algorithms=[LayerThaw(every="1ba"), seen := Layers()], loss_fn=nn.functional.cross_entropy, progress=False
+    )
+    plan = trainer.plan(make(), data, duration="8ba")
+    result = trainer.fit(make(), data, duration="8ba")
+    assert seen.modules == [(path,) for path in order]
+    assert [span.layers for span in plan.spans] == [span.layers for span in result.timeline.spans]
+    assert [span.trainable for span in plan.spans] == [span.trainable for span in result.timeline.spans]
+
+
+def test_the_pass_takes_two_samples_of_a_list_that_it_does_not_touch() -> None:
+    """A model that writes into its inputs writes into copies."""
+    sizes: list[int] = []
+
+    class InPlace(LateFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return super().forward(x.mul_(2.0))
+
+    x, y = torch.ones(8, 4), torch.zeros(8, dtype=torch.long)
+    trainer = Trainer(loss_fn=nn.functional.cross_entropy, progress=False)
+    trainer.plan(InPlace(), [(x, y)], duration="1ba")
+    assert sizes[0] == 2
+    assert torch.equal(x, torch.ones(8, 4))
 
 
 def test_a_fit_asks_the_first_samples_where_the_order_is_in_doubt() -> None:

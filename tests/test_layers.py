@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from helpers import MODELS, Bare, Encoder, Shared, Tied, cnn, mlp
 from thawline.engine import ArgumentError, LayerError, LayerMap, ParameterLedger, SelectorError, ThawlineWarning
@@ -161,6 +161,23 @@ class Wrapped(nn.Module):
         del self.backbone.head
 
 
+class Repeated(nn.Module):
+    """Blocks that are used several times: registered in a list once for each use."""
+
+    def __init__(self, pattern: str) -> None:
+        super().__init__()
+        blocks = {name: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for name in sorted(set(pattern))}
+        self.embed = nn.Embedding(5, 4)
+        self.layers = nn.ModuleList(blocks[name] for name in pattern)
+        self.norm, self.out = nn.LayerNorm(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.layers:
+            x = x + block(x)
+        return self.out(self.norm(x))
+
+
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
 }  # fmt: skip
@@ -199,6 +216,15 @@ def hugging_face(kind: str) -> nn.Module:
 
 
 GOLDEN: dict[str, tuple[Any, dict[str, str]]] = {
+    "one block four times": (lambda: Repeated("aaaa"), {"stem": "embed", "blocks[0]": "layers", "head": "norm out"}),
+    "two blocks twice": (
+        lambda: Repeated("abab"),
+        {"stem": "embed", "blocks[0]": "layers.0", "blocks[1]": "layers.1", "head": "norm out"},
+    ),
+    "an activation between plain layers": (
+        lambda: nn.Sequential(nn.Linear(4, 4), act := nn.PReLU(), nn.Linear(4, 4), act, nn.Linear(4, 2), act),
+        {"blocks[0]": "0 1", "blocks[1]": "2", "head": "4"},
+    ),
     "mlp": (mlp, {"blocks[0]": "0", "blocks[1]": "2", "head": "4"}),
     "cnn": (cnn, {"blocks[0]": "0 1", "blocks[1]": "3 4", "head": "8"}),
     "linear": (lambda: nn.Linear(3, 2), {"head": ""}),
@@ -542,3 +568,14 @@ def test_the_table_shows_every_layer() -> None:
     assert sum(numbers) == sum(each.numel() for each in model.parameters())
     assert text.splitlines()[0].split() == ["layer", "modules", "parameters"]
     assert [line.split()[0] for line in text.splitlines()] == ["layer", "stem", "blocks[0]", "blocks[1]", "head"]
+
+
+def test_a_block_in_several_places_lies_in_one_layer_under_all_its_names() -> None:
+    """So says the map with and without a pass, and no other layer shows a name of it."""
+    model = Repeated("aaaa")
+    for layers in (LayerMap(model), LayerMap(model, forward=lambda: model(torch.tensor([[1, 2]])))):
+        assert [layer.name for layer in layers] == ["stem", "blocks[0]", "head"]
+        assert all(not layer.tied for layer in layers)
+        assert layers.blocks[0].parameters == tuple(
+            f"layers.0.{name}" for name in ("0.weight", "0.bias", "2.weight", "2.bias")
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
 
@@ -30,37 +29,9 @@ from thawline.engine import (
     linear,
     warmup,
 )
+from thawline.engine.oracle import OWNERS, LedgerOracle, selectors_of
 
-OWNERS = ("a", "b", "c")
 DURATION = Time("40ba")
-
-
-class Oracle:
-    """What the ledger must say, as plain dicts: no groups, no optimizer, no interning."""
-
-    def __init__(self, ledger: ParameterLedger) -> None:
-        self.names = list(ledger.parameters)
-        self.base = {name: group.base_lr for group in ledger.groups for name in group.parameters}
-        self.holds: dict[str, set[str]] = {owner: set() for owner in OWNERS}
-        self.rules: dict[str, list[tuple[Any, bool]]] = {owner: [] for owner in OWNERS}
-        self.scales: dict[str, dict[str, float]] = {owner: {} for owner in OWNERS}
-        self.rates: dict[str, float] = {}
-        self.decays: dict[str, float] = {}
-        self.courses: dict[str, tuple[float, int]] = {}
-        self.given = {name: group.options["weight_decay"] for group in ledger.groups for name in group.parameters}
-        self.attached: dict[str, str] = {}
-
-    def trainable(self) -> set[str]:
-        return {name for name in self.names if not any(name in mine for mine in self.holds.values())}
-
-    def lr(self, name: str, factor: float, batch: int) -> float:
-        if name in self.courses:
-            end, start = self.courses[name]
-            factor = 1 + (end - 1) * min(1.0, (batch - start) / 7)
-        value = self.rates.get(name, self.base[name])
-        for owner in OWNERS:
-            value *= self.scales[owner].get(name, 1.0)
-        return value * factor
 
 
 operations = st.lists(
@@ -90,28 +61,9 @@ operations = st.lists(
 )
 
 
-def selectors_of(ledger: ParameterLedger) -> list[Any]:
-    """Return selectors of every form that match something in this model."""
-    names = list(ledger.parameters)
-    layers = [layer.name for layer in ledger.layers]
-    modules = sorted({name.rpartition(".")[0] for name in names if "." in name})
-    return [
-        *layers,
-        *names[:6],
-        *modules,
-        "*",
-        "*.bias" if any(n.endswith(".bias") for n in names) else "*",
-        names[::2],
-    ]
-
-
-def covered(selector: Any, name: str, ledger: ParameterLedger) -> bool:
-    """Return whether a pattern, written down long ago, covers a parameter that was attached since."""
-    if not isinstance(selector, str):
-        return False
-    if selector in {layer.name for layer in ledger.layers}:
-        return ledger.layers.of(name).name == selector
-    return name.startswith(f"{selector}.") or ("*" in selector and fnmatchcase(name, selector))
+def course(end: float, start: int, batch: int) -> float:
+    """Return the factor of a straight line over seven batches."""
+    return 1 + (end - 1) * min(1.0, (batch - start) / 7)
 
 
 @settings(max_examples=300)
@@ -121,33 +73,31 @@ def test_random_operations_agree_with_the_oracle(model: str, optimizer: str, pla
     torch.manual_seed(0)
     net = MODELS[model]()
     ledger = ParameterLedger(net, optimizer_for(optimizer, net), schedule=linear())  # type: ignore[arg-type]
-    oracle = Oracle(ledger)
+    oracle = LedgerOracle(ledger)
     storage = {name: (id(each), each.data_ptr()) for name, each in ledger.parameters.items()}
     clock = Clock(batches_per_epoch=10)
     for step, (what, owner, pick, factor, flag) in enumerate(plan):
         pool = selectors_of(ledger)
         selector = pool[pick % len(pool)]
-        names = set(ledger.select(selector))
+        names = ledger.select(selector)
         if what == "freeze":
             ledger.freeze(selector, owner=owner, moments="keep" if flag else "drop")
-            oracle.holds[owner] |= names
-            oracle.rules[owner].append((selector, True))
+            oracle.freeze(selector, names, owner)
         elif what == "thaw":
             ledger.thaw(selector, owner=owner)
-            oracle.holds[owner] -= names
-            oracle.rules[owner].append((selector, False))
+            oracle.thaw(selector, names, owner)
         elif what == "scale":
             ledger.scale(selector, factor, owner=owner)
-            oracle.scales[owner].update(dict.fromkeys(names, factor))
+            oracle.scale(names, factor, owner)
         elif what == "set_lr":
             ledger.set_lr(selector, None if flag else factor, owner="a")
-            put(oracle.rates, names, None if flag else factor)
+            oracle.set_lr(names, None if flag else factor)
         elif what == "set_options":
             ledger.set_options(selector, weight_decay=None if flag else factor, owner="b")
-            put(oracle.decays, names, None if flag else factor)
+            oracle.set_options(names, weight_decay=None if flag else factor)
         elif what == "set_schedule":
             ledger.set_schedule(selector, None if flag else linear(factor), span="7ba", owner="c")
-            put(oracle.courses, names, None if flag else (factor, ledger.clock.batch))
+            oracle.set_schedule(names, None if flag else partial(course, factor, ledger.clock.batch))
         elif what == "attach":
             weights = [name for name in ledger.parameters if name.endswith(".weight")]
             module = weights[pick % len(weights)].rpartition(".")[0]
@@ -156,11 +106,14 @@ def test_random_operations_agree_with_the_oracle(model: str, optimizer: str, pla
                     ledger.attach(module, "gain", owner=owner)
             else:
                 ledger.attach(module, "gain", owner=owner, size=3)
-                enroll(oracle, ledger, module, owner)
+                # [(is_matrix, Muon), ('*', AdamW)] sends a vector to AdamW, wherever it stands.
+                two = len(ledger.optimizers) == 2
+                flat = next((each for each, lr in oracle.base.items() if lr == 0.01), None) if two else None
+                oracle.attach(ledger, module, "gain", owner, base_lr=0.01 if two else None, like=flat)
         elif what == "detach" and oracle.attached:
             module = sorted(oracle.attached)[pick % len(oracle.attached)]
             ledger.detach(module, "gain", owner=oracle.attached.pop(module))
-            forget(oracle, f"{module}.gain", list(ledger.parameters))
+            oracle.detach(ledger, f"{module}.gain")
         elif what == "step":
             frozen = {name: ledger.parameters[name].detach().clone() for name in ledger.frozen}
             ledger.apply_lr(clock)
@@ -177,48 +130,8 @@ def test_random_operations_agree_with_the_oracle(model: str, optimizer: str, pla
         for group in ledger.groups:
             for name in group.parameters:
                 assert group.lr == pytest.approx(oracle.lr(name, progress, ledger.clock.batch), rel=1e-12)
-                assert group.options["weight_decay"] == oracle.decays.get(name, oracle.given[name])
+                assert group.options["weight_decay"] == oracle.option(name, "weight_decay")
         assert {n: (id(p), p.data_ptr()) for n, p in ledger.parameters.items() if n in storage} == storage
-
-
-def put(table: dict[str, Any], names: set[str], value: Any) -> None:
-    """Set a value for names, or with None take it back."""
-    for name in names:
-        table[name] = value
-        if value is None:
-            del table[name]
-
-
-def enroll(oracle: Oracle, ledger: ParameterLedger, module: str, owner: str) -> None:
-    """Tell the oracle of an attached parameter: rates of its neighbor, holds by others' patterns."""
-    name, beside = f"{module}.gain", f"{module}.weight"
-    beside = ledger.select(beside)[0]
-    oracle.attached[module] = owner
-    oracle.names = list(ledger.parameters)
-    name = ledger.select(name)[0]
-    # [(is_matrix, Muon), ('*', AdamW)] sends a vector to AdamW, wherever it stands.
-    oracle.base[name] = 0.01 if len(ledger.optimizers) == 2 else oracle.base[beside]
-    for mine in oracle.scales.values():
-        if beside in mine:
-            mine[name] = mine[beside]
-    flat = next((each for each, lr in oracle.base.items() if lr == 0.01), beside)  # AdamW's, beside Muon
-    oracle.given[name] = oracle.given[flat if len(ledger.optimizers) == 2 else beside]
-    for table in (oracle.rates, oracle.decays, oracle.courses):
-        if beside in table:
-            table[name] = table[beside]  # type: ignore[assignment]
-    for other, rules in oracle.rules.items():
-        wishes = [held for selector, held in rules if covered(selector, name, ledger)]
-        if other != owner and wishes and wishes[-1]:
-            oracle.holds[other].add(name)
-
-
-def forget(oracle: Oracle, name: str, names: list[str]) -> None:
-    """Tell the oracle that a parameter is gone."""
-    oracle.names = names
-    for table in (*oracle.holds.values(),):
-        table.discard(name)
-    for settings_ in (*oracle.scales.values(), oracle.rates, oracle.decays, oracle.courses):
-        settings_.pop(name, None)  # type: ignore[attr-defined]
 
 
 wishes = st.lists(
@@ -640,7 +553,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_train_does_not_undo_it() -> 
     ledger = ParameterLedger(net, partial(torch.optim.SGD, lr=0.1))
     ledger.freeze("blocks[0]", owner="me")
     net.train()
-    ledger.sync_modes()
+    ledger.begin_batch(ledger.clock)
     before = net[1].running_mean.clone()
     net(torch.randn(4, 1, 8, 8))
     assert torch.equal(net[1].running_mean, before)
@@ -648,7 +561,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_train_does_not_undo_it() -> 
     ledger.thaw("blocks[0]", owner="me")
     assert net[1].training
     net.eval()
-    ledger.sync_modes()
+    ledger.begin_batch(ledger.clock)
     assert not net[4].training
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -44,6 +45,7 @@ from thawline.engine import (
     wsd,
 )
 from thawline.engine.schedules import as_schedule, schedule_from_description
+from thawline.engine.settings import bound_schedule
 
 STEPS = 40
 
@@ -532,3 +534,28 @@ def test_a_warmup_that_does_not_end_within_the_fit_warns(length: Any, unit: str)
     with pytest.warns(ThawlineWarning, match=rf"warmup\('{unit}'\) is not over .*warmup\('0.1dur'\)") as said:
         trainer.fit(torch.nn.Linear(4, 1), batches, duration="3ep")
     assert [each.filename for each in said] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("nested", "around"),
+    [
+        (lambda: join([warmup("2ep"), cosine()], [0.5]), "join"),
+        (lambda: join([cosine(), warmup("1ep")], ["3ep"]), "join"),
+        (lambda: repeat(warmup("1ep"), "1ep", growth=2), "repeat"),
+        (lambda: warmup("3ep", then=warmup("1ep")), "warmup"),
+        (lambda: join([repeat(warmup("10ba"), 0.5), linear()], ["2ep"]), "repeat"),
+        (lambda: join([warmup("1ep"), cosine()], ["2ep"]), ""),
+        (lambda: join([cosine(), warmup("9ba")], ["3ep"]), ""),
+        (lambda: repeat(warmup("1ep"), "2ep"), ""),
+        (lambda: warmup("2ep", then=warmup("1ep")), ""),
+        (lambda: join([cosine(), warmup("9ep")], ["9ep"]), ""),
+    ],
+)
+def test_a_warmup_that_does_not_end_within_its_part_warns(nested: Any, around: str) -> None:
+    """Of four epochs of ten batches; exactly where the factor of its part never comes to the top. What never begins is no matter."""
+    schedule = nested()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bound_schedule(schedule, Time("4ep"), 10)
+    assert len(caught) == bool(around)
+    assert not around or f"is not over when its part of {around}(…) ends" in str(caught[0].message)

@@ -169,6 +169,7 @@ def test_rates_of_a_round_are_not_carried_into_the_next() -> None:
     assert [seen[0], seen[1], seen[3], seen[4]] == [head, both, head, both]
 
 
+@pytest.mark.filterwarnings("ignore:.*is not over when the fit ends:thawline.engine.errors.ThawlineWarning")
 def test_a_warmup_of_one_round_does_not_reach_into_the_next() -> None:
     """Round two begins as round one did: the head at its whole rate, or with the warmup of the first phase."""
     last = Phase(thaw="head", freeze="stem", warmup="4ep", until=1)
@@ -301,6 +302,14 @@ def test_the_trainable_set_is_a_function_of_schedule_and_clock(
         warnings.simplefilter("ignore", ThawlineWarning)
         rows = timeline(schedule(*phases, repeat=repeat), duration=epochs, batches=batches)
     assert [pytest.approx(row, rel=1e-14) for row in rows] == simulated(phases, repeat, batches, epochs)
+
+
+def test_boundaries_in_mixed_units_follow_one_another() -> None:
+    """Of 60 batches, 12 an epoch: an epoch, ten batches, a tenth of the fit, and 40 samples of 8."""
+    times = ["1ep", "10ba", "0.1dur", "40sp", None]
+    thaw = schedule(*(Phase(thaw=each, until=time) for each, time in zip(LAYERS, times, strict=True)))
+    rows = timeline(thaw, duration=5, batches=12)
+    assert [batch for batch in range(1, 60) if len(rows[batch]) > len(rows[batch - 1])] == [12, 12 + 10, 22 + 6, 28 + 5]
 
 
 @settings(max_examples=80)
@@ -527,6 +536,37 @@ def test_at_the_fits_end_model_metrics_and_checkpoint_agree(
     assert losses[8 if batch == 8 else 7][-1] == pytest.approx(loss, rel=1e-5)
     assert result.last is not None
     assert same_weights(read_checkpoint(result.last)["model"], weights(model))
+
+
+class StopAt(Algorithm):
+    """Stops the fit at the end of an epoch."""
+
+    events = frozenset({Event.EPOCH_END})
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def apply(self, event: Event, state: State) -> None:
+        if state.clock.epoch == self.epoch:
+            state.stop("enough")
+
+
+@pytest.mark.parametrize("stop", [EarlyStop("train/loss", patience=1, min_delta=99.0), StopAt(2)])
+@pytest.mark.parametrize("first", [False, True])
+def test_what_another_algorithm_stops_at_an_epochs_end_is_in_the_last_checkpoint(
+    stop: Algorithm, first: bool, tmp_path: Path
+) -> None:
+    """In either order of the list: model, metrics and the last checkpoint are those of the best evaluation."""
+    script = Script(VALUES)
+    thaw = schedule(Phase(thaw=("head", "blocks"), restore="best", restore_monitor="eval/score"))
+    model, result = fit(script, *((stop, thaw) if first else (thaw, stop)), folder=tmp_path)
+    assert result.clock.batch == 8
+    assert same_weights(weights(model), script.evaluated[4])
+    assert result.last is not None
+    assert same_weights(read_checkpoint(result.last)["model"], weights(model))
+    inputs, targets = (torch.cat(each) for each in zip(*loader(seed=1), strict=True))
+    with torch.no_grad():
+        assert result.metrics["eval/loss"] == pytest.approx(cross_entropy(model(inputs), targets).item(), rel=1e-5)
 
 
 class Evaluations(Algorithm):
@@ -779,6 +819,28 @@ def test_phases_that_never_begin_are_reported(untils: tuple[str, str], batches: 
         Loop([thaw], duration="4ep", batches=batches)
     assert [each.category for each in caught] == [ThawlineWarning] * bool(names)
     assert not names or f"{len(names)} phases never begin: {', '.join(map(repr, names))}." in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("warmups", "names"),
+    [
+        (("4ep", None), ["phase 1"]),
+        (("19ba", "10ba"), ["phase 2"]),
+        (("19ba", "9ba"), []),
+        (("9999ba", "0.5dur"), ["phase 1", "phase 2"]),
+        (("0.9dur", "0.4dur"), []),
+        (("99sp", None), []),
+    ],
+)
+def test_warmups_that_outlast_the_fit_are_reported(warmups: tuple[str, str | None], names: list[str]) -> None:
+    """Phases begin at batches 0 and 10 of 20; what thaws goes on rising in later phases."""
+    first, second = warmups
+    thaw = silently(Phase(thaw="head", warmup=first, until="10ba"), Phase(thaw="stem", warmup=second))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Loop([thaw], duration="4ep", batches=5)
+    assert [each.category for each in caught] == [ThawlineWarning] * bool(names)
+    assert not names or f"the warmup of {', '.join(map(repr, names))} is not over" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("monitor", ["eval/lose", "train/lose"])

@@ -878,6 +878,76 @@ def test_a_monitor_of_the_users_own_is_missed_at_the_first_save_after_an_evaluat
     assert (result.best, result.last) == (None, tmp_path / "ba00000012")
 
 
+class Waits(Algorithm):
+    """Waits for a metric, as an algorithm of the user's may."""
+
+    events = frozenset({Event.BATCH_END})
+
+    def __init__(self, monitor: str) -> None:
+        self.monitor = monitor
+
+    def apply(self, event: Event, state: State) -> None:
+        if state.metrics.get(self.monitor, 0.0) < 0:
+            state.stop("below zero")
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+@pytest.mark.parametrize(
+    ("monitor", "nearest"), [("train/los", "train/loss"), ("lr/haed", "lr/head"), ("val_loss", "eval/loss")]
+)
+def test_what_a_users_algorithm_waits_for_in_vain_is_said_after_the_first_epoch(
+    monitor: str, nearest: str, evaluated: bool
+) -> None:
+    """Once, with the nearest of what was logged, whatever other algorithms there are."""
+    with pytest.warns(ThawlineWarning) as caught:
+        Trainer_(algorithms=[Waits(monitor), Watch([])]).fit(
+            mlp(), loader(), loader() if evaluated else None, duration=3
+        )
+    (warning,) = caught
+    assert f"nobody logged {monitor!r}" in str(warning.message)
+    if evaluated or not nearest.startswith("eval/"):
+        assert f"Write: Waits(monitor={nearest!r})" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_what_comes_with_a_late_first_evaluation_is_waited_for() -> None:
+    """Nothing is said of a metric that is there by then."""
+    trainer = Trainer_(algorithms=[Waits("eval/accuracy")], eval_every="2ep", metrics={"accuracy": lambda *_: 0.5})
+    trainer.fit(mlp(), loader(), loader(), duration=3)
+
+
+class Late(nn.Module):
+    """Makes a parameter, and a module, in its first forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "head"):
+            self.head = nn.Linear(4, 3)
+            self.scale = nn.Parameter(torch.ones(4))
+        return self.head(self.body(x) * self.scale)
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_parameters_that_the_first_forward_makes_are_named(ready: bool) -> None:
+    """They will not train, which is said once; with one forward before the fit they do."""
+    model = Late()
+    if ready:
+        model(torch.zeros(1, 4))
+        Trainer_().fit(model, loader(), duration=2)
+        assert not torch.equal(model.scale, torch.ones(4))
+        return
+    with pytest.warns(ThawlineWarning) as caught:
+        Trainer_(log_every="1ba").fit(model, loader(), duration=2)
+    (warning,) = caught
+    assert "scale, head.weight, head.bias of Late" in str(warning.message)
+    assert "model(inputs); trainer.fit(model" in str(warning.message)
+    assert warning.filename == __file__
+    assert torch.equal(model.scale, torch.ones(4))
+
+
 def test_metrics_without_evaluation_data_warn() -> None:
     """They would never be measured; the warning points at the call of fit."""
     trainer = Trainer_(metrics={"accuracy": lambda outputs, targets: 0.5})

@@ -1,0 +1,365 @@
+"""Rows of tensors by sample id, in memory or in memory-mapped files, under a budget."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from array import array
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+Ids: TypeAlias = Sequence[int]
+_FIRST_CAPACITY = 64
+
+
+@attrs.frozen
+class Leaf:
+    """What a tensor of a batch was like, apart from its number of samples.
+
+    Args:
+        shape: Shape of one sample.
+        dtype: Type of its numbers.
+        device: Where it lay.
+        order: Its dimensions from the widest stride to the narrowest: kernels may round differently by layout.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    order: tuple[int, ...]
+    straight: bool = attrs.field(init=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "straight", self.order == tuple(range(len(self.order))))
+
+    @classmethod
+    def of(cls, batch: Tensor) -> Leaf:
+        """Describe a tensor."""
+        order = tuple(sorted(range(batch.ndim), key=batch.stride, reverse=True))
+        return cls(tuple(batch.shape[1:]), batch.dtype, batch.device, order)
+
+    def made_of(self, rows: Tensor) -> Tensor:
+        """Return the rows as such a tensor."""
+        batch = rows if rows.dtype == self.dtype and rows.device == self.device else rows.to(self.device, self.dtype)
+        if self.straight:
+            return batch
+        inverse = sorted(range(batch.ndim), key=self.order.__getitem__)
+        return batch.permute(self.order).contiguous().permute(inverse)
+
+
+class Column:
+    """One tensor of every sample, one below the other, in memory or in a file of its own."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> None:
+        self._shape, self._dtype, self._path = shape, dtype, path
+        self._bytes = np.empty(0, dtype=np.uint8)
+        self.rows = torch.empty((0, *shape), dtype=dtype)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample."""
+        return self._dtype.itemsize * torch.Size(self._shape).numel()
+
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` samples, without a second copy of those that are there.
+
+        Raises:
+            OSError: The disk is full.
+            MemoryError: Memory is.
+        """
+        size = capacity * self.row_bytes
+        if not size:
+            self.rows = torch.empty((capacity, *self._shape), dtype=self._dtype)
+            return
+        if self._path is None:
+            self.rows = self.rows[:0].clone()  # nothing else looks at the bytes, which may move
+            self._bytes.resize(size, refcheck=False)
+            flat = torch.from_numpy(self._bytes).view(self._dtype)
+        else:
+            # Reserved first: writing to a mapped page for which the disk has no room kills the process.
+            with self._path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+            numel = capacity * torch.Size(self._shape).numel()
+            flat = torch.from_file(str(self._path), shared=True, size=numel, dtype=self._dtype)
+        self.rows = flat.view(capacity, *self._shape)
+
+
+@attrs.define(eq=False)
+class Table:
+    """The samples whose tensors have equal shapes.
+
+    Args:
+        leaves: What the tensors of a batch of them were like.
+        columns: One for each.
+    """
+
+    leaves: tuple[Leaf, ...]
+    columns: list[Column]
+    used: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample."""
+        return sum(each.row_bytes for each in self.columns)
+
+    @property
+    def capacity(self) -> int:
+        """For how many samples there is room."""
+        return len(self.columns[0].rows)
+
+    def append(self, rows: Sequence[Tensor], *, at_most: int) -> None:
+        """Add samples below the others; never make room for more than ``at_most`` in all."""
+        count = len(rows[0])
+        if self.used + count > self.capacity:
+            capacity = min(max(2 * self.capacity, self.used + count, _FIRST_CAPACITY), at_most)
+            for column in self.columns:
+                column.grow(capacity)
+        for column, row in zip(self.columns, rows, strict=True):
+            column.rows[self.used : self.used + count] = row
+        self.used += count
+
+
+@attrs.define
+class Kind:
+    """What is known of all rows from batches of one signature: their table, and whether all padding stands at the end."""
+
+    table: int
+    right: bool = True
+
+
+@attrs.define(eq=False)
+class RowStore:
+    """Rows of tensors by sample id.
+
+    Rows are kept with the *signature* of the batch they come from. A batch of another signature is made of them where one
+    like it was seen before: each row is trimmed, or padded with zeros, at the end of each dimension.
+
+    Args:
+        budget: The most bytes it takes, reserved ones included.
+        folder: Where files go; None keeps rows in memory.
+        narrow: Whether wider floating-point numbers are stored as bfloat16.
+
+    Example:
+        >>> store = RowStore(budget=1000)
+        >>> store.add([7, 3], "long", [torch.tensor([[1.0, 2.0], [3.0, 4.0]])])
+        True
+        >>> store.rows([3, 7, 3], "long")
+        [tensor([[3., 4.],
+                [1., 2.],
+                [3., 4.]])]
+    """
+
+    budget: int
+    folder: Path | None = None
+    narrow: bool = False
+    full: bool = attrs.field(default=False, init=False)
+    _tables: list[Table] = attrs.field(factory=list, init=False)
+    _kinds: dict[Hashable, Kind] = attrs.field(factory=dict, init=False)
+    _numbers: dict[int, int] = attrs.field(factory=dict, init=False)
+    # By number: the place among the signatures, and the row in the table.
+    _kind_of: array[int] = attrs.field(factory=lambda: array("l"), init=False)
+    _row_of: array[int] = attrs.field(factory=lambda: array("l"), init=False)
+    # By sample: its number, or -1; empty where their ids lie far apart, None where samples have come since.
+    _lookup: np.ndarray[Any, Any] | None = attrs.field(default=None, init=False)
+    _directory: tempfile.TemporaryDirectory[str] | None = attrs.field(default=None, init=False)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the rows take."""
+        return sum(each.used * each.row_bytes for each in self._tables)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of memory or disk that are taken."""
+        return sum(each.capacity * each.row_bytes for each in self._tables)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the first tensor, where all have one shape."""
+        return self._tables[0].columns[0].row_bytes
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rows have one shape, and none depends on how far its batch was padded."""
+        return len(self._tables) == 1 and (len(self._kinds) == 1 or all(each.right for each in self._kinds.values()))
+
+    def has(self, ids: Ids) -> bool:
+        """Return whether all of the samples are there."""
+        return all(map(self._numbers.__contains__, ids))
+
+    def alike(self, ids: Ids, signature: Hashable) -> bool:
+        """Return whether all of the samples, which are there, come from batches of that signature."""
+        if len(self._kinds) == 1:
+            return signature in self._kinds
+        kind = next((place for place, each in enumerate(self._kinds) if each == signature), -1)
+        return all(self._kind_of[self._numbers[each]] == kind for each in ids)
+
+    def fits(self, ids: Ids, signature: Hashable) -> bool:
+        """Return whether the samples, which are there, can be trimmed and padded into a batch of that signature."""
+        if signature not in self._kinds:
+            return False
+        kinds, own = list(self._kinds.values()), self._tables[self._kinds[signature].table]
+        theirs = (kinds[place] for place in {self._kind_of[self._numbers[each]] for each in ids})
+        return all(kind.right and _like(self._tables[kind.table].leaves, own.leaves) for kind in theirs)
+
+    def take(self, ids: Iterable[int], samples: int, count: int) -> list[Tensor] | None:
+        """Return the first ``count`` tensors, with one row a sample, in as little time as can be.
+
+        Args:
+            ids: The samples.
+            samples: How many they are.
+            count: How many tensors.
+
+        Returns:
+            None where a sample is missing, or the rows differ in shape.
+        """
+        if len(self._tables) != 1:
+            return None
+        rows = self._found(np.fromiter(ids, np.int64, samples))
+        if rows is None:
+            return None
+        (table,), index = self._tables, torch.from_numpy(rows)
+        pairs = zip(table.leaves[:count], table.columns, strict=False)
+        return [leaf.made_of(column.rows.index_select(0, index)) for leaf, column in pairs]
+
+    def _found(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """Return the samples' numbers, which with one table are their rows; None where one is missing."""
+        numbers, lookup = self._numbers, self._lookup
+        if lookup is None:
+            dense = bool(numbers) and min(numbers) >= 0 and max(numbers) < 4 * len(numbers)
+            self._lookup = lookup = np.full(max(numbers) + 1 if dense else 0, -1, np.int64)
+            if dense:
+                lookup[list(numbers)] = list(numbers.values())
+        if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= len(lookup):
+            rows = np.array([numbers.get(each, -1) for each in ids.tolist()], np.int64)
+        else:
+            rows = lookup[ids]
+        return rows if (rows >= 0).all() else None
+
+    def add(
+        self, ids: Ids, signature: Hashable, batch: Sequence[Tensor], *, right: bool = False, exact: int = 0
+    ) -> bool:
+        """Add the samples that are not there yet.
+
+        Args:
+            ids: The samples.
+            signature: Of the batch.
+            batch: Tensors with one row a sample.
+            right: Whether padding stands at the end of each row.
+            exact: How many of the tensors, the last ones, are not narrowed.
+
+        Returns:
+            Whether there was room.
+
+        Raises:
+            ValueError: Samples of that signature had other shapes before.
+        """
+        new = {each: place for place, each in enumerate(ids) if each not in self._numbers}
+        if not new or self.full:
+            return not new
+        kind = self._kind(signature, tuple(map(Leaf.of, batch)), exact)
+        kind.right &= right
+        table = self._tables[kind.table]
+        others = self.reserved - table.capacity * table.row_bytes
+        at_most = (self.budget - others) // max(table.row_bytes, 1)
+        if table.used + len(new) > at_most:
+            self.full = True
+            return False
+        places = list(new.values())
+        rows = [each.detach() if len(new) == len(each) else each.detach()[places] for each in batch]
+        try:
+            table.append(rows, at_most=at_most)
+        except (OSError, MemoryError):
+            self.full = True
+            return False
+        self._lookup = None
+        place = list(self._kinds).index(signature)
+        for row, each in enumerate(new, start=table.used - len(new)):
+            self._numbers[each] = len(self._row_of)
+            self._kind_of.append(place)
+            self._row_of.append(row)
+        return True
+
+    def rows(self, ids: Ids, signature: Hashable) -> list[Tensor]:
+        """Return tensors with one row a sample, as in a batch of that signature."""
+        numbers = [self._numbers[each] for each in ids]
+        kinds, own = list(self._kinds.values()), self._kinds[signature].table
+        leaves = self._tables[own].leaves
+        rows = torch.tensor([self._row_of[each] for each in numbers])
+        places: dict[int, list[int]] = {}  # by table
+        for place, each in enumerate(numbers):
+            places.setdefault(kinds[self._kind_of[each]].table, []).append(place)
+        if list(places) == [own]:
+            parts = [column.rows.index_select(0, rows) for column in self._tables[own].columns]
+        else:
+            parts = [torch.zeros((len(ids), *leaf.shape), dtype=leaf.dtype) for leaf in leaves]
+            for table, targets in places.items():
+                index = torch.tensor(targets)
+                for part, column in zip(parts, self._tables[table].columns, strict=True):
+                    _put(part, index, column.rows.index_select(0, rows[index]))
+        return [leaf.made_of(part) for leaf, part in zip(leaves, parts, strict=True)]
+
+    def close(self) -> None:
+        """Forget everything, and remove the files."""
+        self._tables, self._kinds, self._numbers = [], {}, {}
+        self._lookup = None
+        self._kind_of, self._row_of = array("l"), array("l")
+        if self._directory is not None:
+            self._directory.cleanup()
+            self._directory = None
+
+    def _kind(self, signature: Hashable, leaves: tuple[Leaf, ...], exact: int) -> Kind:
+        """Return what is known of a signature; for a new one, find its table or make one."""
+        kind = self._kinds.get(signature)
+        if kind is None:
+            found = (place for place, each in enumerate(self._tables) if each.leaves == leaves)
+            number = next(found, len(self._tables))
+            if number == len(self._tables):
+                self._tables.append(self._table(leaves, exact))
+            kind = self._kinds[signature] = Kind(number)
+        elif [each.shape for each in self._tables[kind.table].leaves] != [each.shape for each in leaves]:
+            raise ValueError(f"samples of one shape had {self._tables[kind.table].leaves} and have {leaves}")
+        return kind
+
+    def _table(self, leaves: tuple[Leaf, ...], exact: int) -> Table:
+        if self.folder is not None and self._directory is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._directory = tempfile.TemporaryDirectory(prefix="prefix-cache-", dir=self.folder)
+        columns = []
+        for number, leaf in enumerate(leaves):
+            wide = leaf.dtype.is_floating_point and leaf.dtype.itemsize > 2
+            narrow = self.narrow and number < len(leaves) - exact and wide
+            path = None if self._directory is None else Path(self._directory.name, f"{len(self._tables)}-{number}")
+            columns.append(Column(leaf.shape, torch.bfloat16 if narrow else leaf.dtype, path))
+        return Table(leaves, columns)
+
+
+def _put(part: Tensor, index: Tensor, rows: Tensor) -> None:
+    """Write rows at places of the first dimension, trimmed or padded with zeros at the end of each other one."""
+    sizes = list(map(min, part.shape[1:], rows.shape[1:]))
+    whole = torch.zeros((len(index), *part.shape[1:]), dtype=part.dtype)
+    _cut(whole, sizes).copy_(_cut(rows, sizes))
+    part[index] = whole
+
+
+def _cut(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return so many of each dimension but the first, as a view."""
+    for dimension, size in enumerate(sizes, start=1):
+        rows = rows.narrow(dimension, 0, size)
+    return rows
+
+
+def _like(some: Sequence[Leaf], others: Sequence[Leaf]) -> bool:
+    """Return whether rows of one can be trimmed and padded into rows of the other."""
+    return all(
+        one.dtype == other.dtype and len(one.shape) == len(other.shape) for one, other in zip(some, others, strict=True)
+    )
