@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from .adapters import adapting
+from .distributed import distributed
 from .freezing import ledger, steps
 from .kernels import averaging, clipping
 from .large import large
@@ -31,4 +32,5 @@ FIGURES: dict[str, Figure] = {
     "adapters": adapters,
     "resuming": resuming,
     "large": large,
+    "distributed": distributed,
 }

@@ -4,6 +4,7 @@ from .algorithm import Algorithm, Stage, register, registered, registered_names
 from .batches import Unloaded
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
+from .distributed import Replicate
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
@@ -92,6 +93,7 @@ __all__ = [
     "ParameterLedger",
     "Plan",
     "RecompileError",
+    "Replicate",
     "RunDirError",
     "Schedule",
     "ScheduleError",

@@ -26,11 +26,13 @@ class Fetched(NamedTuple):
         batch: What the loader yields.
         sample_ids: What the sampler called its samples, where it is known and they are whole numbers.
         samples: How many samples it was made of.
+        whole: How many samples the batch has over all ranks.
     """
 
     batch: Any
     sample_ids: tuple[int, ...] | None
     samples: int
+    whole: int
 
 
 @define(eq=False, slots=True)
@@ -122,7 +124,24 @@ def split_batch(batch: Any, size: int) -> list[Any]:
     whole = batch_size_of(batch)
     if whole <= size:
         return [batch]
-    slices = [slice(start, min(start + size, whole)) for start in range(0, whole, size)]
+    return _parts(batch, whole, [slice(start, min(start + size, whole)) for start in range(0, whole, size)])
+
+
+def part_of_batch(batch: Any, start: int, end: int) -> Any:
+    """Return the samples from ``start`` up to ``end`` of a batch, as :func:`split_batch` cuts it.
+
+    Raises:
+        DataError: The batch has no size.
+
+    Example:
+        >>> part_of_batch((torch.arange(5), "a name"), 1, 3)
+        (tensor([1, 2]), 'a name')
+    """
+    whole = batch_size_of(batch)
+    return batch if (start, end) == (0, whole) else _parts(batch, whole, [slice(start, end)])[0]
+
+
+def _parts(batch: Any, whole: int, slices: Sequence[slice]) -> list[Any]:
     try:
         listed = isinstance(batch, (list, tuple)) and len(batch) == whole and not any(_holds(each) for each in batch)
         return [batch[part] if listed else _part(batch, whole, part, outermost=True) for part in slices]

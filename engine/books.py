@@ -230,6 +230,11 @@ class Books:
         for parameter in self._flat:
             parameter.grad = None
 
+    def put_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+        """Make tensors the gradients of parameters: what several ranks have added up."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
     def release(self) -> None:
         """Give ``requires_grad`` back as the user had it; what was attached stays and trains. Ends the ledger's work."""
         self.clear_gradients()

@@ -20,6 +20,7 @@ from .errors import CheckpointError, ThawlineError, warn, with_article
 from .precision import Precision
 from .pristine import Pristine
 from .resume import OnChange, changes_of, check_same_run, differences
+from .typing import Json
 
 SCHEMA = 1
 
@@ -239,8 +240,36 @@ def rng_state(model: nn.Module) -> dict[str, Any]:
     return state
 
 
+def plain_rng(state: Mapping[str, Any]) -> dict[str, Json]:
+    """Return what :func:`rng_state` returned as JSON, to be sent to another process."""
+    version, words, gauss = state["python"]
+    kind, keys, *rest = state["numpy"]
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": state["torch"].tolist(),
+        **({"cuda": [each.tolist() for each in state["cuda"]]} if "cuda" in state else {}),
+    }
+
+
+def rng_of(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Invert :func:`plain_rng`."""
+    version, words, gauss = plain["python"]
+    kind, keys, *rest = plain["numpy"]
+    state: dict[str, Any] = {
+        "python": (version, tuple(words), gauss),
+        "numpy": (kind, np.array(keys, dtype=np.uint32), *rest),
+        "torch": torch.tensor(plain["torch"], dtype=torch.uint8),
+    }
+    if "cuda" in plain:
+        state["cuda"] = [torch.tensor(each, dtype=torch.uint8) for each in plain["cuda"]]
+    return state
+
+
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Set the generators that :func:`rng_state` read."""
+    """Set the generators that :func:`rng_state` read; of an empty state none."""
+    if not state:
+        return
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002 - as above
     torch.set_rng_state(state["torch"])

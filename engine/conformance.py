@@ -31,6 +31,7 @@ from .endings import (
 )
 from .errors import ArgumentError, nearest
 from .promises import Check, ConformanceError
+from .ranked import stays_equal_on_two_ranks
 from .rehearsal import Rehearsal
 from .specimens import installed, specimen
 
@@ -52,6 +53,7 @@ CHECKS: dict[str, Check] = {
         takes_short_fits,
         trains_in_bf16,
         does_not_count_microbatches,
+        stays_equal_on_two_ranks,
     )
 }
 """Every check by name, in the order in which they run; a check's docstring is the promise."""
@@ -79,7 +81,8 @@ def check_algorithm(
         loader: Batches that fit the model, fewer than about ten; None is :func:`tiny_loader`.
         loss_fn: As the Trainer's.
         duration: Of the fits: long enough for the algorithm to act.
-        thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``.
+        thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``; and
+            train on two ranks, where processes can fork and the batches can be halved.
         seed: Of models, fits, and what is drawn.
         partners: Builders of what it is run beside; None is every installed algorithm.
         accumulates: False for an algorithm that claims no equal updates where batches are cut into microbatches.

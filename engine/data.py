@@ -33,6 +33,7 @@ from .keyed import Key, KeyedDataset, Keys, copied_dataset, keyed_loader
 from .log import get_logger
 from .order import copied_sampler, epoch_order, order_limits, tell_epoch
 from .randomness import Randomness, Stream, derive_seed
+from .shares import Share, check_shares
 from .stateful import StatefulSource, is_stateful
 from .workers import outliving
 
@@ -68,10 +69,13 @@ class ResumableLoader:
         seed: Seed of the run.
         argument: The argument the loader was passed as, for errors.
         accumulate: How many batches are fetched for a step; the state before them can be asked for until the next.
+        share: Which part of each batch is this rank's; None for the whole of it. A ``DataLoader`` over a map-style dataset
+            loads that part alone; of others the batch is loaded whole, on every rank, and cut.
 
     Raises:
         ArgumentError: It is not an iterable of batches.
         DataError: It says that it has no batches.
+        DistributedError: Its full batches cannot be shared evenly, or it shares its data out itself.
 
     Example:
         >>> dataset = torch.utils.data.TensorDataset(torch.arange(6))
@@ -83,14 +87,26 @@ class ResumableLoader:
         (3, True, ())
     """
 
-    def __init__(self, loader: Iterable[Any], *, seed: int, argument: str = _TRAIN, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        seed: int,
+        argument: str = _TRAIN,
+        accumulate: int = 1,
+        share: Share | None = None,
+    ) -> None:
         _check_loader(loader, argument)
         self._loader = loader
         self._name = argument.partition("(")[2].rstrip("=)") or argument
         self._length = _length(loader)
         if self._length == 0:
             raise self._empty()
-        self._source = _source(loader, seed, self._name, accumulate)
+        self._source = _source(loader, seed, self._name, accumulate, share)
+        self._share = None if isinstance(self._source, _MapSource) and self._source.loads_a_share else share
+        if share is not None:
+            size = next(iter(self._source.sizes(0) or ()), None)
+            check_shares(loader, size, share.world, self._name, even=argument == _TRAIN)
 
     @property
     def length(self) -> int | None:
@@ -129,6 +145,8 @@ class ResumableLoader:
             batches = source.unloaded(epoch, start, unloaded_for)
         else:
             batches = source.batches(epoch, start)
+        if self._share is not None:
+            batches = self._share.cut(batches)
         first = next(batches, None)
         if first is None and not start:
             raise self._empty()
@@ -182,14 +200,14 @@ class ResumableLoader:
 def gathered(
     fetched: Sequence[Fetched], accumulate: int, device: torch.device
 ) -> tuple[Any, tuple[int, ...] | None, int]:
-    """Return a step's batch on the device, or a list of them where it accumulates, its sample ids and its number of samples."""
+    """Return a step's batch on the device, or a list of them where it accumulates, its sample ids, and its samples over all ranks."""
     if accumulate == 1:
-        ((batch, sample_ids, samples),) = fetched
+        ((batch, sample_ids, _, samples),) = fetched
         return to_device(batch, device), sample_ids, samples
     batches = [to_device(each.batch, device) for each in fetched]
     ids = [each.sample_ids for each in fetched]
     known = None if None in ids else tuple(chain.from_iterable(each for each in ids if each is not None))
-    return batches, known, sum(each.samples for each in fetched)
+    return batches, known, sum(each.whole for each in fetched)
 
 
 # -- sources: how each kind of loader is read ------------------------------------------------------------------------------
@@ -207,13 +225,13 @@ class _Source(Protocol):
     def close(self) -> None: ...
 
 
-def _source(loader: Iterable[Any], seed: int, name: str, accumulate: int) -> _Source:
+def _source(loader: Iterable[Any], seed: int, name: str, accumulate: int, share: Share | None) -> _Source:
     if is_stateful(loader):
         return StatefulSource(loader, seed, name, accumulate)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
         kind = type(loader)
         if kind.__iter__ is DataLoader.__iter__ and kind._get_iterator is DataLoader._get_iterator:
-            return _MapSource(loader, seed)
+            return _MapSource(loader, seed, share)
     if isinstance(loader, Sequence):
         return _ListSource(loader)
     return _IterableSource(loader, seed, name)
@@ -230,7 +248,8 @@ class _ListSource:
     def batches(self, epoch: int, start: int) -> Iterator[Fetched]:  # noqa: ARG002 - the same in every epoch
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
-            yield Fetched(batch, None, samples_in(batch))
+            samples = samples_in(batch)
+            yield Fetched(batch, None, samples, samples)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         return map(samples_in, self._batches) if self._lie_ready else None
@@ -287,7 +306,8 @@ class _IterableSource:
             if start:
                 start -= 1
             else:
-                yield Fetched(batch, None, samples_in(batch))
+                samples = samples_in(batch)
+                yield Fetched(batch, None, samples, samples)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         size = self._loader.batch_size if isinstance(self._loader, DataLoader) else None
@@ -302,10 +322,11 @@ class _IterableSource:
 class _MapSource:
     """A DataLoader over a map-style dataset, read through a second one that is given keys instead of indices."""
 
-    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], seed: int, share: Share | None) -> None:
         self._loader = loader
         self._seed = seed
         self._batched = loader.batch_sampler is not None
+        self._share = share if self._batched else None  # a batch that the dataset yields as a whole is cut by others
         self._indices: Iterable[Any] = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self._keys = Keys()
         self._generator = torch.Generator()
@@ -331,17 +352,23 @@ class _MapSource:
 
         for batch in outliving(loader) if self._loader.num_workers else loader():
             indices = drawn.popleft()
-            ids = _sample_ids(indices)
+            own = indices if self._share is None else self._share.of(indices)
+            ids = _sample_ids(own)
             if self._batched:
-                yield Fetched(batch, ids, len(indices))
+                yield Fetched(batch, ids, len(own), len(indices))
             else:
                 samples = samples_in(batch)
-                yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples)
+                yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples, samples)
+
+    @property
+    def loads_a_share(self) -> bool:
+        """Whether it loads a rank's part of each batch alone."""
+        return self._share is not None
 
     @property
     def can_wait(self) -> bool:
-        """Whether batches can be loaded later and here: nobody has set up the workers for it."""
-        return self._batched and self._loader.worker_init_fn is None
+        """Whether batches can be loaded later and here: nobody has set up the workers for it, and they are not shared out."""
+        return self._batched and self._share is None and self._loader.worker_init_fn is None
 
     def unloaded(self, epoch: int, start: int, device: torch.device) -> Iterator[Fetched]:
         """Yield the batches unloaded; those whose samples have no whole numbers are loaded."""
@@ -350,9 +377,13 @@ class _MapSource:
             load = partial(self._load, epoch, drawn, device)
             ids = [known for each in drawn if (known := _sample_ids(each)) is not None]
             if len(ids) == len(drawn):  # made at once, which takes half the time
-                yield from [Fetched(Unloaded(ids, place, load), each, len(each)) for place, each in enumerate(ids)]
+                yield from [
+                    Fetched(Unloaded(ids, place, load), each, len(each), len(each)) for place, each in enumerate(ids)
+                ]
             else:
-                yield from (Fetched(load(place), _sample_ids(each), len(each)) for place, each in enumerate(drawn))
+                yield from (
+                    Fetched(load(place), _sample_ids(each), len(each), len(each)) for place, each in enumerate(drawn)
+                )
 
     def _load(self, epoch: int, drawn: Sequence[Any], device: torch.device, place: int) -> Any:
         return to_device(self._dataset[Key(epoch, drawn[place])], device)
@@ -386,7 +417,7 @@ class _MapSource:
     def _draw(self, epoch: int, order: Iterable[Any], drawn: deque[Any]) -> Iterator[Key]:
         for indices in order:
             drawn.append(indices)
-            yield Key(epoch, indices)
+            yield Key(epoch, indices if self._share is None else self._share.taken(indices))
 
 
 # -- checks and counts -----------------------------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Engine:
             counts[name] = counts.get(name, 0) + 1
             each.owner = name if counts[name] == 1 else f"{name}#{counts[name]}"
         self._handlers: dict[Event, tuple[Handler, ...]] = {}
+        self._listeners: dict[Event, Handler] = {}
         self.heard: frozenset[Event] = frozenset()
         self._authors: dict[Handler, Algorithm] = {}
         self.compile()
@@ -90,10 +91,17 @@ class Engine:
             handlers = [self._handler(each) for each in listening]
             if event is Event.BATCH_START:
                 handlers.append(_begin_batch)
+            if event in self._listeners:
+                handlers.append(self._listeners[event])
             if self.debug and event is not Event.FIT_ABORT:
                 handlers.insert(0, self._look)
             self._handlers[event] = tuple(handlers)
         self.heard = frozenset(event for event, handlers in self._handlers.items() if handlers)
+
+    def listen(self, listeners: Mapping[Event, Handler]) -> None:
+        """Call a function of the loop's own at each of these events, after all algorithms."""
+        self._listeners = dict(listeners)
+        self.compile()
 
     def emit(self, event: Event) -> None:
         """Tell everybody who subscribed to ``event``, in order.

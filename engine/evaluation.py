@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import ResumableLoader, batch_size_of, to_device
+from .distributed import Team
 from .errors import DataError
 from .events import Event
 from .forward import Forward, predictions, targets_of
@@ -24,6 +25,7 @@ def evaluate(
     precision: Precision,
     device: torch.device,
     emit: Callable[..., None] | None = None,
+    team: Team | None = None,
 ) -> dict[str, float]:
     """Return loss and metrics over ``loader``, each under ``"eval/"``; the model's mode is put back.
 
@@ -35,11 +37,12 @@ def evaluate(
         precision: Autocast of the forward pass.
         device: Where batches go.
         emit: Called as ``emit(event, microbatch=…, outputs=…, loss=…)`` around each batch.
+        team: The ranks, each with its share of every batch; the values are then those over all of them.
 
     Raises:
         DataError: The loader yields nothing, or batches without the targets that ``loss_fn`` or a metric needs.
     """
-    meters = Meters(metrics)
+    meters = Meters(metrics, team=team)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     seen = False
@@ -56,7 +59,9 @@ def evaluate(
                 value, weight = None if loss is None else float(loss), forward.weight(model, batch)
                 if value is not None and weight and forward.criterion.reduction == "sum":
                     value /= weight
-                samples = fetched.samples or batch_size_of(batch)
+                samples = fetched.samples if team is not None else fetched.samples or batch_size_of(batch)
+                if not samples and team is not None:  # of a batch with fewer samples than ranks, this one has none
+                    value, weight = None, 0.0
                 meters.update(predictions(outputs), targets_of(batch), loss=value, weight=weight, samples=samples)
                 if emit is not None:
                     emit(Event.EVAL_BATCH_END, microbatch=batch, outputs=outputs, loss=loss)

@@ -251,22 +251,24 @@ class ParameterLedger(Rates):
                 "the model's parameters were exchanged behind the ledger. Write ledger.attach(module, op, owner=...)."
             )
 
-    def digest(self) -> str:
-        """Return a hash of what trains, in which groups, at which rates, and of what is attached; the same on all ranks."""
-        facts = [
-            [name, list(each.shape), str(each.dtype), each.requires_grad, name in self._trainable]
+    def facts(self) -> dict[str, Json]:
+        """Return by name what trains, in which groups, at which rates, who holds what, and what is attached: plain JSON."""
+        facts: dict[str, Any] = {
+            name: [list(each.shape), str(each.dtype), each.requires_grad, name in self._trainable]
             for name, each in self._parameters.items()
-        ]
-        groups = [
-            [
-                *(slot.home.index, self._members[slot], None if slot.base_lr is None else float(group["lr"])),
-                *(slot.scale, slot.set_options),
-            ]
-            for slot, group in self._live.items()
-        ]
-        journal = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
-        holds = {owner: sorted(mine) for owner, mine in self._holds.held.items()}
-        text = json.dumps([facts, groups, journal, holds], sort_keys=True)
+        }
+        for number, (slot, group) in enumerate(self._live.items()):
+            lr = None if slot.base_lr is None else float(group["lr"])
+            values = [slot.home.index, self._members[slot], lr, slot.scale, slot.set_options]
+            facts[f"group {number}"] = values
+        for owner, mine in self._holds.held.items():
+            facts[f"held by {owner}"] = sorted(mine)
+        facts["attached"] = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
+        return facts
+
+    def digest(self) -> str:
+        """Return a hash of :meth:`facts`; the same on all ranks."""
+        text = json.dumps(self.facts(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @override

@@ -6,14 +6,17 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Generator, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Literal, TypeAlias
 
 from attrs import field, frozen
 from typing_extensions import override
 
-from .errors import ArgumentError
+from .errors import ArgumentError, ThawlineWarning
 
 if TYPE_CHECKING:
     from structlog.typing import Processor
@@ -30,6 +33,20 @@ LEVELS: dict[Level, int] = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+
+_least: ContextVar[int] = ContextVar("least", default=logging.NOTSET)
+
+
+@contextmanager
+def only_errors() -> Generator[None]:
+    """Log nothing but errors inside, and warn of nothing: another process of the same fit says the rest."""
+    token = _least.set(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ThawlineWarning)
+            yield
+    finally:
+        _least.reset(token)
 
 
 @frozen
@@ -77,6 +94,8 @@ class Log:
         self._emit("error", event, {"exc_info": True, **fields})
 
     def _emit(self, level: Level, event: str, fields: Mapping[str, object]) -> None:
+        if LEVELS[level] < _least.get():
+            return
         merged = {**self.fields, **fields}
         structlog = sys.modules.get("structlog")
         if structlog is not None and structlog.is_configured() and not logging.getLogger(ROOT).handlers:

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from .log import get_logger
 from .state import State
 
 log = get_logger(__name__)
+# A part of a batch, what it counts, and the ids of its samples where all are known.
+Part: TypeAlias = tuple[Any, float, tuple[int, ...] | None]
 
 # torch's allocators say it in these words, cuBLAS and cuDNN in the last.
 _WORDS = re.compile(r"out of memory|not enough memory|can't allocate memory|ALLOC_FAILED", re.IGNORECASE)
@@ -44,39 +46,74 @@ class Microbatches:
         forward: Weighs a microbatch.
         size: Samples of a microbatch; None: the whole batch.
         accumulate: Loader batches of a step.
+
+    Attributes:
+        total: What the batch's loss is a mean over on all ranks together; None where this process is alone.
+        world: How many ranks there are.
+        count: Microbatches of the last batch; only with several ranks.
     """
 
     forward: Forward
     size: int | None
     accumulate: int = 1
     whole: bool = field(init=False)
+    total: float | None = field(default=None, init=False)
+    world: int = field(default=1, init=False)
+    count: int = field(default=0, init=False)
+    _own: Sequence[int] = field(default=(), init=False)
+    _weighed: list[Part] | None = field(default=None, init=False)
     _warned: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
         self.whole = self.accumulate == 1 and self.size is None
 
-    def of(self, state: State) -> list[tuple[Any, float, tuple[int, ...] | None]]:
-        """Return the microbatches of ``state.batch``, and the ids of their samples where all are known.
+    def of(self, state: State) -> list[Part]:
+        """Return the microbatches of ``state.batch``, their shares of the loss, and the ids of their samples where all are known.
 
         Those whose labels are all ignored are left out.
         """
-        batch = state.batch
         if self.whole:
-            return [(batch, 1.0, state.sample_ids)]
-        batches = [batch] if self.accumulate == 1 else list(batch)
-        parts = batches if self.size is None else [part for each in batches for part in split_batch(each, self.size)]
+            return [(state.batch, 1.0, state.sample_ids)]
+        said = self._said(state) if self._weighed is None else self._weighed
+        total = sum(weight for _, weight, _ in said) if self.total is None else self.total
+        parts = [(part, weight / total, ids) for part, weight, ids in said] if total else []
+        if not total:
+            parts = [(self._parts(state)[0], 1.0 / self.world, None)]
+        self.count = len(parts)
+        return parts
+
+    def weigh(self, state: State, own: Sequence[int]) -> float:
+        """Return what this rank's share of the batch counts.
+
+        Args:
+            state: With the batch.
+            own: How many samples of each loader batch are this rank's; of one with none the batch is a stand-in.
+        """
+        self._own, self.whole = own, False
+        self._weighed = self._said(state)
+        return sum(weight for _, weight, _ in self._weighed)
+
+    def _parts(self, state: State) -> list[Any]:
+        batches = [state.batch] if self.accumulate == 1 else list(state.batch)
+        if self._own:
+            batches = [batch for batch, samples in zip(batches, self._own, strict=True) if samples] or batches[:1]
+        return batches if self.size is None else [part for each in batches for part in split_batch(each, self.size)]
+
+    def _said(self, state: State) -> list[Part]:
+        """Return the parts with their weights; one whose labels are all ignored has no say, and its mean would be NaN."""
+        if self._own and not any(self._own):
+            return []
+        parts = self._parts(state)
         weights = [self.forward.weight(state.model, part) for part in parts]
-        # A microbatch whose labels are all ignored has no say, and its mean over nothing would be NaN.
         rows = zip(parts, weights, _shared_out(state.sample_ids, parts), strict=True)
-        said = [(part, weight, ids) for part, weight, ids in rows if weight]
-        total = sum(weight for _, weight, _ in said)
-        return [(part, weight / total, ids) for part, weight, ids in said] or [(parts[0], 1.0, None)]
+        return [(part, weight, ids) for part, weight, ids in rows if weight]
 
     def shrink_to(self, size: int | None) -> None:
         """Take a size that the run has come down to; one that is larger changes nothing."""
         if size is not None and (self.size is None or size < self.size):
             self.size = size
             self.whole = False
+            self._weighed = None
 
     def halve(self, state: State, error: BaseException) -> None:
         """Halve the size, for the rest of the fit.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import torch
 from attrs import define, field
+from torch import Tensor
 
+from .distributed import Team
 from .errors import ArgumentError, DataError
 from .settings import can_call
 
@@ -68,6 +71,8 @@ class Meters:
         metrics: Name to metric. Objects with ``update``, ``compute`` and ``reset`` accumulate by
             themselves; what a function returns is averaged over the samples.
         prefix: Put before each name: ``"eval/"``.
+        team: The ranks over which the pass is shared out. Sums are added up over them. An object that synchronizes by
+            itself, as torchmetrics' do, is left to it; any other is given the outputs and targets of all ranks.
 
     Example:
         >>> import torch
@@ -80,6 +85,7 @@ class Meters:
 
     metrics: Mapping[str, Metric]
     prefix: str = "eval/"
+    team: Team | None = None
     _loss: float = field(init=False, default=0.0)
     _weight: float = field(init=False, default=0.0)
     _samples: int = field(init=False, default=0)
@@ -103,7 +109,10 @@ class Meters:
         self._samples += samples
         for name, metric in self.metrics.items():
             try:
-                value = (metric.update if isinstance(metric, Accumulator) else metric)(outputs, targets)
+                if self.team is None:
+                    value = (metric.update if isinstance(metric, Accumulator) else metric)(outputs, targets)
+                else:
+                    value = self._over_ranks(self.team, metric, outputs, targets, samples)
             except Exception as error:
                 if targets is None:
                     raise DataError(
@@ -115,8 +124,32 @@ class Meters:
             if not isinstance(metric, Accumulator):
                 self._sums[name] = self._sums.get(name, 0.0) + _number(name, value) * samples
 
+    def _over_ranks(self, team: Team, metric: Metric, outputs: Any, targets: Any, samples: int) -> Any:
+        """Give a metric what it takes of this rank's share of a batch; of an empty one nothing."""
+        if not isinstance(metric, Accumulator):
+            return metric(outputs, targets) if samples else 0.0
+        if callable(getattr(metric, "sync", None)):
+            return metric.update(outputs, targets) if samples else None
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            raise DataError(
+                f"a metric without a sync() of its own is given the outputs and targets of all ranks, which have to be tensors: "
+                f"got {type(outputs).__name__} and {type(targets).__name__}. Write: a function (outputs, targets) -> number."
+            )
+        whole = [_joined(team.exchange_tensor(each[:samples])) for each in (outputs, targets)]
+        return metric.update(*whole)
+
+    def _add_up(self, team: Team) -> None:
+        """Make the sums those over all ranks, added in order of rank."""
+        names = [name for name, metric in self.metrics.items() if not isinstance(metric, Accumulator)]
+        own = [self._loss, self._weight, float(self._samples), *(self._sums.get(name, 0.0) for name in names)]
+        loss, weight, samples, *sums = (reduce(add, each) for each in zip(*team.exchange(own), strict=True))
+        self._loss, self._weight, self._samples = loss, weight, int(samples)
+        self._sums = dict(zip(names, sums, strict=True))
+
     def compute(self) -> dict[str, float]:
         """Return every metric by its prefixed name."""
+        if self.team is not None:
+            self._add_up(self.team)
         values: dict[str, float] = {}
         if self._weight:
             values[f"{self.prefix}loss"] = self._loss / self._weight
@@ -182,6 +215,17 @@ class RunningLoss:
         self._epoch = reduce(add, self._recent, self._epoch[0]), self._epoch[1] + count
         self._log = reduce(add, self._recent, self._log[0]), self._log[1] + count
         self._recent.clear()
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the parts of a batch as one; ranks may have padded theirs to other lengths."""
+    shape = [max(sizes) for sizes in zip(*(each.shape[1:] for each in parts), strict=True)]
+    if any(list(each.shape[1:]) != shape for each in parts):
+        raise DataError(
+            f"the ranks' outputs or targets have other shapes, {[tuple(each.shape) for each in parts]}, and make no batch. "
+            "Write: a metric with a sync() of its own, such as torchmetrics', or a function (outputs, targets) -> number."
+        )
+    return torch.cat(list(parts))
 
 
 def _number(name: str, value: Any) -> float:

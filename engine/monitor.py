@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Literal
@@ -31,6 +32,17 @@ def direction_of(monitor: str | None, mode: Literal["auto", "min", "max"] = "aut
         return mode
     words = (monitor or "").lower().replace("/", " ").replace("_", " ").replace("-", " ").split()
     return "min" if _LARGER_IS_BETTER.isdisjoint(words) else "max"
+
+
+def is_better(value: float, best: float | None, direction: Literal["min", "max"]) -> bool:
+    """Return whether a value is better than the best so far, or the first one; NaN never is.
+
+    Example:
+        >>> is_better(0.5, None, "min"), is_better(0.5, 0.4, "min"), is_better(0.5, 0.4, "max")
+        (True, False, True)
+    """
+    sign = 1 if direction == "min" else -1
+    return not math.isnan(value) and (best is None or sign * value < sign * best)
 
 
 def of_evaluation(monitor: object) -> bool:

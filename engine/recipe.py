@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .algorithm import Algorithm, as_json
 from .checkpointing import Checkpointing
 from .clock import Time
+from .distributed import Replicate, Team, join
 from .engine import check_algorithms
 from .errors import ArgumentError
 from .forward import Forward
@@ -107,6 +108,14 @@ def _are_trackers(_: object, __: object, value: object) -> None:
             raise ArgumentError("Trainer(trackers=)", got=each, takes=takes, example=example)
 
 
+def _together(_: object, __: Attribute[Any], value: object) -> None:
+    if not isinstance(value, Replicate):
+        takes = "'auto', False, or Replicate(timeout=, bucket_mib=)"
+        if value not in ("auto", False):
+            example = "Trainer(distributed=Replicate(timeout=120))"
+            raise ArgumentError("Trainer(distributed=)", got=value, takes=takes, example=example)
+
+
 @define(kw_only=True, eq=False)
 class Recipe:
     """The arguments of the :class:`~thawline.engine.Trainer`, which documents them; all validated at construction."""
@@ -133,7 +142,7 @@ class Recipe:
     checkpoint: Checkpointing | None = field(default=None, converter=_checkpointing, validator=_needs_run_dir)
     trackers: Sequence[Tracker] = field(default=(), validator=_are_trackers)
     device: torch.device = field(factory=lambda: device_of("auto"), converter=device_of)
-    distributed: Literal["auto", False] = field(default="auto", validator=one_of("auto", False))
+    distributed: Literal["auto", False] | Replicate = field(default="auto", validator=_together)
     compile: Literal[False, "blocks"] = field(default=False, validator=one_of(False, "blocks"))
     on_nonfinite: Literal["raise", "skip", "rollback"] = field(default="raise", validator=_can_roll_back)
     progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
@@ -152,6 +161,12 @@ class Recipe:
     def forward(self) -> Forward:
         """Return how a batch goes through a model."""
         return Forward(self.forward_fn, self.loss_fn, self.loss_weight)
+
+    def joined(self) -> Team | None:
+        """Return the team that this process is one of; None for a process alone."""
+        if self.distributed is False:
+            return None
+        return join(Replicate() if self.distributed == "auto" else self.distributed, self.device)
 
     def describe(self) -> dict[str, Json]:
         """Return the whole recipe as JSON: what trackers are given as the run's configuration."""
@@ -173,7 +188,7 @@ class Recipe:
             "seed": self.seed,
             "checkpoint": checkpoint,
             "device": str(self.device),
-            "distributed": self.distributed,
+            "distributed": as_json(self.distributed),
             "compile": self.compile,
             "on_nonfinite": self.on_nonfinite,
         }

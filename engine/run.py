@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -17,6 +18,7 @@ from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .compiling import CompiledBlocks
 from .data import Fetched, ResumableLoader, gathered
+from .distributed import Team
 from .engine import Engine
 from .errors import NonFiniteError
 from .evaluation import evaluate
@@ -33,11 +35,13 @@ from .nonfinite import Setback, StepGuard
 from .plan import Plan, Recorder
 from .precision import Precision
 from .progress import progress_for
+from .ranks import Ranks, open_run_dir, seed_of, start_alike
 from .recipe import Recipe
 from .report import Report
 from .resume import OnChange
 from .rundir import RunDir
 from .settings import bound_schedule, total_batches
+from .shares import Share
 from .signals import StopSignals
 from .state import State
 from .workers import DeferredDeaths
@@ -68,25 +72,33 @@ class Run:
         layers: LayerMap | LayerSpec | None,
         resume: bool | str | Path,
         on_change: OnChange = "refuse",
+        team: Team | None = None,
     ) -> None:
         self.trainer = trainer
+        self.team = team
         self._on_change: OnChange = on_change
-        self.progress = progress_for(trainer.progress)
+        self.progress = progress_for(trainer.progress if team is None or team.first else False)
+        share = None if team is None else Share(team.rank, team.world)
         self.forward = trainer.forward()
         self.precision = Precision(trainer.precision, trainer.device)
         self.functions = self.precision.autocasted(self.forward.outputs), self.precision.autocasted(self.forward.loss)
-        self.data = ResumableLoader(train_loader, seed=trainer.seed, accumulate=trainer.accumulate)
+        self.data = ResumableLoader(train_loader, seed=trainer.seed, accumulate=trainer.accumulate, share=share)
         self.eval_data: ResumableLoader | None = None
         if eval_loader is not None:
-            self.eval_data = ResumableLoader(eval_loader, seed=trainer.seed, argument="Trainer.fit(eval_loader=)")
+            self.eval_data = ResumableLoader(
+                eval_loader, seed=trainer.seed, argument="Trainer.fit(eval_loader=)", share=share
+            )
         length = self.data.length
         clock = Clock(batches_per_epoch=0 if length is None else -(-length // trainer.accumulate))
         self.settings = {**trainer.describe(), "duration": str(duration)}
         self._modes = [(module, module.training) for module in model.modules()]
         policy = trainer.checkpoint or Checkpointing()
-        self.folder = RunDir(trainer.run_dir, policy, trainer.trackers, resume=resume)
+        opened = partial(RunDir, trainer.run_dir, policy, trainer.trackers)
+        self.folder = opened(resume=resume) if team is None else open_run_dir(team, opened, resume)
         try:
             model.to(trainer.device)
+            if team is not None:
+                start_alike(team, model, self.settings, train_loader=self.data, eval_loader=self.eval_data)
             schedule = bound_schedule(trainer.schedule, duration, clock.batches_per_epoch)
             if layers is None:
                 layers = find_layers(model, self.data, self.functions[0], trainer.device)
@@ -116,9 +128,17 @@ class Run:
         self._batch_start = BatchStart(self.state, trainer.device)
         watched = self.engine.algorithms, self.folder.policy.monitor, trainer.metrics
         self._monitors = Monitors(*watched, evaluated=self.eval_data is not None)
-        self._signals = StopSignals(self._look_up)
+        self._signals = StopSignals(self._look_up, shared=team is not None)
+        self._ranks, self._steps = self._with(team)
         self._handlers = ExitStack()
         self._deaths = DeferredDeaths((train_loader, eval_loader))
+
+    def _with(self, team: Team | None) -> tuple[Ranks | None, Callable[[], Iterable[Sequence[Fetched]]]]:
+        """Return what the ranks decide together, if there are several, and how a step's batches are read."""
+        if team is None:
+            return None, self._epoch
+        ranks = Ranks(team, self.engine, self._microbatches, self._signals, self._make_room)
+        return ranks, lambda: ranks.noting(self._epoch())
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -152,7 +172,7 @@ class Run:
             if not state.clock.batch_in_epoch:
                 self.engine.emit(Event.EPOCH_START)
             self._epoch_begun = True
-        for fetched in () if self._finished() else self._epoch():
+        for fetched in () if self._finished() else self._steps():
             if self.folder.due:
                 self._save()
                 if self._signals.received is not None:
@@ -185,6 +205,8 @@ class Run:
             total = self._gradients()
         except (RuntimeError, MemoryError) as error:
             self._make_room(error)
+        if self._ranks is not None:
+            total = self._ranks.settle(total)
         if total is None:
             total = self._repeat()
         if scaled:
@@ -226,7 +248,7 @@ class Run:
             loss = state.loss
             if not loss.requires_grad:
                 raise without_gradient()
-            backward(loss if len(parts) == 1 else loss * share)
+            backward(loss if share == 1.0 else loss * share)
             if AFTER_BACKWARD in heard:
                 emit(AFTER_BACKWARD)
             total += loss.item() * share
@@ -254,7 +276,7 @@ class Run:
         self.engine.emit(Event.EVAL_START)
         values = evaluate(
             state.model, self.eval_data, forward=self.forward, metrics=self.trainer.metrics, precision=self.precision,
-            device=self.trainer.device, emit=emit,
+            device=self.trainer.device, emit=emit, team=self.team,
         )  # fmt: skip
         state.microbatch = state.outputs = state.loss = None
         state.log(values)
@@ -317,14 +339,16 @@ class Run:
 
     def _repeat(self) -> float:
         """Do forward and backward of the batch again, in microbatches so small that they fit."""
-        while True:
+        total = None
+        while total is None:
             try:
                 total = self._gradients()
             except (RuntimeError, MemoryError) as error:
                 self._make_room(error)
-            else:
-                self._microbatches.warn(self.state)
-                return total
+            if self._ranks is not None:
+                total = self._ranks.settle(total)
+        self._microbatches.warn(self.state)
+        return total
 
     def _make_room(self, error: RuntimeError | MemoryError) -> None:
         """Undo what was done of the batch, to repeat it in smaller microbatches, once the frames of the error are gone."""
@@ -364,7 +388,7 @@ class Run:
         for limit in self.data.limits:
             log.warning("data order", limit=limit)
         self.folder.warned = self._monitors.begin()
-        seed_everything(self.trainer.seed)
+        seed_everything(seed_of(self.team, self.trainer.seed))
         model.train()
         self.engine.attach()
         self.folder.trackers.log_config({"trainer": self.settings, "model": type(model).__name__})
@@ -381,6 +405,8 @@ class Run:
     def _restore(self, path: Path, tree: dict[str, Any]) -> None:
         """Put everything back as the checkpoint says; random number generators last."""
         state = self.state
+        if self._ranks is not None:
+            tree = self._ranks.own(tree)
         extra = restore(
             tree, self.engine, self.precision, settings=self.settings, pristine=self._pristine, on_change=self._on_change
         )  # fmt: skip
@@ -401,7 +427,7 @@ class Run:
 
     def _roll_back(self, setback: Setback) -> None:
         """Go back to the last checkpoint."""
-        newest = self.folder.newest()
+        newest = self.folder.newest() if self._ranks is None else self._ranks.newest(self.folder)
         if newest is None:
             text = "and no checkpoint could be written that the fit could go back to"
             raise NonFiniteError(f"{setback.what}, {text}.") from None
@@ -416,8 +442,12 @@ class Run:
         self._next_due = 0
 
     def _save(self) -> None:
-        step, metrics = self.state.clock.batch, self.state.metrics
+        step, metrics, ranks = self.state.clock.batch, self.state.metrics, self._ranks
+        if ranks is not None and self.folder.saves:
+            ranks.before_save()
         self.folder.save(self._capture, step=step, metrics=metrics, evaluated_at=self._evaluated_at)
+        if ranks is not None and self.folder.saves:
+            ranks.after_save(self.folder)
 
     def _capture(self) -> dict[str, Any]:
         extra = {
@@ -428,6 +458,7 @@ class Run:
             "evaluated_at": self._evaluated_at,
             "timeline": self.recorder.state_dict(self.state.clock),
             "loader": self.data.state_dict(*self._cursor()),
+            **({} if self._ranks is None else self._ranks.saved()),
         }
         return capture(self.engine, self.precision, settings=self.settings, extra=extra, pristine=self._pristine)
 
@@ -458,6 +489,8 @@ class Run:
             if error is not None:
                 error.add_note(f"closing the algorithms failed as well: {second!r}")
         finally:
+            if self._ranks is not None:
+                self._ranks.close()
             state.ledger.phase = None
             state.ledger.release()
             for module, training in self._modes:

@@ -14,7 +14,7 @@ from .checkpointing import Checkpointing
 from .clock import Clock
 from .errors import CheckpointError, RunDirError, warn
 from .log import get_logger
-from .monitor import missing_metric, of_evaluation
+from .monitor import direction_of, is_better, missing_metric, of_evaluation
 from .pristine import Pristine
 from .snapshot import read_checkpoint
 from .store import CheckpointStore, checkpoints_in
@@ -32,6 +32,8 @@ class RunDir:
         trackers: Where metrics go besides the directory.
         resume: True: the newest checkpoint, if there is one; a path: that checkpoint, or the newest of that run's
             directory; False: none.
+        writes: Whether this process is the one that writes. Another one of the same fit opens nothing, and asks for
+            checkpoints where the one that writes does.
 
     Raises:
         RunDirError: The directory holds a run and ``resume`` is False, is a file or cannot be made, or somebody else
@@ -40,12 +42,21 @@ class RunDir:
     """
 
     def __init__(
-        self, folder: Path | None, policy: Checkpointing, trackers: Sequence[Tracker], *, resume: bool | str | Path
+        self,
+        folder: Path | None,
+        policy: Checkpointing,
+        trackers: Sequence[Tracker],
+        *,
+        resume: bool | str | Path,
+        writes: bool = True,
     ) -> None:
         self.policy = policy
+        self.folder = folder
+        self.saves = folder is not None
         self.due = False
         self.warned = self._unwritten = self._permanent = False
-        self._best: float | None = None
+        self.best_metric: float | None = None
+        self._known: tuple[Path | None, Path | None] = None, None
         self.loaded: tuple[Path, dict[str, Any]] | None = None
         self._store: CheckpointStore | None = None
         self._jsonl: JsonlTracker | None = None
@@ -54,29 +65,33 @@ class RunDir:
                 resume = True
             else:
                 self.loaded = load_checkpoint(Path(resume))
-        if folder is not None:
+        if folder is not None and writes:
             self._store = _opened(folder, policy)
             try:
                 self._find_run(self._store, folder, resume=resume)
             except BaseException:
                 self._store.close()
                 raise
-            self._best = self._store.best_metric
+            self.best_metric = self._store.best_metric
             self._jsonl = JsonlTracker(folder)
             if self.loaded is None:  # a run that was cut before its first checkpoint starts anew
                 self._jsonl.truncate_after(-1)
         local = [] if self._jsonl is None else [self._jsonl]
-        self.trackers = Trackers([*local, *trackers], run_dir=folder)
+        self.trackers = Trackers([*local, *trackers] if writes else [], run_dir=folder if writes else None)
 
     @property
     def best(self) -> Path | None:
         """The checkpoint with the best monitored metric."""
-        return None if self._store is None else self._store.best
+        return self._known[0] if self._store is None else self._store.best
 
     @property
     def last(self) -> Path | None:
         """The newest checkpoint."""
-        return None if self._store is None else self._store.latest()
+        return self._known[1] if self._store is None else self._store.latest()
+
+    def know(self, best: Path | None, last: Path | None) -> None:
+        """Take note of the checkpoints that another process of the same fit keeps."""
+        self._known = best, last
 
     def pristine(self, model: nn.Module) -> Pristine | None:
         """Return the model's tensors as they are now, where checkpoints are to hold fingerprints of what stays so."""
@@ -84,18 +99,18 @@ class RunDir:
 
     def note(self, before: Clock, after: Clock) -> None:
         """Remember that a checkpoint is due where an interval's end lies between two ticks."""
-        if self._store is not None:
+        if self.saves:
             self.due |= any(time.crossed(before, after) for time in self.policy.times)
             self._permanent |= self.policy.keep_every is not None and self.policy.keep_every.crossed(before, after)
 
     def note_evaluation(self, metrics: Mapping[str, float]) -> None:
         """Remember that a checkpoint is due where the monitored metric is the best so far: these weights were evaluated."""
         monitor = self.policy.monitor
-        if self._store is None or not of_evaluation(monitor):
+        if not self.saves or not of_evaluation(monitor):
             return
         value = metrics.get(str(monitor), math.nan)
-        if self._store.is_best(value, than=self._best):
-            self._best, self.due = float(value), True
+        if is_better(value, self.best_metric, direction_of(monitor, self.policy.mode)):
+            self.best_metric, self.due = float(value), True
 
     def save(
         self, tree: Callable[[], dict[str, Any]], *, step: int, metrics: Mapping[str, float], evaluated_at: int | None

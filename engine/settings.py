@@ -14,7 +14,7 @@ from attrs import Attribute
 from torch import nn
 
 from .clock import LONGEST, Clock, Time
-from .errors import ArgumentError, DistributedError, warn
+from .errors import ArgumentError, warn
 from .schedule import Schedule, Share, inside
 
 Validator = Callable[[Any, "Attribute[Any]", Any], None]
@@ -194,17 +194,6 @@ def device_of(name: object) -> torch.device:
     if device.type == "meta":
         raise _wrong("device", name, "a device that holds numbers, which 'meta' does not", "device='auto'")
     return device
-
-
-def refuse_ranks() -> None:
-    """Raise a DistributedError under torchrun: ranks that do not exchange gradients would silently drift apart."""
-    world = int(os.environ.get("WORLD_SIZE", "1") or 1)
-    if world > 1:
-        raise DistributedError(
-            f"this process is one of {world} (WORLD_SIZE={world}), and data-parallel training is not in this version: the "
-            "ranks would train apart. Start one process: python script.py, or write Trainer(distributed=False) to "
-            "train a model of its own in each."
-        )
 
 
 def share_of(duration: Time, batches_per_epoch: int) -> Callable[[Time], float]:

@@ -31,6 +31,8 @@ class StopSignals:
 
     Args:
         on_first: Called inside the handler, so it may do no more than set flags.
+        shared: Whether the processes of a fit agree first: the handler takes note of a signal, and :meth:`heed`
+            makes it received.
 
     Example:
         >>> before = signal.getsignal(signal.SIGTERM)
@@ -43,7 +45,9 @@ class StopSignals:
     """
 
     on_first: Callable[[], None] = lambda: None
+    shared: bool = field(default=False, kw_only=True)
     received: str | None = field(default=None, init=False)
+    noticed: str | None = field(default=None, init=False)
     _before: dict[signal.Signals, Any] = field(factory=dict, init=False, repr=False)
     _process: int = field(default=0, init=False, repr=False)
 
@@ -72,7 +76,13 @@ class StopSignals:
                 os.kill(os.getpid(), number)
             return
         self._put_back()
-        self.received = signal.Signals(number).name
+        self.noticed = signal.Signals(number).name
+        if not self.shared:
+            self.heed(self.noticed)
+
+    def heed(self, name: str) -> None:
+        """Take a signal for received."""
+        self.received = name
         self.on_first()
 
     def _put_back(self) -> None:

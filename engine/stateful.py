@@ -81,7 +81,8 @@ class StatefulSource:
             if batch is not _END:
                 place += 1
                 if place > start:
-                    yield Fetched(batch, None, samples_in(batch))
+                    samples = samples_in(batch)
+                    yield Fetched(batch, None, samples, samples)
             elif place or ended:
                 return
             else:  # the state was that of an epoch's end, and now the next one begins

@@ -126,12 +126,6 @@ class CheckpointStore:
         best = self.best
         return None if best is None else float(read_manifest(best).info["metric"])
 
-    def is_best(self, metric: float, *, than: float | None) -> bool:
-        """Return whether ``metric`` is better than another, or the first one; NaN never is."""
-        sign = 1 if direction_of(self.monitor, self.mode) == "min" else -1
-        value = _number(metric)
-        return not math.isnan(value) and (than is None or sign * value < sign * than)
-
     def latest(self) -> Path | None:
         """Return the newest checkpoint, unverified; None where there is none."""
         return self.checkpoints[-1] if self.checkpoints else None

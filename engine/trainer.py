@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,21 @@ from torch.optim import Optimizer
 
 from .clock import Clock, Time
 from .data import ResumableLoader
+from .distributed import restarted
 from .errors import ArgumentError
 from .evaluation import evaluate
 from .foresight import foresee
 from .homes import OptimizerLike
 from .keywords import INSTEAD, elsewhere, explained, explained_constructor
 from .layers import LayerMap, LayerSpec
+from .log import only_errors
 from .plan import Plan
 from .precision import Precision
 from .recipe import Recipe, check_optimizer
 from .resume import OnChange
 from .run import Run
-from .settings import duration_of, path_of, refuse_ranks, require_weights
+from .settings import duration_of, path_of, require_weights
+from .shares import Share
 
 
 @frozen(eq=False)
@@ -87,7 +91,8 @@ class Trainer(Recipe):
         checkpoint: When to save and what to keep; with ``run_dir`` the default saves every epoch.
         trackers: Where metrics go besides ``run_dir``.
         device: ``"auto"``, or a torch device.
-        distributed: ``"auto"`` or False; several processes are refused for now.
+        distributed: ``"auto"``: under torchrun, data-parallel training with a whole model on each rank, as
+            :class:`Replicate` says; batches are those of all ranks together. False: each process trains by itself.
         compile: False, or ``"blocks"``: each block by itself, with at most five graphs a block structure whatever trains when;
             needs torch's compiler (on the CPU, a C++ one).
         on_nonfinite: ``"raise"``, ``"skip"``: no step, and raise after five in a row, or ``"rollback"``: back to the
@@ -146,7 +151,9 @@ class Trainer(Recipe):
             CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
                 min_lr, seed, accumulate or layers differ.
             DataError, LossError, LedgerError, NonFiniteError, OutOfMemoryError, RecompileError: As their docstrings say.
+            DistributedError: Ranks disagree, one has ended or does not answer, or the launch is incomplete.
 
+        After a restart by ``torchrun --max-restarts``, a fit with a ``run_dir`` goes on from its newest checkpoint.
         SIGTERM, SIGINT or SIGUSR1 end the fit before the next step, with a checkpoint where there is a ``run_dir``; a
         second one acts as it would have.
 
@@ -154,8 +161,6 @@ class Trainer(Recipe):
             ThawlineWarning: Memory ran out and smaller microbatches go on; a checkpoint could not be written. On resume, for each other setting that differs: the Trainer's is used as given, the
                 optimizer's options are kept as saved.
         """
-        if self.distributed == "auto":
-            refuse_ranks()
         _check_module("fit", model)
         require_weights("fit", model)
         span = duration_of(duration)
@@ -175,9 +180,12 @@ class Trainer(Recipe):
                 "Trainer.fit(on_change=)", got=on_change, takes="'refuse' or 'migrate'", example=example
             )
         chosen = self._chosen(optimizer)
-        with Run(
+        team = self.joined()
+        if resume is False and self.run_dir is not None:
+            resume = restarted(team)
+        with only_errors() if team is not None and not team.first else nullcontext(), Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
-            on_change=on_change,
+            on_change=on_change, team=team,
         ) as run, run.compiled:  # fmt: skip
             run.train()
             return FitResult(
@@ -244,13 +252,16 @@ class Trainer(Recipe):
         """
         _check_module("evaluate", model)
         require_weights("evaluate", model, lazy=True)
+        team = self.joined()
+        share = None if team is None else Share(team.rank, team.world)
         return evaluate(
             model.to(self.device),
-            ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)"),
+            ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)", share=share),
             forward=self.forward(),
             metrics=self.metrics,
             precision=Precision(self.precision, self.device),
             device=self.device,
+            team=team,
         )
 
 

@@ -49,11 +49,11 @@ TIERS: tuple[frozenset[str], ...] = (
         }
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
         | {"checkpointing", "pristine", "weights"}
-        | {"comet", "tracking", "signals", "workers"}
+        | {"comet", "tracking", "signals", "workers", "shares", "buckets", "buffers"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "report", "run", "trainer"}),
+    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
     frozenset(
-        {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "conformance"}
+        {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "ranked", "conformance"}
         | {"oracle", "machine", "strategies", "testing"}
     ),
     frozenset({"__init__"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import nn
 
 import thawline.algorithms
 from thawline.algorithms import presets
-from thawline.engine import Algorithm, LedgerError, ThawlineError, registered, registered_names
+from thawline.engine import Algorithm, Event, LedgerError, State, ThawlineError, on, registered, registered_names
 from thawline.engine.testing import (
     CHECKS,
+    ConformanceError,
     Fit,
     Specimen,
     algorithms,
@@ -70,6 +72,27 @@ def test_every_algorithm_and_preset_keeps_every_promise(factory: Callable[[], An
 def test_every_pair_and_every_step(factory: Callable[[], Any]) -> None:
     """Beside every other algorithm in both orders, and resumed at every step."""
     check_algorithm(factory, partners=PARTNERS, thorough=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factory", ALL, ids=NAMES)
+def test_every_algorithm_on_two_ranks(factory: Callable[[], Any]) -> None:
+    """Two processes that train together come to the same, bit for bit."""
+    check_algorithm(factory, thorough=True, checks=["stays_equal_on_two_ranks"])
+
+
+@pytest.mark.slow
+def test_an_algorithm_that_does_as_its_rank_likes_is_found() -> None:
+    """What differs between the ranks is named, with what to do about it."""
+
+    @on(Event.AFTER_STEP)
+    def scale_by_rank(state: State) -> None:
+        with torch.no_grad():
+            next(iter(state.ledger.trainable_parameters)).mul_(1 + int(os.environ.get("RANK", "0")))
+
+    with pytest.raises(ConformanceError, match="the ranks disagree on what a fit came to: /weights") as caught:
+        check_algorithm(scale_by_rank, thorough=True, checks=["stays_equal_on_two_ranks"])
+    assert "derive_seed" in str(caught.value)
 
 
 @pytest.mark.slow

@@ -1,0 +1,96 @@
+"""The check of the conformance kit that trains on two ranks: processes forked from this one, over gloo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .distributed import Replicate, can_fork, join
+from .promises import check, fail
+from .rehearsal import Rehearsal
+
+_RANKS = 2
+_TOGETHER = Replicate(timeout=120)
+
+
+@check
+def stays_equal_on_two_ranks(rehearsal: Rehearsal) -> None:
+    """On two ranks weights, optimizer, algorithm and history are the same; only where ``thorough``, and processes can fork."""
+    if not rehearsal.thorough or not can_fork() or not _divides(rehearsal):
+        return
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    pipes = [_forked(rehearsal, rank, port) for rank in range(_RANKS)]
+    said = [_read(*each) for each in pipes]
+    for rank, text in enumerate(said):
+        if text:
+            fail(
+                f"{rehearsal.name}: on rank {rank} of {_RANKS}: {text} Every rank sees its share of a batch alone: decide by the clock, "
+                "by state.loss after the step and by metrics, which are those of all ranks, and draw random numbers from "
+                "derive_seed(state.seed, …)."
+            )
+
+
+def _divides(rehearsal: Rehearsal) -> bool:
+    """Return whether the loader's batches can be shared out between two."""
+    size = getattr(rehearsal.loader, "batch_size", None)
+    if size is None and isinstance(rehearsal.loader, Sequence):
+        first = rehearsal.loader[0]
+        size = len(first[0] if isinstance(first, (tuple, list)) else next(iter(first.values())))
+    return isinstance(size, int) and size % _RANKS == 0
+
+
+def _forked(rehearsal: Rehearsal, rank: int, port: int) -> tuple[int, int]:
+    """Fork a rank; return its process and where it says what went wrong, if anything."""
+    read, write = os.pipe()
+    process = os.fork()
+    if process:
+        os.close(write)
+        return process, read
+    text = "it ended without a word."
+    try:
+        text = _train(rehearsal, rank, port)
+    except BaseException as error:  # noqa: BLE001 - it is said in the parent
+        text = f"{type(error).__name__}: {error}"
+    finally:
+        os.write(write, text.encode()[:4000])
+        os._exit(0)
+
+
+def _read(process: int, pipe: int) -> str:
+    with os.fdopen(pipe, "rb") as file:
+        text = file.read().decode(errors="replace")
+    os.waitpid(process, 0)
+    return text
+
+
+def _train(rehearsal: Rehearsal, rank: int, port: int) -> str:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(_RANKS)}
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_RANKS), **address)
+    torch.set_num_threads(1)
+    outcome = rehearsal.fit(distributed=_TOGETHER)
+    team = join(_TOGETHER, torch.device("cpu"))
+    assert team is not None, "WORLD_SIZE is set"
+    facts = dict(_facts(outcome.result))
+    team.compare("what a fit came to", json.dumps(facts), lambda: facts)
+    return ""
+
+
+def _facts(value: Any, place: str = "") -> list[tuple[str, str]]:
+    """Return leaf by leaf what a result holds, tensors by their hash."""
+    if isinstance(value, Mapping):
+        return [fact for key, each in value.items() for fact in _facts(each, f"{place}/{key}")]
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray):
+        return [(place, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest())]
+    return [(place, repr(value))]
