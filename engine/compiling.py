@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,13 @@ class CompiledBlocks:
             self._called = None
 
 
+def compiled(
+    model: nn.Module, layers: LayerMap, how: Literal[False, "blocks"]
+) -> AbstractContextManager[CompiledBlocks | None]:
+    """Return the context in which a model trains as ``Trainer(compile=)`` says."""
+    return CompiledBlocks(model, layers) if how == "blocks" else nullcontext()
+
+
 def _through(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call a block: a function of ours, since torch compiles no module of its own that is called from outside."""
     return block._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch's
@@ -175,4 +182,4 @@ def _reason(error: BaseException) -> RecompileError | None:
     return None
 
 
-__all__ = ["GRAPHS", "CompiledBlocks", "compiled_modules", "structure"]
+__all__ = ["GRAPHS", "CompiledBlocks", "compiled", "compiled_modules", "structure"]

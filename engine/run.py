@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from math import isfinite
@@ -16,7 +16,6 @@ from torch import nn
 from .checkpoint import capture, restore, seed_everything, well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
-from .compiling import CompiledBlocks
 from .data import Fetched, ResumableLoader, gathered
 from .distributed import Team
 from .engine import Engine
@@ -110,9 +109,6 @@ class Run:
             self.state = State(model, ledger, duration, trainer.seed, clock)
             self.engine = Engine(trainer.algorithms, self.state, debug=trainer.debug)
             self.recorder = Recorder(ledger, total_batches(duration, clock))
-            self.compiled: AbstractContextManager[object] = (
-                CompiledBlocks(model, ledger.layers) if trainer.compile else nullcontext()
-            )
         except BaseException:
             self.folder.close()
             raise

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .clock import Clock, Time
+from .compiling import compiled
 from .data import ResumableLoader
 from .distributed import restarted
 from .errors import ArgumentError
@@ -186,7 +187,7 @@ class Trainer(Recipe):
         with only_errors() if team is not None and not team.first else nullcontext(), Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
             on_change=on_change, team=team,
-        ) as run, run.compiled:  # fmt: skip
+        ) as run, compiled(model, run.state.layers, self.compile):  # fmt: skip
             run.train()
             return FitResult(
                 run.report.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,

@@ -36,7 +36,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CompiledBlocks]]:
             opened.append(self)
 
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
-    monkeypatch.setattr("thawline.engine.run.CompiledBlocks", Listed)
+    monkeypatch.setattr("thawline.engine.compiling.CompiledBlocks", Listed)
     torch._dynamo.reset()
     yield opened
     torch._dynamo.reset()
