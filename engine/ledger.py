@@ -437,6 +437,28 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[No
     keep_record(model, record)
 
 
+@contextmanager
+def at_rest(parameters: Iterable[nn.Parameter]) -> Generator[None]:
+    """Let none of the parameters require a gradient, and give back which did: for code that records none and asks for it.
+
+    Example:
+        >>> weight = nn.Linear(2, 1).weight
+        >>> with at_rest([weight]):
+        ...     print(weight.requires_grad)
+        False
+        >>> weight.requires_grad
+        True
+    """
+    trained = [each for each in parameters if each.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
+
+
 def _but_rate(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return a group's options without the rate: that is a function of the clock, and here still the step's before."""
     return {key: value for key, value in options.items() if key != "lr"}

@@ -1100,3 +1100,20 @@ class TestCopies:
             assert list(other.state_dict()) == list(want)
             for name, value in other.state_dict().items():
                 assert torch.equal(value, want[name]), name
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)])
+def test_what_follows_may_write_into_the_output(shape: tuple[int, ...]) -> None:
+    """An activation in place after a layer with an adapter gives the gradients of one that is not in place."""
+    found: list[list[Tensor]] = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=inplace), nn.Linear(4, 2))
+        ledger = ParameterLedger(model, partial(torch.optim.SGD, lr=0.1))
+        inject_lora(ledger, ["0"], rank=2)
+        with torch.no_grad():
+            model[0].lora_B.copy_(torch.ones(4, 2))
+        model(torch.arange(float(torch.Size(shape).numel())).view(shape)).sum().backward()
+        found.append([each.grad for each in ledger.trainable_parameters if each.grad is not None])
+    assert len(found[0]) > 2
+    assert all(map(torch.equal, *found))
