@@ -110,7 +110,7 @@ def _are_trackers(_: object, __: object, value: object) -> None:
 
 def _together(_: object, __: Attribute[Any], value: object) -> None:
     if not isinstance(value, Replicate):
-        takes = "'auto', False, or Replicate(timeout=, bucket_mib=)"
+        takes = "'auto', False or Replicate(timeout=, bucket_mib=); sharded weights (FSDP2) are not in this version"
         if value not in ("auto", False):
             example = "Trainer(distributed=Replicate(timeout=120))"
             raise ArgumentError("Trainer(distributed=)", got=value, takes=takes, example=example)
