@@ -67,13 +67,14 @@ class CompiledBlocks:
     def __enter__(self) -> Self:
         import torch._dynamo.config as dynamo  # a second: only where something is compiled
         import torch.fx.experimental._config as symbols
+        from torch._guards import CompileContext
 
         compile_with: Any = torch._dynamo.lookup_backend(self._backend)
 
         def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
             assert self._called is not None, "only blocks are compiled"
             graphs = self.graphs.setdefault(structure(*self._called), set())
-            graphs.add(str(torch._guards.CompileContext.current_compile_id()))  # the same where torch begins anew
+            graphs.add(str(CompileContext.current_compile_id()))  # the same where torch begins anew
             if len(graphs) > GRAPHS:
                 raise RecompileError(
                     f"more than {GRAPHS} graphs of a {type(self._called[0]).__name__}: something in it changes from call to "
