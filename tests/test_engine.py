@@ -161,7 +161,7 @@ def test_the_ledger_is_closed_to_a_loss_function_as_well() -> None:
         return outputs.sum()
 
     trainer = Trainer(algorithms=[Keep()], loss_fn=loss_fn, progress=False)
-    with pytest.raises(LedgerClosedError, match="at AFTER_FORWARD"):
+    with pytest.raises(LedgerClosedError, match="at BEFORE_FORWARD"):
         trainer.fit(mlp(), [(torch.ones(2, 4), torch.zeros(2))], duration=1)
 
 
