@@ -76,7 +76,7 @@ class Microbatches:
             return [(state.batch, 1.0, state.sample_ids)]
         said = self._said(state) if self._weighed is None else self._weighed
         total = sum(weight for _, weight, _ in said) if self.total is None else self.total
-        parts = [(part, weight / total, ids) for part, weight, ids in said] if total else []
+        parts: list[Part] = [(part, weight / total, ids) for part, weight, ids in said] if total else []
         if not total:
             parts = [(self._parts(state)[0], 1.0 / self.world, None)]
         self.count = len(parts)
