@@ -47,14 +47,14 @@ def distributed(rounds: int, device: torch.device) -> list[Row]:
         Row("looking whether the ledger moved, of a step", two["look"] * 100, "%", 0.1, "nothing moved"),
     ]
     for world, each in found.items():
-        note = f"rank 0 of {world}: gathering generators, comparing weights, writing"
+        note = f"rank 0 of {world}: comparing weights and gathering generators; writing is extra"
         rows.append(
             Row(f"agreement a step, {world} ranks", each["agree"] * 1e3, "ms", None, "two exchanges of 64 bytes a rank")
         )
         rows.append(
             Row(f"comparing the ledger, {world} ranks", each["compare"] * 1e3, "ms", None, "when its version moves")
         )
-        rows.append(Row(f"checkpoint, {world} ranks", each["checkpoint"] * 1e3, "ms", None, note))
+        rows.append(Row(f"before a checkpoint, {world} ranks", each["checkpoint"] * 1e3, "ms", None, note))
     return rows
 
 
