@@ -10,6 +10,7 @@ import builtins
 import importlib
 import inspect
 import json
+import mmap
 import multiprocessing
 import os
 import resource
@@ -28,6 +29,7 @@ from typing import Any
 
 import pytest
 from attrs import frozen
+from typing_extensions import override
 
 from .mutations import ROOT, modules, parsed
 
@@ -126,7 +128,7 @@ def compile_instead(trees: Mapping[str, ast.Module]) -> None:
         path = str(Path(self.get_filename(fullname)).resolve())
         return compile(paths[path], path, "exec") if path in paths else usual(self, fullname)
 
-    SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    SourceFileLoader.get_code = get_code  # type: ignore[assignment, method-assign]
 
 
 def statements() -> list[tuple[str, int]]:
@@ -151,6 +153,7 @@ class _Marker(ast.NodeTransformer):
     def __init__(self, numbers: Mapping[int, int]) -> None:
         self.numbers = numbers
 
+    @override
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
         for name in ("body", "orelse", "finalbody"):
@@ -167,9 +170,28 @@ class _Marker(ast.NodeTransformer):
         return [ast.copy_location(ast.Expr(call), each), each]
 
 
-def note_hits() -> set[int]:
-    """Let this process note the statements that it executes, by their places in :func:`statements`, in the set returned."""
-    hits: set[int] = set()
+class Hits:
+    """The statements executed since :meth:`clear`, by their places, in memory that a process shares with its forks."""
+
+    def __init__(self, count: int) -> None:
+        self._memory = mmap.mmap(-1, count)
+
+    def add(self, place: int) -> None:
+        """Take one in."""
+        self._memory[place] = 1
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._memory[:] = bytes(len(self._memory))
+
+    def packed(self) -> str:
+        """Return them as the bits of a number, as text."""
+        return f"{sum(1 << place for place, byte in enumerate(self._memory[:]) if byte):x}"
+
+
+def note_hits() -> Hits:
+    """Let this process and its forks note the statements of :func:`statements` that they execute."""
+    hits = Hits(len(statements()))
     numbers: dict[str, dict[int, int]] = {}
     for place, (module, line) in enumerate(statements()):
         numbers.setdefault(module, {})[line] = place
@@ -189,12 +211,12 @@ class Plugin:
 
     Args:
         chosen: Their ids; None takes all.
-        hits: The set in which the statements executed appear.
+        hits: Where the statements executed appear, if anywhere.
     """
 
-    def __init__(self, chosen: Sequence[str] | None = None, hits: set[int] | None = None) -> None:
+    def __init__(self, chosen: Sequence[str] | None = None, hits: Hits | None = None) -> None:
         self.order = None if chosen is None else {name: place for place, name in enumerate(chosen)}
-        self.hits = set[int]() if hits is None else hits
+        self.hits = hits
         self.failed: list[str] = []
         self.found: dict[str, tuple[float, str]] = {}
 
@@ -207,10 +229,12 @@ class Plugin:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
         """Note what it executes."""
+        if self.hits is None:
+            return (yield)
         self.hits.clear()
         began = time.perf_counter()
         result = yield
-        self.found[item.nodeid] = (round(time.perf_counter() - began, 3), packed(self.hits))
+        self.found[item.nodeid] = (round(time.perf_counter() - began, 3), self.hits.packed())
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -237,14 +261,6 @@ def run_pytest(folder: Path, plugin: Plugin, files: Iterable[str], *options: str
         *files,
     ]
     return int(pytest.main(given, plugins=[plugin]))
-
-
-def packed(hits: Iterable[int]) -> str:
-    """Return a set of small numbers as text."""
-    mask = 0
-    for each in hits:
-        mask |= 1 << each
-    return f"{mask:x}"
 
 
 # -- the map -----------------------------------------------------------------------------------------------------------
@@ -295,7 +311,7 @@ def measure_subjects() -> dict[str, Any]:
             hits.clear()
             began = time.perf_counter()
             run_kit(known, name)
-            found[name] = (round(time.perf_counter() - began, 3), packed(hits))
+            found[name] = (round(time.perf_counter() - began, 3), hits.packed())
         return {"found": found}
 
     ended = attempt(work, 1800)

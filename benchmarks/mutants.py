@@ -10,7 +10,7 @@ execute anything of its module. First those in the module's own files, ``tests/t
 the others, cheapest first, as many as take ``--budget`` seconds. Kit: ``check_algorithm`` alone, with the defaults, on each registered
 algorithm and preset that executes the statement there, until one does not pass.
 
-A trial that takes four times what its tests take without the mutation, and a minute, is a timeout, counted apart. Results are appended to a file of JSON lines; what
+A trial that takes three times what was measured, and half a minute, is a timeout, counted apart. Results are appended to a file of JSON lines; what
 stands in it is not tried again.
 """
 
@@ -141,7 +141,7 @@ class Bench:
 
 
 def _limit(works: list[Work]) -> float:
-    return 60 + 4 * sum(each.seconds for each in works)
+    return 30 + 3 * sum(each.seconds for each in works)
 
 
 def _last_line(text: str) -> str:

@@ -285,7 +285,9 @@ def _is_droppable(node: ast.AST) -> bool:
                 for each in targets
                 for part in ast.walk(each)
             )
-        case ast.AugAssign() | ast.Raise() | ast.Continue() | ast.Break() | ast.Delete():
+        case ast.AugAssign():
+            return not _is_text(node)
+        case ast.Raise() | ast.Continue() | ast.Break() | ast.Delete():
             return True
     return False
 

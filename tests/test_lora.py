@@ -170,6 +170,16 @@ class TestForward:
         still = lora_forward(x, weight, None, down, up, scaling=2.0, dropout=0.5, training=False)
         torch.testing.assert_close(still, x @ weight.T + 2 * x @ down.T @ up.T)
 
+    def test_dropout_of_the_branch_alone_is_torchs_and_in_training_only(self) -> None:
+        """As `functional.dropout` drops with the same seed; none in evaluation."""
+        x, down, up = torch.randn(4, 5), torch.randn(2, 5), torch.randn(3, 2)
+        torch.manual_seed(7)
+        got = lora_branch(x, down, up, scaling=2.0, dropout=0.5, training=True)
+        torch.manual_seed(7)
+        torch.testing.assert_close(got, 2 * F.dropout(x, 0.5) @ down.T @ up.T)
+        still = lora_branch(x, down, up, scaling=2.0, dropout=0.5, training=False)
+        torch.testing.assert_close(still, 2 * x @ down.T @ up.T)
+
     @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 4, 5)])
     def test_autocast_computes_in_bf16_and_gives_float32_gradients(self, shape: tuple[int, ...]) -> None:
         """As for any linear layer under autocast."""

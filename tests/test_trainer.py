@@ -43,6 +43,7 @@ from thawline.engine import (
     cosine,
     join,
     linear,
+    on,
     warmup,
 )
 
@@ -178,6 +179,21 @@ def test_cutting_a_batch_does_not_change_its_gradient(size: int, accumulate: int
     tolerance = 1e-12 if double else 1e-6
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("size", [None, 4, 3])
+def test_after_the_backward_pass_the_loss_is_the_whole_batchs(size: int | None) -> None:
+    """At BEFORE_STEP, however the batch was cut: cross entropy over its eight samples."""
+    net, seen = mlp(), []
+
+    @on(Event.BEFORE_STEP)
+    def look(state: State) -> None:
+        seen.append((state.loss.item(), expected))
+
+    x, y = torch.randn(8, 4), torch.randint(2, (8,))
+    expected = cross_entropy(net(x), y).item()
+    Trainer_(microbatch_size=size, algorithms=[look()]).fit(net, [(x, y)], duration="1ba")
+    assert seen == [(pytest.approx(expected), expected)]
 
 
 def test_batches_are_mappings_tuples_or_one_tensor() -> None:
