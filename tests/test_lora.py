@@ -989,6 +989,15 @@ class TestAlgorithm:
         assert after["2.lora_B"].abs().max() > 0
         assert not torch.equal(after["4.weight"], before["4.weight"])
 
+    def test_the_default_factor_is_two(self) -> None:
+        """Alpha 16 over rank 8."""
+        net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 2))
+        Trainer(algorithms=[LoRAInject(target="all-linear")], loss_fn=F.cross_entropy, progress=False).fit(
+            net, [(torch.randn(4, 32), torch.randint(2, (4,)))], duration="1ba"
+        )
+        found = [each for each in net.modules() if isinstance(each, LoRALinear)]
+        assert [(len(each.lora_A), each.lora_scaling) for each in found] == [(8, 2.0)]
+
     def test_a_rank_above_that_of_the_weight_warns(self) -> None:
         """Once, at the call of fit; the default rank is nobody's choice."""
         trainer = Trainer(algorithms=[LoRAInject(rank=1000)], loss_fn=F.cross_entropy, progress=False)

@@ -106,17 +106,18 @@ def test_a_duration_that_ends_inside_an_epoch_still_ends_it(
     assert seen[-1] == "FIT_END"
 
 
-def test_an_iterable_of_unknown_length_trains_and_evaluates_each_epoch() -> None:
-    """A generator-like loader has no length; epochs still end, evaluations still come."""
+def test_an_iterable_of_unknown_length_trains_evaluates_and_saves_each_epoch(tmp_path: Path) -> None:
+    """A generator-like loader has no length; epochs still end, evaluations still come, and checkpoints."""
 
     class Stream(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Any:
             return iter([(torch.ones(4), torch.tensor(1))] * 16)
 
     seen: list[str] = []
-    trainer = Trainer_(algorithms=[Watch(seen)])
-    result = trainer.fit(mlp(), DataLoader(Stream(), batch_size=8), loader(), duration="2ep")
-    assert (seen.count("EVAL_END"), seen.count("EPOCH_END"), result.clock.batch, result.clock.epoch) == (2, 2, 4, 2)
+    trainer = Trainer_(algorithms=[Watch(seen)], run_dir=tmp_path, checkpoint=Checkpointing(every="1ep", keep=9))
+    result = trainer.fit(mlp(), DataLoader(Stream(), batch_size=8), loader(), duration="3ep")
+    assert (seen.count("EVAL_END"), seen.count("EPOCH_END"), result.clock.batch, result.clock.epoch) == (3, 3, 6, 3)
+    assert sorted(path.name for path in tmp_path.glob("ba*")) == ["ba00000002", "ba00000004", "ba00000006"]
 
 
 def test_a_fit_equals_the_loop_by_hand_bit_for_bit() -> None:
