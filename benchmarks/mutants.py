@@ -179,7 +179,9 @@ _bench: Bench
 
 def main() -> None:
     """Draw, try, append results, print a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mutants", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--count", type=int, default=200, help="mutations")
     parser.add_argument("--only", choices=AGAINST, help="one of both")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -91,6 +92,9 @@ class CompiledBlocks:
                 recompile_limit=unlimited, accumulated_recompile_limit=unlimited, fail_on_recompile_limit_hit=True
             )
         )
+        # torch looks at the gradient of what goes into a block, and warns of it before it hides the warning.
+        self._settings.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning)
         # A batch that is by chance as large as the model is wide is not always so.
         self._settings.enter_context(symbols.patch(use_duck_shape=False))  # type: ignore[attr-defined]  # torch adds it
         call = torch.compile(_through, backend=backend, fullgraph=True, dynamic=True)
