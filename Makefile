@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
-.PHONY: test test-all lint docs demo data bench bench-gpu setup format clean help
+.PHONY: test test-all lint docs demo data bench bench-gpu claims setup format clean help
 
 help:  ## Say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -47,11 +47,14 @@ demo: $(READY) $(DATA)  ## Fine-tune MiniLM on movie reviews, three ways side by
 
 data: $(DATA)  ## Fetch the movie reviews of the demo
 
-bench: $(READY)  ## Time thawline against its peers and hand-written loops
+bench: $(READY)  ## Time thawline against hand-written loops and the peers that are installed
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-gpu: $(READY)  ## The same on a CUDA device
 	@$(BIN)/python -m benchmarks --device cuda $(ARGS)
+
+claims: $(READY) $(DATA)  ## Accuracy against training time, one picture: docs/pictures/claims.png
+	@$(BIN)/python -m benchmarks.claims $(ARGS)
 
 setup: $(READY)  ## Install everything into .venv
 

@@ -159,7 +159,11 @@ def drop(x: Tensor, p: float, seed: int) -> Tensor:
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(seed)
         return x * torch.empty_like(x).bernoulli_(1 - p, generator=generator)
-    return x.reshape(-1).index_fill(0, _dropped(x.numel(), p, seed), 0).view(x.shape)
+    return _without(x, _dropped(x.numel(), p, seed))
+
+
+def _without(x: Tensor, places: Tensor) -> Tensor:
+    return x.reshape(-1).index_fill(0, places, 0).view(x.shape)
 
 
 def _dropped(size: int, p: float, seed: int) -> Tensor:
@@ -193,16 +197,28 @@ class Plan:
         """The factor on the low-rank term: dropout's own folded in."""
         return self.scaling / (1 - self.p)
 
-    def dropped(self, x: Tensor) -> Tensor:
-        """Return ``x`` with the same elements dropped each time."""
-        return drop(x, self.p, self.seed) if self.p > 0 else x
+    def places(self, x: Tensor) -> Tensor | None:
+        """Return which elements of ``x`` are dropped, always the same ones; None where that is not how they are drawn."""
+        return _dropped(x.numel(), self.p, self.seed) if self.p > 0 and x.device.type == "cpu" else None
+
+    def dropped(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        """Return ``x`` with the same elements dropped each time, at ``places`` where these are known already."""
+        if self.p == 0:
+            return x
+        return drop(x, self.p, self.seed) if places is None else _without(x, places)
 
     def again(
-        self, x: Tensor, hidden: Tensor, project: Callable[[Tensor], Tensor], *, wanted: bool
+        self,
+        x: Tensor,
+        hidden: Tensor,
+        project: Callable[[Tensor], Tensor],
+        *,
+        wanted: bool,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return for a backward pass what of ``x`` was not dropped, where it is wanted, and the hidden features."""
         recorded = torch.is_grad_enabled()  # gradients of gradients need to know where these came from
-        dropped = self.dropped(x) if wanted or recorded else x
+        dropped = self.dropped(x, places) if wanted or recorded else x
         return dropped, project(dropped) if recorded else hidden
 
 
@@ -211,15 +227,15 @@ class _Plan(Plan):
     rows: Rows | None
     transposed: bool
 
-    def added(self, base: Tensor, back: Tensor, down: Tensor) -> Tensor:
+    def added(self, base: Tensor, back: Tensor, down: Tensor, places: Tensor | None) -> Tensor:
         """Return ``base + dropped(back @ down)``; ``base`` is nobody else's, and written where no graph is recorded."""
         if torch.is_grad_enabled():
-            return base + self.dropped(back @ down)
-        if self.p > 0 and base.device.type == "cpu":  # all is added, and what was dropped put back
-            flat, places = base.view(-1), _dropped(base.numel(), self.p, self.seed)
-            before = flat[places]
+            return base + self.dropped(back @ down, places)
+        if places is not None:  # all is added, and what was dropped put back
+            flat = base.view(-1)
+            before = flat.index_select(0, places)
             base.addmm_(back, down)
-            flat.index_put_((places,), before)
+            flat.index_copy_(0, places, before)
             return base
         return base.addmm_(back, down) if self.p == 0 else base.add_(self.dropped(back @ down))
 
@@ -267,7 +283,8 @@ class _LowRank(LowRank):
             y.addmm_(hidden, up.t(), alpha=plan.alpha)
         for out, part, place in plan.slices(up.shape[1]):
             y[:, out].addmm_(hidden[:, part], up[place].t(), alpha=plan.alpha)
-        return y.view(*x.shape[:-1], y.shape[-1]), hidden
+        # Not a view: what stands next may write into it, as ReLU(inplace=True) does.
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]]), hidden
 
     @staticmethod
     @override
@@ -278,14 +295,15 @@ class _LowRank(LowRank):
         x, weight, down, up, hidden = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_down, wants_up, _ = ctx.needs_input_grad
         rows, push = x.flatten(0, -2), push.reshape(-1, push.shape[-1])
-        dropped, hidden = plan.again(rows, hidden, lambda each: F.linear(each, down), wanted=wants_down)
+        places = plan.places(rows)
+        dropped, hidden = plan.again(rows, hidden, lambda each: F.linear(each, down), wanted=wants_down, places=places)
         slices = plan.slices(up.shape[1])
         back = push @ up if not slices else torch.cat([push[:, out] @ up[place] for out, _, place in slices], 1)
         back = back * plan.alpha
         into_x = into_up = None
         if wants_x:
             base = push @ (weight.t() if plan.transposed else weight)
-            into_x = plan.added(base, back, down)
+            into_x = plan.added(base, back, down, places)
             into_x = into_x.view(x.shape)
         if wants_up:
             parts = [(push[:, out], hidden[:, part]) for out, part, _ in slices] or [(push, hidden)]

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,22 +15,38 @@ import torch
 from thawline.algorithms import inject_lora
 from thawline.engine import ParameterLedger
 
-from .measure import Row, race, told
+from .measure import Row, compared, race, ratio, told
+from .peers import installed
 
 WAYS = ("full", "ours", "ours, dropout", "peft", "peft, dropout")
 _DROPOUT = 0.05
 
 
-def stepper(way: str, device: torch.device) -> Callable[[], None]:
-    """Return a function that trains one step: 4-block Llama of width 256, 8 x 128 tokens, rank 8 on all linear layers, AdamW."""
+def llama(
+    device: torch.device,
+    *,
+    vocab: int,
+    width: int,
+    inner: int,
+    blocks: int,
+    heads: int,
+    length: int,
+    tied: bool = False,
+) -> Any:
+    """Return a Llama with random weights, always the same ones."""
     from transformers import LlamaConfig, LlamaForCausalLM  # slow to import: only here
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=128, use_cache=False,
+        vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=heads,
+        num_key_value_heads=heads, max_position_embeddings=length, use_cache=False, tie_word_embeddings=tied,
     )  # fmt: skip
-    model: Any = LlamaForCausalLM(config).to(device).train()  # type: ignore[arg-type]  # transformers annotates .to loosely
+    return LlamaForCausalLM(config).to(device).train()  # type: ignore[arg-type]  # transformers annotates .to loosely
+
+
+def stepper(way: str, device: torch.device) -> Callable[[], None]:
+    """Return a function that trains one step: 4-block Llama of width 256, 8 x 128 tokens, rank 8 on all linear layers, AdamW."""
+    model = llama(device, vocab=512, width=256, inner=688, blocks=4, heads=4, length=128)
     dropout = _DROPOUT if way.endswith("dropout") else 0.0
     make = partial(torch.optim.AdamW, lr=1e-3)
     if way.startswith("ours"):
@@ -58,35 +73,34 @@ def stepper(way: str, device: torch.device) -> Callable[[], None]:
 
 def ways() -> list[str]:
     """Return the contestants that can run here."""
-    return [way for way in WAYS if not way.startswith("peft") or find_spec("peft") is not None]
+    return [way for way in WAYS if not way.startswith("peft") or installed("peft")]
+
+
+# Who is measured in units of whom: the bars of the step, and of the memory's growth.
+PAIRS: dict[tuple[str, str], tuple[float | None, float | None]] = {
+    ("ours", "full"): (0.86, None),
+    ("ours", "peft"): (0.92, 0.72),
+    ("ours, dropout", "peft, dropout"): (0.70, 0.72),
+    ("peft", "full"): (None, None),
+}
 
 
 def adapting(rounds: int, device: torch.device) -> list[Row]:
     """Whole steps, and the growth of peak memory over three of them in a process of its own."""
-    steppers = {way: stepper(way, device) for way in ways()}
-    timings = race(steppers, rounds)
-    note = told(timings, "ms")
-    bars = {
-        ("ours", "full"): 0.86,
-        ("ours", "peft"): 0.92,
-        ("ours, dropout", "peft, dropout"): 0.70,
-        ("peft", "full"): None,
-    }
-    rows = [
-        Row(f"LoRA step, {mine} / {other}", timings[mine].median / timings[other].median, "x", bar, note)
-        for (mine, other), bar in bars.items()
-        if mine in timings and other in timings
-    ]
-    grown = (
-        {way: growth(way, max(1, rounds // 5)) for way in ways()}
-        if device.type == "cpu" and sys.platform == "linux"
-        else {}
-    )
-    note = "; ".join(f"{way} {value:.0f} MB" for way, value in grown.items())
-    for mine, other in (("ours", "peft"), ("ours, dropout", "peft, dropout"), ("ours", "full")):
+    timings = race({way: stepper(way, device) for way in ways()}, rounds, device=device)
+    grown: dict[str, list[float]] = {}
+    if device.type == "cpu" and sys.platform == "linux":
+        for _ in range(max(1, rounds // 3)):
+            for way in timings:
+                grown.setdefault(way, []).append(growth(way))
+    rows: list[Row] = []
+    for (mine, other), (bar, _) in PAIRS.items():
+        if mine in timings and other in timings:
+            rows.append(ratio(f"LoRA step, {mine} / {other}", timings, mine, other, bar, note=told(timings, "ms")))
+    note = "; ".join(f"{way} {statistics.median(values):.0f} MB" for way, values in grown.items())
+    for (mine, other), (_, bar) in PAIRS.items():
         if mine in grown and other in grown:
-            bar = 0.72 if other == "peft" else None
-            rows.append(Row(f"LoRA peak memory, {mine} / {other}", grown[mine] / grown[other], "x", bar, note))
+            rows.append(compared(f"LoRA peak memory, {mine} / {other}", grown[mine], grown[other], bar, note=note))
     return rows
 
 
@@ -105,15 +119,10 @@ print((kib("VmHWM") - before) / 1024)
 """
 
 
-def growth(way: str, rounds: int) -> float:
-    """Return by how many megabytes the peak of a fresh process grows over three steps; the median of several processes."""
-    found: list[float] = []
-    for _ in range(rounds):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT.format(way=way)], check=True, capture_output=True, text=True
-        )
-        found.append(float(done.stdout))
-    return statistics.median(found)
+def growth(way: str) -> float:
+    """Return by how many megabytes the peak of a fresh process grows over three steps."""
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT.format(way=way)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-__all__ = ["adapting", "growth", "stepper", "ways"]
+__all__ = ["adapting", "growth", "llama", "stepper", "ways"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from functools import partial
 
@@ -143,4 +142,4 @@ def _since(began: tuple[float, float]) -> tuple[float, float]:
 
 def _timing(seconds: list[tuple[float, float]]) -> Timing:
     cpu, wall = ([each * 1e6 for each in column] for column in zip(*seconds, strict=True))
-    return Timing(statistics.median(cpu), min(cpu), max(cpu), statistics.median(wall))
+    return Timing(cpu, wall)

@@ -21,7 +21,7 @@ from thawline.engine.data import ResumableLoader
 from thawline.engine.snapshot import read_checkpoint
 from thawline.engine.store import CheckpointStore
 
-from .measure import Row, race, told
+from .measure import Row, compared, race, ratio, told
 
 
 @contextmanager
@@ -73,8 +73,9 @@ def saving(rounds: int, device: torch.device) -> list[Row]:
         with CheckpointStore(folder / "store") as store:
             timings = race({"torch.save + fsync": theirs, "store": ours}, rounds)
         megabytes = (folder / "torch.pt").stat().st_size / 1e6
-    ratio = timings["store"].wall / timings["torch.save + fsync"].wall
-    return [Row(f"a checkpoint of {megabytes:.0f} MB, wall time", ratio, "x", 1.5, told(timings, "ms"))]
+    mine, other = timings["store"].walls, timings["torch.save + fsync"].walls
+    figure = f"a checkpoint of {megabytes:.0f} MB / torch.save and fsync, wall time"
+    return [compared(figure, mine, other, 1.5, note=told(timings, "ms"))]
 
 
 def adapters(_: int, device: torch.device) -> list[Row]:
@@ -109,11 +110,5 @@ def resuming(rounds: int, _: torch.device) -> list[Row]:
 
     raced = race({"first": partial(first_from, 0), "last": partial(first_from, 511)}, rounds * 5)
     return [
-        Row(
-            "resume at an epoch's last batch",
-            raced["last"].median / raced["first"].median,
-            "x",
-            1.25,
-            told(raced, "ms"),
-        )
+        ratio("resume at an epoch's last batch / at its first", raced, "last", "first", 1.25, note=told(raced, "ms"))
     ]

@@ -221,7 +221,7 @@ def environment(model: nn.Module) -> dict[str, Any]:
     return {
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "world": int(os.environ.get("WORLD_SIZE", "1") or 1),
+        "world": int(os.environ.get("WORLD_SIZE") or 1),
         "processor": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "matmul": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),

@@ -83,6 +83,15 @@ def refuses_bad_arguments(rehearsal: Rehearsal) -> None:
                 continue
             for wrong in _wrong_values(given[name]):
                 _refuses(build, given | {name: wrong}, name, wrong)
+            if given[name] is not None and _forbids_none(parameter):
+                _refuses(build, given | {name: None}, name, None)
+
+
+def _forbids_none(parameter: inspect.Parameter) -> bool:
+    """Return whether an argument's annotation, as it is written, leaves no room for None."""
+    return parameter.annotation is not parameter.empty and not re.search(
+        r"\b(None|NoneType|Optional|Any|object)\b", str(parameter.annotation)
+    )
 
 
 def _wrong_values(value: object) -> Iterator[object]:

@@ -195,7 +195,7 @@ class DistributedError(ThawlineError, RuntimeError):
 
 
 class RecompileError(ThawlineError, RuntimeError):
-    """A compiled block that would fall back to eager."""
+    """A block that cannot be compiled, or of which there would be ever more graphs: it would fall back to eager."""
 
 
 def shorten(value: object, limit: int = 120) -> str:

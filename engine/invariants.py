@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from .clock import Clock
 from .errors import LedgerError
 from .groups import Slot
+from .holds import Holds
 
 
 def check_groups(
@@ -90,6 +91,16 @@ def check_options(live: Mapping[Slot, dict[str, Any]], members: Mapping[Slot, li
                     f"{option} of the group of {members[slot][0]!r} is {group[option]}, and {value} was set. "
                     f"Write ledger.set_options(select, {option}={value}, owner=...)."
                 )
+
+
+def check_slots(members: Mapping[Slot, list[str]], holds: Holds) -> None:
+    """Assert that each parameter has the base rate that was set for it, its home's where none was, and its factor."""
+    for slot, names in members.items():
+        for name in names:
+            asked = holds.set_for(name).get("lr", slot.home.lr), holds.factor(name)
+            assert (slot.base_lr, slot.scale) == asked, (
+                f"{name!r} has base rate and scale {slot.base_lr, slot.scale}, not {asked}"
+            )
 
 
 def check_rates(

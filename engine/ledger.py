@@ -18,7 +18,7 @@ from .grafts import Graft, build_grafts, keep_record, record_of, undo_graft
 from .groups import Origin, options_of
 from .holds import USER, Hold, Holds, Mode, Moments
 from .homes import home_of_new, names_of, state_by_name
-from .invariants import check_groups, check_options, check_parameter, check_rates
+from .invariants import check_groups, check_options, check_parameter, check_rates, check_slots
 from .rates import Rates
 from .selectors import Selector, covers
 from .surgery import JournalEntry
@@ -245,6 +245,7 @@ class ParameterLedger(Rates):
             holders = self._holds.owners(name)
             check_parameter(name, parameter, trains=name in self._trainable, holders=holders, has_state=has_state)
         check_options(self._live, self._members)
+        check_slots(self._members, self._holds)
         check_rates(self._live, self._members, self._factor, self._rated, self.min_lr)
         if [id(each) for _, each in self.model.named_parameters()] != [id(each) for each in self._parameters.values()]:
             raise LedgerError(
@@ -435,6 +436,28 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[No
         raise
     record.entries += made
     keep_record(model, record)
+
+
+@contextmanager
+def at_rest(parameters: Iterable[nn.Parameter]) -> Generator[None]:
+    """Let none of the parameters require a gradient, and give back which did: for code that records none and asks for it.
+
+    Example:
+        >>> weight = nn.Linear(2, 1).weight
+        >>> with at_rest([weight]):
+        ...     print(weight.requires_grad)
+        False
+        >>> weight.requires_grad
+        True
+    """
+    trained = [each for each in parameters if each.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
 
 
 def _but_rate(options: Mapping[str, Any]) -> dict[str, Any]:

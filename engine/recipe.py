@@ -143,7 +143,7 @@ class Recipe:
     trackers: Sequence[Tracker] = field(default=(), validator=_are_trackers)
     device: torch.device = field(factory=lambda: device_of("auto"), converter=device_of)
     distributed: Literal["auto", False] | Replicate = field(default="auto", validator=_together)
-    compile: bool = field(default=False, validator=one_of(False))
+    compile: Literal[False, "blocks"] = field(default=False, validator=one_of(False, "blocks"))
     on_nonfinite: Literal["raise", "skip", "rollback"] = field(default="raise", validator=_can_roll_back)
     progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
     debug: bool = field(default=False, validator=one_of(False, True))

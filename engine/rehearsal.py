@@ -165,6 +165,8 @@ class Rehearsal:
             events.append((event, clock.epoch, clock.batch, clock.sample))
             if probe is not None:
                 probe(event, state)
+            if event is Event.BATCH_END:
+                seen["loss of the last batch"] = None if state.loss is None else state.loss.item()
             if event is Event.FIT_END:
                 seen.update(snapshot(state, subjects))
                 journal.update(entry.module for entry in state.ledger.journal)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .clock import Clock, Time
+from .compiling import compiled
 from .data import ResumableLoader
 from .distributed import restarted
 from .errors import ArgumentError
@@ -93,7 +94,8 @@ class Trainer(Recipe):
         device: ``"auto"``, or a torch device.
         distributed: ``"auto"``: under torchrun, data-parallel training with a whole model on each rank, as
             :class:`Replicate` says; batches are those of all ranks together. False: each process trains by itself.
-        compile: False.
+        compile: False, or ``"blocks"``: each block by itself, with at most five graphs a block structure whatever trains when;
+            needs torch's compiler (on the CPU, a C++ one).
         on_nonfinite: ``"raise"``, ``"skip"``: no step, and raise after five in a row, or ``"rollback"``: back to the
             last checkpoint, and the batch is skipped the second time; needs ``run_dir``.
         progress: ``"auto"``, True or False.
@@ -149,7 +151,7 @@ class Trainer(Recipe):
             RunDirError: ``run_dir`` holds a run, cannot be made, or another process writes there.
             CheckpointError: What is resumed is damaged, or another run: the optimizer's class, algorithms, schedule,
                 min_lr, seed, accumulate or layers differ.
-            DataError, LossError, LedgerError, NonFiniteError, OutOfMemoryError: As their docstrings say.
+            DataError, LossError, LedgerError, NonFiniteError, OutOfMemoryError, RecompileError: As their docstrings say.
             DistributedError: Ranks disagree, one has ended or does not answer, or the launch is incomplete.
 
         After a restart by ``torchrun --max-restarts``, a fit with a ``run_dir`` goes on from its newest checkpoint.
@@ -185,7 +187,7 @@ class Trainer(Recipe):
         with only_errors() if team is not None and not team.first else nullcontext(), Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
             on_change=on_change, team=team,
-        ) as run:  # fmt: skip
+        ) as run, compiled(model, run.state.layers, self.compile):  # fmt: skip
             run.train()
             return FitResult(
                 run.report.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,

@@ -36,6 +36,7 @@ TIERS: tuple[frozenset[str], ...] = (
         {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
         | {
             "backward_cost",
+            "compiling",
             "batches",
             "flops",
             "randomness",

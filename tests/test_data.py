@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from thawline.engine import ArgumentError, DataError
 from thawline.engine.data import Fetched, ResumableLoader
-from thawline.engine.keyed import Key, KeyedDataset
+from thawline.engine.keyed import Key, KeyedDataset, Keys, keyed_loader
 from thawline.engine.order import epoch_order
 
 SIZE = 11
@@ -209,6 +209,14 @@ def test_workers_change_nothing(kind: str) -> None:
         assert text(resumable.batches(1, 2)) == expected[1][2:]
         resumable.close()
     assert global_state() == before
+
+
+def test_the_loader_made_has_the_settings_of_the_users() -> None:
+    """How far workers load ahead and whether they stay among them."""
+    loader = DataLoader(Augmented(), 3, num_workers=2, persistent_workers=True, prefetch_factor=5, timeout=60)
+    made = keyed_loader(loader, KeyedDataset(loader, seed=0), Keys(), torch.Generator())
+    for name in ("num_workers", "persistent_workers", "prefetch_factor", "timeout", "multiprocessing_context"):
+        assert getattr(made, name) == getattr(loader, name), name
 
 
 def test_what_workers_are_sent_can_be_sent() -> None:

@@ -99,6 +99,34 @@ def test_a_weight_that_is_no_share_is_refused(weight: Any) -> None:
         trainer.evaluate(mlp(), loader())
 
 
+def test_a_microbatch_of_weight_zero_leaves_the_gradient_to_the_others() -> None:
+    """Two microbatches, of which the loss counts the first only: the step of a fit on that one."""
+    finals: list[dict[str, Tensor]] = []
+    for size, samples in ((4, 8), (None, 4)):
+        torch.manual_seed(0)
+        net = mlp()
+        weigh = lambda batch: float(torch.equal(batch[0][0], X[0]))  # noqa: E731
+        Trainer_(loss_weight=weigh, microbatch_size=size).fit(net, [(X[:samples], Y[:samples])], duration="1ba")
+        finals.append(weights(net))
+    assert same_weights(*finals)
+
+
+def test_a_model_that_returns_its_loss_is_evaluated_by_it() -> None:
+    """A tensor of one number, without any loss_fn: the mean over the batches."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).square().mean()
+
+    net = Own()
+    values = Trainer(progress=False).evaluate(net, [X[:4], X[4:]])
+    assert values == {"eval/loss": pytest.approx(net(X).item())}
+
+
 def test_batches_of_arrays_train_as_batches_of_tensors() -> None:
     """Bit for bit."""
     finals = []

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import mlp
-from thawline.engine import OptimizerError, ParameterLedger
+from helpers import cnn, decay_groups, gain, is_matrix, mlp
+from thawline.engine import LedgerError, OptimizerError, ParameterLedger
 
 
 def test_an_integer_parameter_is_called_by_name() -> None:
@@ -47,3 +47,25 @@ def test_a_factory_that_fails_is_shown(factory: Any) -> None:
     """With what it said, and one that works."""
     with pytest.raises(OptimizerError, match=r"the optimizer factory .* failed: .* Write: optimizer=partial\("):
         ParameterLedger(mlp(), factory)
+
+
+def test_what_is_attached_goes_home_with_its_kind() -> None:
+    """A vector beside a matrix, which has an optimizer of its own: to the others' options of vectors, not of kernels."""
+    assert gain is not None
+
+    def others(parameters: Any) -> torch.optim.Optimizer:
+        found = list(parameters)
+        flat, kernels = ([each for each in found if (each.ndim <= 1) is kind] for kind in (True, False))
+        return torch.optim.AdamW([{"params": kernels, "lr": 0.1}, {"params": flat, "lr": 0.2}])
+
+    ledger = ParameterLedger(cnn(), [(is_matrix, partial(torch.optim.SGD, lr=0.3)), ("*", others)])
+    ledger.attach("8", "gain", owner="me", size=4)
+    rates = {name: group.base_lr for group in ledger.groups for name in group.parameters}
+    assert (rates["0.weight"], rates["8.weight"], rates["8.gain"]) == (0.1, 0.3, 0.2)
+
+
+def test_an_optimizer_of_other_groups_is_not_the_saved_one() -> None:
+    """The same class, of one group where there were two."""
+    saved = ParameterLedger(net := mlp(), decay_groups(net)).state_dict()
+    with pytest.raises(LedgerError, match="saved with 2 groups of its own and has 1 now. Build it as in the run"):
+        ParameterLedger(mlp(), partial(torch.optim.AdamW, lr=0.02)).load_state_dict(saved)

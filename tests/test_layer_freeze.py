@@ -152,6 +152,20 @@ def test_parameters_of_modules_with_children_freeze_with_the_leaf_below_them() -
     assert freeze_units(Bare(), LayerMap(Bare()), "leaf")[0] == ("scale", "body.0.weight", "body.0.bias")
 
 
+def test_parameters_behind_the_last_leaf_freeze_with_it() -> None:
+    """A scale beside a ReLU, which has no parameters and so is no leaf."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.act = nn.ReLU()
+
+    net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3), Scaled())
+    units = freeze_units(net, LayerMap(net), "leaf")
+    assert units == [("0.weight", "0.bias"), ("1.weight", "1.bias", "2.scale")]
+
+
 # -- what it frees -----------------------------------------------------------------------------------------------------
 
 

@@ -170,6 +170,16 @@ class TestForward:
         still = lora_forward(x, weight, None, down, up, scaling=2.0, dropout=0.5, training=False)
         torch.testing.assert_close(still, x @ weight.T + 2 * x @ down.T @ up.T)
 
+    def test_dropout_of_the_branch_alone_is_torchs_and_in_training_only(self) -> None:
+        """As `functional.dropout` drops with the same seed; none in evaluation."""
+        x, down, up = torch.randn(4, 5), torch.randn(2, 5), torch.randn(3, 2)
+        torch.manual_seed(7)
+        got = lora_branch(x, down, up, scaling=2.0, dropout=0.5, training=True)
+        torch.manual_seed(7)
+        torch.testing.assert_close(got, 2 * F.dropout(x, 0.5) @ down.T @ up.T)
+        still = lora_branch(x, down, up, scaling=2.0, dropout=0.5, training=False)
+        torch.testing.assert_close(still, 2 * x @ down.T @ up.T)
+
     @pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 4, 5)])
     def test_autocast_computes_in_bf16_and_gives_float32_gradients(self, shape: tuple[int, ...]) -> None:
         """As for any linear layer under autocast."""
@@ -979,6 +989,15 @@ class TestAlgorithm:
         assert after["2.lora_B"].abs().max() > 0
         assert not torch.equal(after["4.weight"], before["4.weight"])
 
+    def test_the_default_factor_is_two(self) -> None:
+        """Alpha 16 over rank 8."""
+        net = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 2))
+        Trainer(algorithms=[LoRAInject(target="all-linear")], loss_fn=F.cross_entropy, progress=False).fit(
+            net, [(torch.randn(4, 32), torch.randint(2, (4,)))], duration="1ba"
+        )
+        found = [each for each in net.modules() if isinstance(each, LoRALinear)]
+        assert [(len(each.lora_A), each.lora_scaling) for each in found] == [(8, 2.0)]
+
     def test_a_rank_above_that_of_the_weight_warns(self) -> None:
         """Once, at the call of fit; the default rank is nobody's choice."""
         trainer = Trainer(algorithms=[LoRAInject(rank=1000)], loss_fn=F.cross_entropy, progress=False)
@@ -1100,3 +1119,20 @@ class TestCopies:
             assert list(other.state_dict()) == list(want)
             for name, value in other.state_dict().items():
                 assert torch.equal(value, want[name]), name
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (2, 5, 4)])
+def test_what_follows_may_write_into_the_output(shape: tuple[int, ...]) -> None:
+    """An activation in place after a layer with an adapter gives the gradients of one that is not in place."""
+    found: list[list[Tensor]] = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=inplace), nn.Linear(4, 2))
+        ledger = ParameterLedger(model, partial(torch.optim.SGD, lr=0.1))
+        inject_lora(ledger, ["0"], rank=2)
+        with torch.no_grad():
+            model[0].lora_B.copy_(torch.ones(4, 2))
+        model(torch.arange(float(torch.Size(shape).numel())).view(shape)).sum().backward()
+        found.append([each.grad for each in ledger.trainable_parameters if each.grad is not None])
+    assert len(found[0]) > 2
+    assert all(map(torch.equal, *found))

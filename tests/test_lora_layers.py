@@ -497,19 +497,32 @@ SHARED = ("linear", "conv1D", "embedding", "conv1d", "conv2d", "conv3d", "groups
 class TestFiles:
     """`save_adapter` and `load_adapter`, ours with ours."""
 
+    @pytest.mark.parametrize("rslora", [False, True])
     @pytest.mark.parametrize("kind", KINDS)
-    def test_what_was_saved_loads(self, kind: str, tmp_path: Path) -> None:
+    def test_what_was_saved_loads(self, kind: str, rslora: bool, tmp_path: Path) -> None:
         """Outputs are equal, names of tensors are peft's, and what was loaded trains on."""
         layer, x = layers()[kind]
         model = Around(layer)
         twin = copy.deepcopy(model)
-        injected(model)
+        injected(model, rslora=rslora)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ThawlineWarning)
             save_adapter(model, tmp_path)
             load_adapter(twin, tmp_path)
         torch.testing.assert_close(twin(x), model(x), rtol=1e-6, atol=1e-6)
-        inject_lora(ParameterLedger(twin, partial(torch.optim.SGD, lr=0.1)), "layer", rank=4, alpha=6)
+        scales = [[getattr(each, "lora_scaling", None) for each in net.modules()] for net in (model, twin)]
+        assert scales[0] == scales[1]
+        inject_lora(ParameterLedger(twin, partial(torch.optim.SGD, lr=0.1)), "layer", rank=4, alpha=6, rslora=rslora)
+
+    def test_a_file_with_rslora_is_scaled_by_the_root_of_the_rank(self, tmp_path: Path) -> None:
+        """As the other library writes it: alpha 6 over the root of rank 4."""
+        model, twin = mlp(), mlp()
+        injected(model, ["0", "2"])
+        save_adapter(model, tmp_path)
+        path = tmp_path / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
+        load_adapter(twin, tmp_path)
+        assert [twin[index].lora_scaling for index in (0, 2)] == [3.0, 3.0]
 
     def test_the_files_are_pefts(self, tmp_path: Path) -> None:
         """Keys, configuration, and the head that trained beside the adapters."""

@@ -26,6 +26,7 @@ from thawline.engine import (
     cosine,
     linear,
 )
+from thawline.engine.plan import _size
 from timelines import stack
 
 
@@ -173,3 +174,12 @@ def test_a_picture_is_where_it_is_said_to_be(tmp_path: Path) -> None:
     """Without a suffix it is a PNG; folders are made."""
     assert thawed().timeline.save(tmp_path / "new" / "plan") == tmp_path / "new" / "plan.png"
     assert (tmp_path / "new" / "plan.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (1 << 20, "1.0 MiB"), (5 << 30, "5.0 GiB")],
+)
+def test_sizes_are_written_in_powers_of_1024(count: int, text: str) -> None:
+    """The largest unit that is not above the size."""
+    assert _size(count) == text

@@ -107,6 +107,7 @@ def test_another_environment_is_said_line_by_line(tmp_path: Path) -> None:
     saved_run(tmp_path)
     tree = read_checkpoint(tmp_path / "ba00000008")
     assert set(tree["environment"]) == {"torch", "threads", "world", "processor", "matmul", "deterministic"}
+    assert (tree["environment"]["world"], tree["environment"]["threads"]) == (1, 1)
     other = {"torch": "1.0", "threads": 64, "world": 8, "processor": "Z80", "matmul": "low", "deterministic": 3}
     path = write_checkpoint(tmp_path, "other", {**tree, "environment": other})
     with pytest.warns(ThawlineWarning) as caught:

@@ -158,9 +158,9 @@ def test_another_name_of_a_precision_says_the_one_to_write(given: Any, meant: st
         Trainer(precision=given)
 
 
-def test_what_is_not_in_this_version_says_so() -> None:
-    """Not that it takes one of one."""
-    with pytest.raises(ArgumentError, match=r"Trainer\(compile=\) takes only False in this version, got True"):
+def test_what_compiles_is_named() -> None:
+    """The whole model is not compiled: a thaw would compile it again."""
+    with pytest.raises(ArgumentError, match=r"Trainer\(compile=\) takes False or 'blocks', got True"):
         Trainer(compile=True)
 
 

@@ -7,18 +7,22 @@ import sys
 import textwrap
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from broken_algorithms import BROKEN
 from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, TrainOnly
-from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, Time, Trainer, on
+from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, State, Time, Trainer, on
+from thawline.engine.doubles import mlp
+from thawline.engine.rehearsal import Rehearsal
 from thawline.engine.testing import (
     CHECKS,
     AlgorithmContract,
@@ -127,6 +131,48 @@ def test_checks_are_chosen_by_name() -> None:
     check_algorithm(partial(GradClip, 1.0), checks=["match_is_pure"])
     with pytest.raises(ArgumentError, match="'match_is_pure'"):
         check_algorithm(partial(GradClip, 1.0), checks=["match_is_pur"])
+
+
+@attrs.define(slots=False, eq=False)
+class Refusing(Algorithm):
+    """Refuses all but a positive integer by a plain ValueError."""
+
+    size: int = 1
+    names_it: ClassVar[bool] = True
+    ends: int = attrs.field(init=False, default=0)
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f"{'size' if self.names_it else 'it'} is {self.size}")
+        self.events = frozenset({Event.FIT_END})
+
+    def apply(self, event: Event, state: State) -> None:
+        self.ends += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ends": self.ends}
+
+
+class Vague(Refusing):
+    """Does not say which argument."""
+
+    names_it = False
+
+
+def test_a_plain_error_that_names_the_argument_will_do() -> None:
+    """ValueError is enough, but not one from which nobody learns what was wrong."""
+    check_algorithm(Refusing, checks=["refuses_bad_arguments"])
+    with pytest.raises(ConformanceError, match="which does not name the argument"):
+        check_algorithm(Vague, checks=["refuses_bad_arguments"])
+
+
+def test_what_is_compared_is_how_the_fit_ends() -> None:
+    """After everybody's last turn, which is FIT_END."""
+    rehearsal = Rehearsal(
+        Refusing, mlp, tiny_loader(), cross_entropy, "1ep", 0, thorough=False, partners=[], accumulates=True
+    )
+    (states,) = rehearsal.whole.result["algorithms"].values()
+    assert states == {"ends": 1}
 
 
 @pytest.mark.parametrize("factory", [GradClip(1.0), 3, lambda: 3, list])

@@ -43,6 +43,7 @@ from thawline.engine import (
     cosine,
     join,
     linear,
+    on,
     warmup,
 )
 
@@ -105,17 +106,18 @@ def test_a_duration_that_ends_inside_an_epoch_still_ends_it(
     assert seen[-1] == "FIT_END"
 
 
-def test_an_iterable_of_unknown_length_trains_and_evaluates_each_epoch() -> None:
-    """A generator-like loader has no length; epochs still end, evaluations still come."""
+def test_an_iterable_of_unknown_length_trains_evaluates_and_saves_each_epoch(tmp_path: Path) -> None:
+    """A generator-like loader has no length; epochs still end, evaluations still come, and checkpoints."""
 
     class Stream(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Any:
             return iter([(torch.ones(4), torch.tensor(1))] * 16)
 
     seen: list[str] = []
-    trainer = Trainer_(algorithms=[Watch(seen)])
-    result = trainer.fit(mlp(), DataLoader(Stream(), batch_size=8), loader(), duration="2ep")
-    assert (seen.count("EVAL_END"), seen.count("EPOCH_END"), result.clock.batch, result.clock.epoch) == (2, 2, 4, 2)
+    trainer = Trainer_(algorithms=[Watch(seen)], run_dir=tmp_path, checkpoint=Checkpointing(every="1ep", keep=9))
+    result = trainer.fit(mlp(), DataLoader(Stream(), batch_size=8), loader(), duration="3ep")
+    assert (seen.count("EVAL_END"), seen.count("EPOCH_END"), result.clock.batch, result.clock.epoch) == (3, 3, 6, 3)
+    assert sorted(path.name for path in tmp_path.glob("ba*")) == ["ba00000002", "ba00000004", "ba00000006"]
 
 
 def test_a_fit_equals_the_loop_by_hand_bit_for_bit() -> None:
@@ -178,6 +180,21 @@ def test_cutting_a_batch_does_not_change_its_gradient(size: int, accumulate: int
     tolerance = 1e-12 if double else 1e-6
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("size", [None, 4, 3])
+def test_after_the_backward_pass_the_loss_is_the_whole_batchs(size: int | None) -> None:
+    """At BEFORE_STEP, however the batch was cut: cross entropy over its eight samples."""
+    net, seen = mlp(), []
+
+    @on(Event.BEFORE_STEP)
+    def look(state: State) -> None:
+        seen.append((state.loss.item(), expected))
+
+    x, y = torch.randn(8, 4), torch.randint(2, (8,))
+    expected = cross_entropy(net(x), y).item()
+    Trainer_(microbatch_size=size, algorithms=[look()]).fit(net, [(x, y)], duration="1ba")
+    assert seen == [(pytest.approx(expected), expected)]
 
 
 def test_batches_are_mappings_tuples_or_one_tensor() -> None:
