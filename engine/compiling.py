@@ -94,7 +94,9 @@ class CompiledBlocks:
         )
         # torch looks at the gradient of what goes into a block, and warns of it before it hides the warning.
         self._settings.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message="The .grad attribute of a Tensor that is not a leaf", category=UserWarning
+        )
         # A batch that is by chance as large as the model is wide is not always so.
         self._settings.enter_context(symbols.patch(use_duck_shape=False))  # type: ignore[attr-defined]  # torch adds it
         call = torch.compile(_through, backend=backend, fullgraph=True, dynamic=True)
