@@ -8,6 +8,7 @@ process that ended or hangs is noticed on the CPU, as an error with words, and n
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import re
@@ -188,8 +189,11 @@ def _groups(timeout: float, kind: str) -> tuple[Any, Any]:
 
 
 def _leave() -> None:
+    """End the groups and their threads while Python still runs: one that wants Python afterwards aborts the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    _groups.cache_clear()
+    gc.collect()  # whoever holds a group in a cycle, such as the frames of an error
 
 
 def _take_gpu(launch: Launch, device: torch.device) -> None:
