@@ -46,11 +46,13 @@ class CompiledBlocks:
         RecompileError: On leaving: a block could not be compiled as one graph, or has more graphs than it may.
 
     Example:
+        One graph for the first block, whose input has no gradient, and one for those behind it.
+
         >>> model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
         >>> with CompiledBlocks(model, LayerMap(model), backend="aot_eager") as blocks:
         ...     _ = model(torch.ones(2, 4))
         >>> [len(each) for each in blocks.graphs.values()], list(model.state_dict()) == [f"{i}.{name}" for i in range(4) for name in ("weight", "bias")]
-        ([1], True)
+        ([2], True)
     """
 
     def __init__(self, model: nn.Module, layers: LayerMap, *, backend: str | None = None) -> None:
