@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import os
+import signal
 
 # Before torch is imported. Waiting threads sleep instead of spinning: on a busy machine spinning takes the core from the
 # thread that is waited for. Weights and tokenizers come from installed packages; nothing may ask a hub.
@@ -10,6 +11,9 @@ os.environ["MPLBACKEND"] = "Agg"
 # An online tracker must not be found by chance in the environment of the person who runs the tests.
 for name in ("COMET_API_KEY", "COMET_WORKSPACE", "COMET_PROJECT_NAME"):
     os.environ.pop(name, None)
+
+# A shell starts what runs in its background with SIGINT ignored, and so would be every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import torch
