@@ -225,7 +225,10 @@ def _modules(model: nn.Module, layers: LayerMap, target: str | Sequence[str]) ->
     usual = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in _known(model)]
     usual = _outside_head(model, layers, usual)
     for name in usual:
-        check_site(model, name, model.get_submodule(name))
+        module = model.get_submodule(name)
+        known = kind_of(module)
+        if known is None or not isinstance(module, known[1]):  # one that is adapted already is gone on with
+            check_site(model, name, module)
     # A version of transformers that names its projections otherwise.
     return tuple(usual or attention or body) or _matched(model, _known(model), "LoRAInject(target='auto')")
 

@@ -291,6 +291,8 @@ def check_algorithms(algorithms: Iterable[Algorithm]) -> tuple[Algorithm, ...]:
     for each in found:
         if not isinstance(each, Algorithm):
             example = "Trainer(algorithms=[*progressive(), EMA()])" if isinstance(each, list) else example
+            if isinstance(each, type) and issubclass(each, Algorithm):  # also what @on makes of a function
+                example = f"Trainer(algorithms=[{each.__name__}()])"
             raise ArgumentError("Trainer(algorithms=)", got=each, takes="instances of Algorithm", example=example)
         _check_acts(each)
     if len({id(each) for each in found}) != len(found):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from weakref import ref
 
 import torch
 from attrs import define, field
@@ -37,20 +36,11 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @define(eq=False)
-class _Seen:
-    """One tensor as the fit found it."""
-
-    tensor: ref[Tensor]
-    version: int
-    fingerprint: str | None
-
-
-@define(eq=False)
 class Pristine:
     """A model's tensors as a fit finds them.
 
-    A parameter has not changed while it never trained, is the same object, and torch counted no write to it; it is
-    hashed once. Kernels write to buffers without being counted, so these are hashed at the beginning and at each asking.
+    All of them are hashed at the beginning, and those that never trained at each asking: a model may write to its own
+    weights, as the key encoder of momentum contrast does, and torch does not count writes through ``.data``.
 
     Args:
         model: The model, before anything of the fit has changed it.
@@ -66,13 +56,11 @@ class Pristine:
     """
 
     model: nn.Module
-    _seen: dict[str, _Seen] = field(init=False, factory=dict)
+    _found: dict[str, str] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        for name, tensor in named_tensors(self.model).items():
-            if _is_plain(tensor):
-                known = None if isinstance(tensor, nn.Parameter) else fingerprint(tensor)
-                self._seen[name] = _Seen(ref(tensor), tensor._version, known)
+        tensors = named_tensors(self.model).items()
+        self._found = {name: fingerprint(tensor) for name, tensor in tensors if _is_plain(tensor)}
 
     def fingerprints(self, ledger: ParameterLedger) -> dict[str, str]:
         """Return the fingerprint of each tensor that is as it was, by name.
@@ -83,14 +71,9 @@ class Pristine:
         trained = {id(ledger.parameters[name]) for name in ledger.trained if name in ledger.parameters}
         found = {}
         for name, tensor in named_tensors(self.model).items():
-            seen = self._seen.get(name)
-            if seen is None or id(tensor) in trained:
-                continue
-            if not isinstance(tensor, nn.Parameter):
-                if _is_plain(tensor) and fingerprint(tensor) == seen.fingerprint:
-                    found[name] = str(seen.fingerprint)
-            elif seen.tensor() is tensor and seen.version == tensor._version:
-                found[name] = self._hashed(seen, tensor)
+            before = self._found.get(name)
+            if before is not None and id(tensor) not in trained and _is_plain(tensor) and fingerprint(tensor) == before:
+                found[name] = before
         return found
 
     def check(self, saved: Mapping[str, str]) -> None:
@@ -102,13 +85,11 @@ class Pristine:
         here = named_tensors(self.model)
         wrong = []
         for name, before in saved.items():
-            seen, tensor = self._seen.get(name), here.get(name)
+            tensor = here.get(name)
             if tensor is None:
                 wrong.append(f"{name!r} is missing")
                 continue
-            same = seen is not None and seen.tensor() is tensor and seen.version == tensor._version
-            counted = isinstance(tensor, nn.Parameter)
-            now = self._hashed(seen, tensor) if seen is not None and same and counted else fingerprint(tensor)
+            now = fingerprint(tensor)
             if now != before:
                 kinds = " and ".join(dict.fromkeys(each.rpartition(" ")[0] for each in (before, now)))
                 wrong.append(f"{name!r} has other values or another kind ({kinds})")
@@ -119,11 +100,6 @@ class Pristine:
                 f"not bring the same ones: {shown}. Build the model from the weights that the run began with, or write "
                 "Checkpointing(frozen='store') in the next run."
             )
-
-    def _hashed(self, seen: _Seen, tensor: Tensor) -> str:
-        if seen.fingerprint is None:
-            seen.fingerprint = fingerprint(tensor)
-        return seen.fingerprint
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -72,8 +72,8 @@ def check_shares(loader: Any, size: int | None, world: int, name: str, *, even: 
     """
     if isinstance(getattr(loader, "sampler", None), DistributedSampler):
         raise DistributedError(
-            f"{name} has a DistributedSampler, and each rank is given its share of every batch here: it would train on a "
-            f"{world}th of its {world}th. Write: DataLoader(dataset, batch_size=<of all ranks together>, shuffle=True)."
+            f"{name} has a DistributedSampler, and each rank is given its share of every batch here: it would train on "
+            f"1/{world} of its 1/{world}. Write: DataLoader(dataset, batch_size=<of all ranks together>, shuffle=True)."
         )
     if even and size is not None and size % world:
         nearby = max(world, round(size / world) * world)

@@ -929,6 +929,15 @@ class TestInject:
         with pytest.raises(SurgeryError, match="rank 2 already"):
             inject_lora(ledger_of(model), rank=4)
 
+    def test_a_second_fit_of_a_model_whose_type_says_the_targets_goes_on(self) -> None:
+        """As with named targets: the same settings go on, others are refused by the rank."""
+        model = hugging_face("Bert", "ForSequenceClassification", **BERT)
+        inject_lora(ledger_of(model), rank=2)
+        ledger = ledger_of(model)
+        assert set(inject_lora(ledger, rank=2)) <= ledger.trainable
+        with pytest.raises(SurgeryError, match="rank 2 already"):
+            inject_lora(ledger_of(model), rank=4)
+
     def test_a_refused_target_leaves_the_model_alone(self) -> None:
         """Nothing is attached or held before every target is known to take an adapter."""
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Scaled(4, 4), nn.ReLU(), nn.Linear(4, 2))

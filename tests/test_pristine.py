@@ -13,7 +13,16 @@ from torch.nn.functional import cross_entropy
 
 from helpers import cnn, loader, mlp, same_weights, weights
 from thawline.algorithms import EMA, BlockCycle, LayerFreeze, LayerThaw, LoRAInject
-from thawline.engine import Algorithm, ArgumentError, CheckpointError, Checkpointing, Event, State, Trainer
+from thawline.engine import (
+    Algorithm,
+    ArgumentError,
+    CheckpointError,
+    Checkpointing,
+    Event,
+    State,
+    Trainer,
+    load_weights,
+)
 from thawline.engine.pristine import Pristine, fingerprint
 from thawline.engine.snapshot import read_checkpoint
 
@@ -108,6 +117,37 @@ def test_a_write_that_nobody_trained_is_seen(tmp_path: Path) -> None:
     names = {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert set(read_checkpoint(tmp_path / "ba00000003")["fingerprints"]) == names
     assert set(read_checkpoint(tmp_path / "ba00000004")["fingerprints"]) == names - {"0.bias"}
+
+
+class KeyEncoder(nn.Module):
+    """Moves frozen weights behind torch's count of writes, as momentum contrast does (He et al. 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            for query, key in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                key.data = key.data * 0.9 + query.data * 0.1
+        return self.head(self.query(x) + self.key(x))
+
+
+def test_what_a_model_writes_to_itself_uncounted_is_in_the_checkpoint(tmp_path: Path) -> None:
+    """The weights come back, and a resumed run is the run that went on."""
+    whole, cut = seeded(KeyEncoder), seeded(KeyEncoder)
+    result = Trainer_(run_dir=tmp_path / "whole").fit(whole, loader(), duration="4ba")
+    assert not torch.equal(whole.key.weight, seeded(KeyEncoder).key.weight)
+    assert result.last is not None
+    fresh = seeded(KeyEncoder)
+    load_weights(result.last, fresh)
+    assert torch.equal(fresh.key.weight, whole.key.weight)
+    Trainer_(run_dir=tmp_path / "cut").fit(cut, loader(), duration="2ba")
+    resumed = seeded(KeyEncoder)
+    with pytest.warns(UserWarning, match="another duration"):
+        Trainer_(run_dir=tmp_path / "cut").fit(resumed, loader(), duration="4ba", resume=True)
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
 
 
 @pytest.mark.parametrize("change", ["value", "shape", "dtype", "missing"])
