@@ -21,8 +21,10 @@ from ..engine import (
     ThawlineError,
     Time,
     get_logger,
+    is_sharded,
     nearest,
     register,
+    shard_like,
 )
 from .arguments import check_in_range, check_time, flag, in_range
 
@@ -371,14 +373,14 @@ def _joined(average: Tensor | None, live: Tensor) -> Tensor:
     dtype = torch.float32 if live.is_floating_point() and live.dtype.itemsize < 4 else live.dtype
     if average is None or average.shape != live.shape:
         return live.detach().to(dtype, copy=True)
-    return average.to(live.device, dtype)
+    return shard_like(average, live).to(live.device, dtype)
 
 
 def _alike(shadow: Sequence[Tensor], live: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Return the pairs in lists of one device and dtype each, as the foreach kernels want them."""
     groups: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
     for average, weight in zip(shadow, live, strict=True):
-        shadows, lives = groups.setdefault((weight.device, average.dtype, weight.dtype), ([], []))
+        shadows, lives = groups.setdefault((weight.device, average.dtype, weight.dtype, is_sharded(weight)), ([], []))
         shadows.append(average)
         lives.append(weight)
     return list(groups.values())

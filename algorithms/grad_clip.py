@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ..engine import Algorithm, ArgumentError, Event, Stage, State, register
+from ..engine import Algorithm, ArgumentError, Event, Stage, State, register, unsharded
 from .arguments import check_in_range, flag, positive
 
 # As in torch.nn.utils.clip_grad_norm_, so that both scale by the same number.
@@ -46,8 +46,7 @@ def gradient_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor
             "GradClip", got="a sparse gradient", takes="dense gradients", example="nn.Embedding(…, sparse=False)"
         ) from None
     total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    gathered: Tensor = total.full_tensor() if hasattr(total, "full_tensor") else total  # DTensor: sharded weights
-    return gathered
+    return unsharded(total)
 
 
 @torch.no_grad()
@@ -294,6 +293,8 @@ class GradClip(Algorithm):
 def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
     """Return the norm of each gradient, all on the device of the first."""
     norms: list[Tensor] = []
+    if math.isinf(norm_type):  # a rank's rows may be none, and nothing is the largest of them
+        gradients = [unsharded(each) for each in gradients]
     for dtype in dict.fromkeys([each.dtype for each in gradients]):
         alike = [each for each in gradients if each.dtype is dtype]
         norms += torch._foreach_norm(alike, norm_type, dtype=_wide(dtype))  # pyright: ignore[reportPrivateImportUsage]

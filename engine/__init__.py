@@ -4,7 +4,7 @@ from .algorithm import Algorithm, Stage, register, registered, registered_names
 from .batches import Unloaded
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
-from .distributed import Replicate
+from .distributed import FullyShard, Replicate
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
@@ -55,6 +55,7 @@ from .schedules import (
     wsd,
 )
 from .selectors import Selector
+from .shards import is_sharded, shard_like, unsharded
 from .state import State
 from .surgery import Attachment, JournalEntry, Site, surgery_op
 from .tracking import CometTracker, JsonlTracker, MemoryTracker, Tracker
@@ -75,6 +76,7 @@ __all__ = [
     "Engine",
     "Event",
     "FitResult",
+    "FullyShard",
     "Group",
     "JournalEntry",
     "Json",
@@ -119,6 +121,7 @@ __all__ = [
     "export",
     "get_logger",
     "inverse_sqrt",
+    "is_sharded",
     "join",
     "linear",
     "load_weights",
@@ -130,8 +133,10 @@ __all__ = [
     "registered",
     "registered_names",
     "repeat",
+    "shard_like",
     "surgery_op",
     "targets_of",
+    "unsharded",
     "untouched",
     "warmup",
     "warn",

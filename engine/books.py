@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import MappingProxyType
@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .clock import Clock
+from .errors import OptimizerError
 from .events import Event
-from .footprint import Template, state_template, template_bytes
+from .footprint import Template, fault_on_shards, state_template, template_bytes
 from .grafts import record_of
 from .groups import Group, Origin, Slot, derive_groups, layers_of_groups, name_groups, view_groups
 from .holds import USER, Hold, Holds
-from .homes import OptimizerLike, fills_state, fresh_state, selectors_of, settle
+from .homes import OptimizerLike, fills_state, fresh_state, kept_aside, selectors_of, settle
 from .layers import LayerMap, LayerSpec
 from .log import get_logger
 from .modes import ModeKeeper
 from .schedules import Schedule, constant
 from .selectors import Selection, Selector, resolve
+from .shards import is_sharded, shard_like
 from .surgery import JournalEntry
 
 log = get_logger(__name__)
@@ -56,6 +58,7 @@ class Books:
         self.version = 0
         self.changed_by: tuple[str, ...] = ()
         self._acting = USER
+        self.sharded = False
         self._templates: dict[tuple[int, object, int], Template | None] = {}
         self._read_names()
         self.layers.check(self._parameters)
@@ -230,10 +233,50 @@ class Books:
         for parameter in self._flat:
             parameter.grad = None
 
-    def put_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
-        """Make tensors the gradients of parameters: what several ranks have added up."""
+    def put_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+        """Make tensors the gradients of parameters: what several ranks have added up, None where nobody has one."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
+    def follow_exchange(self) -> None:
+        """Take over what the model has now in place of each parameter: its shards, or the whole of them again.
+
+        Names, groups, holds and rates stay; the optimizer's state is laid out as the parameters are.
+        """
+        before = self._parameters
+        self._read_names()
+        assert list(before) == list(self._parameters), "sharding keeps names"
+        self.sharded = any(map(is_sharded, self._parameters.values()))
+        for name, home in self._homes.items():
+            self._parameters[name].requires_grad = name in self._trainable
+            state = self.optimizers[home.optimizer].state.pop(before[name], None)
+            if state is not None and self.sharded:
+                self.optimizers[home.optimizer].state[self._parameters[name]] = self._placed(name, state)
+        self._kept = {name: self._placed(name, state) for name, state in self._kept.items()} if self.sharded else {}
+        self._modes.scan()
+        self._regroup()
+
+    def check_on_shards(self, shard: Callable[[Tensor], Tensor], ranks: int) -> None:
+        """Check that the optimizers step on shards as they do on whole parameters.
+
+        Args:
+            shard: Returns a tensor in shards; all ranks call this together.
+            ranks: How many there are.
+
+        Raises:
+            OptimizerError: One does not, or keeps parameters to itself.
+        """
+        tried = {(each.index, self._parameters[name].ndim): name for name, each in self._homes.items()}
+        for name in tried.values():
+            home, like = self._homes[name], self._parameters[name]
+            optimizer = self.optimizers[home.optimizer]
+            shape = (2 * ranks + 1, 3, 2, *[1] * like.ndim)[: like.ndim]
+            fault = kept_aside(optimizer) or fault_on_shards(optimizer, home.options, like.to_local(), shape, shard)  # type: ignore[operator]
+            if fault is not None:
+                raise OptimizerError(
+                    f"{type(optimizer).__name__} does not know weights that lie in shards: {fault}. Write: optimizer=partial("
+                    "torch.optim.AdamW, lr=1e-4), or Trainer(distributed=Replicate())."
+                )
 
     def release(self) -> None:
         """Give ``requires_grad`` back as the user had it; what was attached stays and trains. Ends the ledger's work."""
@@ -408,11 +451,14 @@ class Books:
         """Put a parameter's saved state on its device, in the state's own dtype; step counters as torch keeps them."""
         options = self._homes[name].options
         on_device = bool(options.get("capturable") or options.get("fused"))
-        device = self._parameters[name].device
-        return {
-            key: _copied(value, device if key != "step" or on_device else torch.device("cpu"))
-            for key, value in values.items()
-        }
+        parameter = self._parameters[name]
+
+        def placed(key: str, value: Any) -> Any:
+            if isinstance(value, Tensor) and value.shape == parameter.shape and is_sharded(parameter):
+                return shard_like(value, parameter).clone()
+            return _copied(value, parameter.device if key != "step" or on_device else torch.device("cpu"))
+
+        return {key: placed(key, value) for key, value in values.items()}
 
     def _shared(self, optimizer: Optimizer, values: Any, device: str) -> Any:
         """Put an optimizer's saved state of its own on the device of its parameters, unless it lay on the CPU."""

@@ -16,7 +16,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from .distributed import Pending, Rows, Team
+from .distributed import Pending, Replicate, Rows, Team
 from .errors import DistributedError
 from .ledger import ParameterLedger
 
@@ -179,6 +179,7 @@ def _laid_out(parameters: Sequence[nn.Parameter], team: Team) -> list[_Bucket]:
     team's limit, nor below 1 MiB.
     """
     total = sum(each.numel() * each.element_size() for each in parameters)
+    assert isinstance(team.chosen, Replicate), "what lies in shards has no buckets"
     most = min(team.chosen.bucket_mib * _MIB, max(total / 4, _MIB))
     closed: list[list[nn.Parameter]] = []
     filling: dict[object, tuple[list[nn.Parameter], int]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from .errors import CheckpointError, ThawlineError, warn, with_article
 from .precision import Precision
 from .pristine import Pristine
 from .resume import OnChange, changes_of, check_same_run, differences
+from .shards import computes_on, is_sharded, shard_like
 from .typing import Json
 
 SCHEMA = 1
@@ -86,6 +87,7 @@ def restore(
     settings: Mapping[str, Any],
     pristine: Pristine | None = None,
     on_change: OnChange = "refuse",
+    built: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Make a fresh fit what :func:`capture` saw, random number generators last; return its ``extra``.
 
@@ -117,6 +119,10 @@ def restore(
         changed += changes_of(tree["environment"], environment(state.model))
     for each in changed:
         warn(each)
+    if built is not None:
+        with well_formed():
+            state.ledger.replay(tree["ledger"]["journal"])
+        built()
     with well_formed():
         new = _load(tree, engine, precision, migrate=migrate)
     if new:
@@ -176,13 +182,13 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
         CheckpointError: The model keeps something else than tensors in its state dict.
     """
     weights = {}
-    for name, value in model.state_dict().items():
+    for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{name!r} in the model's state dict is {with_article(type(value).__name__)}, and checkpoints hold tensors. "
                 "Keep it in a buffer, or derive it from the model's arguments."
             )
-        weights[name] = value.detach()
+        weights[name] = value if is_sharded(value) else value.detach()
     return weights
 
 
@@ -203,8 +209,10 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], present: Collec
     Raises:
         CheckpointError: Names or shapes differ.
     """
+    here = model.state_dict()
+    given = {name: _laid_out(each, here.get(name)) for name, each in weights.items()}
     try:
-        found = model.load_state_dict(dict(weights), strict=False)
+        found = model.load_state_dict(given, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint's weights are not this model's: {error}") from error
     missing = [name for name in found.missing_keys if name not in present]
@@ -215,9 +223,13 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], present: Collec
         )
 
 
+def _laid_out(tensor: Tensor, like: Tensor | None) -> Tensor:
+    return tensor if like is None or like.shape != tensor.shape else shard_like(tensor, like)
+
+
 def environment(model: nn.Module) -> dict[str, Any]:
     """Return what bit-exactness depends on besides checkpoint and settings."""
-    cuda = next(model.parameters()).device.type == "cuda"
+    cuda = computes_on(next(model.parameters())) == "cuda"
     return {
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
@@ -235,7 +247,7 @@ def rng_state(model: nn.Module) -> dict[str, Any]:
         "numpy": np.random.get_state(),  # noqa: NPY002 - the global generator is what a model would draw from
         "torch": torch.get_rng_state(),
     }
-    if next(model.parameters()).device.type == "cuda":
+    if computes_on(next(model.parameters())) == "cuda":
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

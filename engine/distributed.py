@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -36,6 +36,8 @@ log = get_logger(__name__)
 _PLACES = (*(event.name for event in Event), "exchange")
 _WIDTH = 8
 _SHOWN = 5
+# How gloo and NCCL say that another process is gone, or silent.
+_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Socket Timeout|Broken pipe|process group watchdog", re.IGNORECASE)
 Rows = Sequence[Sequence[float]]
 
 
@@ -67,6 +69,54 @@ class Replicate:
 
     timeout: float = field(default=600.0, validator=_positive)
     bucket_mib: float = field(default=25.0, validator=_positive)
+
+
+def _is_flag(_: object, attribute: Attribute[Any], value: object) -> None:
+    if not isinstance(value, bool):
+        example = f"Trainer(distributed=FullyShard({attribute.name}=True))"
+        raise ArgumentError(f"FullyShard({attribute.name}=)", got=value, takes="True or False", example=example)
+
+
+def _is_mixed(_: object, __: object, value: object) -> None:
+    if value not in (None, "bf16"):
+        takes = "None or 'bf16'; float16 would need its gradients scaled"
+        example = "Trainer(distributed=FullyShard(mixed_precision='bf16'))"
+        raise ArgumentError("FullyShard(mixed_precision=)", got=value, takes=takes, example=example)
+
+
+@frozen
+class FullyShard:
+    """Data-parallel training in which each rank holds a share of the weights, gradients and optimizer state: FSDP2.
+
+    Each block of the model, and the rest together, are gathered while they compute, by torch's ``fully_shard``. The model
+    is whole before the fit and after it. Alone, a process trains as if nothing was said.
+
+    Args:
+        reshard: Let go of a block's gathered weights after its forward pass and gather them again for the backward pass;
+            False keeps them until then: faster, and as much memory for weights as on one process.
+        mixed_precision: ``"bf16"`` gathers and computes in bfloat16, and adds gradients up and steps in the weights' dtype.
+        offload: Keep shards, gradients and optimizer state in the memory of the CPU, where a GPU computes.
+        timeout: Seconds after which a rank that waits for the others gives up with a :class:`DistributedError`.
+
+    Raises:
+        ArgumentError: A value of the wrong kind.
+
+    Source:
+        Zhao et al., arXiv:2304.11277; ``torch.distributed.fsdp.fully_shard``.
+
+    Example:
+        >>> FullyShard(mixed_precision="bf16").reshard
+        True
+    """
+
+    reshard: bool = field(default=True, validator=_is_flag)
+    mixed_precision: Literal["bf16"] | None = field(default=None, validator=_is_mixed)
+    offload: bool = field(default=False, validator=_is_flag)
+    timeout: float = field(default=600.0, validator=_positive)
+
+
+Together: TypeAlias = Replicate | FullyShard
+"""How ranks train together."""
 
 
 class Pending(Protocol):
@@ -145,7 +195,7 @@ def restarted(team: Team | None) -> bool:
     return bool(count if team is None else max(team.exchange(count)))
 
 
-def join(chosen: Replicate, device: torch.device) -> Team | None:
+def join(chosen: Together, device: torch.device) -> Team | None:
     """Return the team that this process is one of, connected to the others; None for a process alone.
 
     Args:
@@ -221,7 +271,7 @@ class Team:
         control: The process group, on the CPU, that everything else goes over.
     """
 
-    def __init__(self, rank: int, world: int, chosen: Replicate, data: Any, control: Any) -> None:
+    def __init__(self, rank: int, world: int, chosen: Together, data: Any, control: Any) -> None:
         self.rank, self.world, self.chosen = rank, world, chosen
         self._data, self._control = data, control
         self._row = torch.zeros(_WIDTH, dtype=torch.float64)
@@ -379,11 +429,20 @@ class Team:
         try:
             yield
         except RuntimeError as error:
-            raise DistributedError(
-                f"rank {self.rank} of {self.world} lost another one while {self._doing}: {_first_line(error)}. A rank that ended "
-                f"has said why in its own output; one that does not answer is given up after {self.chosen.timeout:g} s. "
-                "Start again with the same command and fit(resume=True), or let torchrun do it: --max-restarts=3."
-            ) from error
+            raise self.lost(error, self._doing) from error
+
+    def lost(self, error: BaseException, doing: str) -> DistributedError:
+        """Return what to raise where a collective failed because another rank is gone."""
+        return DistributedError(
+            f"rank {self.rank} of {self.world} lost another one while {doing}: {_first_line(error)}. A rank that ended "
+            f"has said why in its own output; one that does not answer is given up after {self.chosen.timeout:g} s. "
+            "Start again with the same command and fit(resume=True), or let torchrun do it: --max-restarts=3."
+        )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether an error of torch says that another rank is gone, or does not answer."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def _first_line(error: BaseException) -> str:

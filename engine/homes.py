@@ -256,6 +256,17 @@ def _over_twins(optimizer: Optimizer, twins: Mapping[int, nn.Parameter]) -> Opti
     return twin
 
 
+def kept_aside(optimizer: Optimizer) -> str | None:
+    """Say where an optimizer keeps parameters besides its groups, which nobody else can exchange; None if it does not."""
+    for name, value in vars(optimizer).items():
+        if name in ("param_groups", "state", "defaults"):
+            continue
+        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple, set)) else [value]
+        if any(isinstance(each, nn.Parameter) for each in inside):
+            return f"it keeps parameters in {name!r} besides its groups"
+    return None
+
+
 def fills_state(optimizer: Optimizer) -> bool:
     """Return whether this optimizer makes its state at construction instead of at its first step."""
     probe = nn.Parameter(torch.zeros(1))

@@ -154,6 +154,7 @@ class ParameterLedger(Rates):
             LedgerClosedError: Called during forward, backward, step or evaluation.
         """
         self._check_open("attach", owner)
+        self._refuse_sharded("attach", owner)
         record = record_of(self.model)
         made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
         try:
@@ -177,6 +178,7 @@ class ParameterLedger(Rates):
             SurgeryError: This owner attached no such thing, or something was attached on top of it.
         """
         self._check_open("detach", owner)
+        self._refuse_sharded("detach", owner)
         record = record_of(self.model)
         for index in reversed(range(len(record.entries))):
             entry, grafts = record.entries[index]
@@ -326,10 +328,7 @@ class ParameterLedger(Rates):
             LedgerError: The parameters or the optimizer's groups are other ones.
         """
         self._check_open("load_state_dict", USER)
-        for entry in reversed(self.journal):
-            self.detach(entry.module, entry.op, owner=entry.owner)
-        for (op, owner, arguments), entries in groupby(saved["journal"], key=lambda entry: entry[1:]):
-            self.attach([module for module, *_ in entries], op, owner=owner, **arguments)
+        self.replay(saved["journal"])
         self._check_same(saved)
         self._holds = Holds.from_state(saved["holds"])
         moded = any(hold.mode is not None for mine in self._holds.held.values() for hold in mine.values())
@@ -363,7 +362,24 @@ class ParameterLedger(Rates):
             for name, values in entry["state"].items():
                 optimizer.state[self._parameters[name]] = self._placed(name, values)
 
+    def replay(self, journal: Sequence[Sequence[Any]]) -> None:
+        """Attach what a saved journal says, and nothing else; what is attached so already stays as it is."""
+        if self.sharded and [[each.module, each.op, each.owner, each.arguments] for each in self.journal] == list(journal):
+            return
+        for entry in reversed(self.journal):
+            self.detach(entry.module, entry.op, owner=entry.owner)
+        for (op, owner, arguments), entries in groupby(journal, key=lambda entry: entry[1:]):
+            self.attach([module for module, *_ in entries], op, owner=owner, **arguments)
+
     # -- inside ------------------------------------------------------------------------------------------------
+
+    def _refuse_sharded(self, call: str, owner: str) -> None:
+        if self.sharded:
+            raise SurgeryError(
+                f"{call} by {owner!r} at {self.phase.name if self.phase else 'no event'}: the model's weights have lain in shards since "
+                "the fit began, and the shards know no other parameters. Attach at Event.FIT_START, where weights are still "
+                "whole, or train with Trainer(distributed=Replicate())."
+            )
 
     def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
         self._read_names()

@@ -93,6 +93,15 @@ class Microbatches:
         self._weighed = self._said(state)
         return sum(weight for _, weight, _ in self._weighed)
 
+    @property
+    def weighed(self) -> int:
+        """How many microbatches of the batch count."""
+        return len(self._weighed or ())
+
+    def stand_in(self, state: State) -> Any:
+        """Return a microbatch to go through the model with where none counts."""
+        return self._parts(state)[0]
+
     def _parts(self, state: State) -> list[Any]:
         batches = [state.batch] if self.accumulate == 1 else list(state.batch)
         if self._own:

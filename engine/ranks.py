@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ from .buckets import GradientBuckets
 from .buffers import Buffers
 from .checkpoint import plain_rng, rng_of, rng_state, seed_everything
 from .data import Fetched, ResumableLoader
-from .distributed import Rows, Team
+from .distributed import FullyShard, Rows, Team
 from .engine import Engine
 from .errors import DistributedError
 from .events import Event
 from .memory import Microbatches
 from .randomness import derive_seed
 from .rundir import RunDir, load_checkpoint
+from .shards import is_sharded, replaced, sharded_in, unsharded
+from .sharding import Shards
 from .signals import StopSignals
 from .state import State
 from .typing import Json
@@ -46,6 +49,8 @@ class Ranks:
         microbatches: Of the fit; weighed over all ranks from now on.
         signals: Of the fit; heeded by all ranks after the same batch.
         make_room: Undoes a batch and halves the microbatches, as where memory runs out here.
+        outputs_of: ``(model, batch) -> outputs``.
+        device: What computes.
     """
 
     def __init__(
@@ -55,15 +60,19 @@ class Ranks:
         microbatches: Microbatches,
         signals: StopSignals,
         make_room: Callable[[MemoryError], None],
+        outputs_of: Callable[[nn.Module, Any], Any],
+        device: torch.device,
     ) -> None:
-        self.team = team
+        self.team, self._engine, self._outputs_of = team, engine, outputs_of
         self._state, self._signals, self._make_room = engine.state, signals, make_room
         self._microbatches = microbatches
-        self._buckets = GradientBuckets(team, engine.state.ledger)
+        ledger = engine.state.ledger
+        self.shards = Shards(team, ledger, device) if isinstance(team.chosen, FullyShard) else None
+        self._reduction = GradientBuckets(team, ledger) if self.shards is None else self.shards
         self._buffers = Buffers(team, engine.state.model)
         self._own: Sequence[int] = ()
         self._weight = 0.0
-        self._forwarded = 0
+        self._forwarded = self._missing = 0
         self._versions: tuple[float, ...] = ()
         self._generators: list[dict[str, Any]] = []
         handlers: dict[Event, Callable[[Event, State], None]] = dict.fromkeys(_AGREEING, self._agree)
@@ -74,8 +83,14 @@ class Ranks:
     def _agree(self, event: Event, state: State) -> None:
         """Stop on all ranks where one stops, and heed a signal that one of them got."""
         stopped, signaled = state.stop_reason is not None, self._signals.noticed is not None
-        rows = self.team.tell(event.name, state.clock.batch, stopped, signaled)
+        order = 0.0 if self.shards is None else self.shards.order()
+        rows = self.team.tell(event.name, state.clock.batch, stopped, signaled, order)
         self._stop(rows)
+        if event is Event.FIT_START:
+            self.shard()
+        elif self.shards is not None:
+            self.shards.check_order([row[2] for row in rows])
+            self.shards.rest()
         if any(row[1] for row in rows):
             names = self.team.exchange(self._signals.noticed)
             if self._signals.received is None:
@@ -85,25 +100,26 @@ class Ranks:
         """Agree on what is trained in the batch, and on how much each rank's share of it counts."""
         version = state.ledger.version
         weight = self._microbatches.weigh(state, self._own)
-        rows = self.team.tell(event.name, state.clock.batch, state.stop_reason is not None, version, weight)
+        said = self._microbatches.weighed
+        rows = self.team.tell(event.name, state.clock.batch, state.stop_reason is not None, version, weight, said)
         self._stop(rows)
         versions = tuple(row[1] for row in rows)
         if versions != self._versions:
             self.compare()
             self._versions = versions
             self._buffers.find()
-            self._buckets.follow()
+            self._reduction.follow()
         total = math.fsum(row[2] for row in rows)
         self._weight = weight / total if total else 1 / self.team.world
         self._microbatches.total, self._microbatches.world = total, self.team.world
-        self._forwarded = 0
+        self._forwarded, self._missing = 0, int(max(row[3] for row in rows)) - said if total else 0
         self._buffers.mark()
 
     def _count(self, event: Event, state: State) -> None:  # noqa: ARG002 - what a handler is called with
         """Reduce what the last microbatch brings."""
         self._forwarded += 1
         if self._forwarded == self._microbatches.count:
-            self._buckets.arm()
+            self._reduction.arm()
 
     def _stop(self, rows: Rows) -> None:
         if any(row[0] for row in rows):
@@ -127,10 +143,12 @@ class Ranks:
         Returns:
             The loss of the whole batch; None where memory ran out on any rank: then nothing was done.
         """
+        if self.shards is not None:
+            self._stand_in(self.shards)
         loss = 0.0 if total is None else total
         high = float(torch.tensor(loss))
         low = loss - high if math.isfinite(high) else 0.0
-        rows = self._buckets.settle((total is None, high, low, self._buffers.look()))
+        rows = self._reduction.settle((total is None, high, low, self._buffers.look()))
         self._forwarded = 0
         if any(row[0] for row in rows):
             if total is not None:
@@ -144,6 +162,45 @@ class Ranks:
         state = self._state
         state.loss = torch.tensor(loss) if state.loss is None else state.loss.new_tensor(loss)
         return loss
+
+    def _stand_in(self, shards: Shards) -> None:
+        """Go through the model as often as the rank with the most microbatches, with samples that count nothing.
+
+        Normalization and dropout rest meanwhile: buffers and generators are those of a rank that does nothing.
+        """
+        model = self._state.model
+        modes = [(module, module.training) for module in model.modules()] if self._missing else []
+        try:
+            for _ in range(self._missing):
+                model.eval()
+                shards.stand_in(self._outputs_of(model, self._microbatches.stand_in(self._state)))
+        finally:
+            for module, training in modes:
+                module.training = training
+        self._missing = 0
+
+    # -- shards ------------------------------------------------------------------------------------------------
+
+    def shard(self) -> None:
+        """Shard the model, where that was asked for and surgery is done."""
+        if self.shards is not None and not self._state.ledger.sharded:
+            self.compare()
+            self.shards.deal()
+
+    def give_back(self) -> None:
+        """Make the model whole again at the end of a fit, and what algorithms hold of it."""
+        if self.shards is None:
+            return
+        self.shards.gather()
+        for each in self._engine.algorithms:
+            saved = each.state_dict()
+            found = {id(tensor): tensor for tensor in sharded_in(saved).values()}
+            if found:
+                each.load_state_dict(replaced(saved, {key: unsharded(tensor) for key, tensor in found.items()}))
+
+    def explaining(self) -> AbstractContextManager[None]:
+        """Say in our words what torch's shards raise."""
+        return nullcontext() if self.shards is None else self.shards.explaining()
 
     def compare(self) -> None:
         """Check that all ranks train the same, at the same point, from the same seed.
@@ -162,22 +219,36 @@ class Ranks:
 
     def close(self) -> None:
         """Take the hooks off the model."""
-        self._buckets.close()
+        self._reduction.close()
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
-    def before_save(self) -> None:
+    def before_save(self, capture: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         """Check that the ranks hold the same, and gather what is each one's own.
+
+        Args:
+            capture: Returns what this rank would save.
+
+        Returns:
+            What returns it with all that lies in shards made whole; on the first rank.
 
         Raises:
             DistributedError: They do not.
         """
         self.compare()
-        bits = {name: _bits(each) for name, each in self._state.ledger.parameters.items()}
+        parameters = self._state.ledger.parameters
+        bits = {name: _bits(each) for name, each in parameters.items() if not is_sharded(each)}
         digest = hashlib.sha256(repr(bits).encode()).hexdigest()
         self.team.compare("the weights (sums of their bits)", digest, lambda: bits)
         plain = self.team.exchange(plain_rng(rng_state(self._state.model)))
         self._generators = [rng_of(each) for each in plain]
+        if self.shards is None:
+            return capture
+        tree = capture()
+        lying = sharded_in(tree)
+        gathered = self.shards.gathered(tree)
+        made = replaced(tree, {id(lying[place]): each for place, each in gathered.items()})
+        return lambda: made  # type: ignore[no-any-return]  # of the same kind as the tree
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the ranks besides the first."""

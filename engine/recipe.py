@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from .algorithm import Algorithm, as_json
 from .checkpointing import Checkpointing
 from .clock import Time
-from .distributed import Replicate, Team, join
+from .distributed import FullyShard, Replicate, Team, Together, join
 from .engine import check_algorithms
 from .errors import ArgumentError
 from .forward import Forward
@@ -109,11 +109,37 @@ def _are_trackers(_: object, __: object, value: object) -> None:
 
 
 def _together(_: object, __: Attribute[Any], value: object) -> None:
-    if not isinstance(value, Replicate):
-        takes = "'auto', False or Replicate(timeout=, bucket_mib=); sharded weights (FSDP2) are not in this version"
+    if not isinstance(value, (Replicate, FullyShard)):
+        takes = "'auto', False, Replicate(timeout=, bucket_mib=) or FullyShard(reshard=, mixed_precision=, offload=, timeout=)"
         if value not in ("auto", False):
             example = "Trainer(distributed=Replicate(timeout=120))"
             raise ArgumentError("Trainer(distributed=)", got=value, takes=takes, example=example)
+
+
+def _check_shardable(recipe: Recipe) -> None:
+    """Refuse what weights in shards cannot be combined with."""
+    if recipe.precision == "fp16":
+        raise ArgumentError(
+            "Trainer(precision=)", got="fp16", takes="'fp32' or 'bf16' beside FullyShard: one rank's gradient scaler sees its shards",
+            example="Trainer(distributed=FullyShard(mixed_precision='bf16'))",
+        )  # fmt: skip
+    if recipe.compile:
+        raise ArgumentError(
+            "Trainer(compile=)", got=recipe.compile, takes="False beside FullyShard, or Replicate() beside it",
+            example="Trainer(distributed=FullyShard(), compile=False)",
+        )  # fmt: skip
+
+
+def check_factory(optimizer: OptimizerLike) -> None:
+    """Refuse an optimizer instance, or a list of them, where weights are to lie in shards."""
+    instances = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    for each in instances:
+        if isinstance(each, Optimizer):
+            raise ArgumentError(
+                "Trainer.fit(optimizer=)", got=f"an instance of {type(each).__name__}",
+                takes="a factory beside FullyShard: sharding replaces the parameters that an instance holds",
+                example=f"trainer.fit(model, loader, duration='3ep', optimizer=partial({type(each).__name__}, lr=1e-4))",
+            )  # fmt: skip
 
 
 @define(kw_only=True, eq=False)
@@ -142,7 +168,7 @@ class Recipe:
     checkpoint: Checkpointing | None = field(default=None, converter=_checkpointing, validator=_needs_run_dir)
     trackers: Sequence[Tracker] = field(default=(), validator=_are_trackers)
     device: torch.device = field(factory=lambda: device_of("auto"), converter=device_of)
-    distributed: Literal["auto", False] | Replicate = field(default="auto", validator=_together)
+    distributed: Literal["auto", False] | Together = field(default="auto", validator=_together)
     compile: Literal[False, "blocks"] = field(default=False, validator=one_of(False, "blocks"))
     on_nonfinite: Literal["raise", "skip", "rollback"] = field(default="raise", validator=_can_roll_back)
     progress: Literal["auto"] | bool = field(default="auto", validator=one_of("auto", True, False))
@@ -157,6 +183,9 @@ class Recipe:
                 takes="a mean over the batch, where microbatch_size or accumulate cuts it",
                 example="Trainer(loss_fn=torch.nn.CrossEntropyLoss(reduction='mean'), …)",
             )  # fmt: skip
+
+        if isinstance(self.distributed, FullyShard):
+            _check_shardable(self)
 
     def forward(self) -> Forward:
         """Return how a batch goes through a model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from itertools import islice
 from math import isfinite
@@ -17,7 +17,7 @@ from .checkpoint import capture, restore, seed_everything, well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, gathered
-from .distributed import Team
+from .distributed import FullyShard, Team
 from .engine import Engine
 from .errors import NonFiniteError
 from .evaluation import evaluate
@@ -106,7 +106,8 @@ class Run:
             )
             for each in trainer.algorithms:
                 each.reset()
-            self.state = State(model, ledger, duration, trainer.seed, clock)
+            sharded = team is not None and isinstance(team.chosen, FullyShard)
+            self.state = State(model, ledger, duration, trainer.seed, clock, sharded=sharded)
             self.engine = Engine(trainer.algorithms, self.state, debug=trainer.debug)
             self.recorder = Recorder(ledger, total_batches(duration, clock))
         except BaseException:
@@ -133,13 +134,18 @@ class Run:
         """Return what the ranks decide together, if there are several, and how a step's batches are read."""
         if team is None:
             return None, self._epoch
-        ranks = Ranks(team, self.engine, self._microbatches, self._signals, self._make_room)
+        outputs_of, device = self.functions[0], self.trainer.device
+        ranks = Ranks(team, self.engine, self._microbatches, self._signals, self._make_room, outputs_of, device)
         return ranks, lambda: ranks.noting(self._epoch())
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run the fit to its end, or to where a signal stops it: there a checkpoint is cut, and nothing else happens."""
+        with nullcontext() if self._ranks is None else self._ranks.explaining():
+            self._train()
+
+    def _train(self) -> None:
         self._start()
         while self._epoch_begun or not self._finished():
             try:
@@ -157,6 +163,8 @@ class Run:
             self.report.log_loss()
         self._save()
         self.engine.emit(Event.FIT_END)
+        if self._ranks is not None:
+            self._ranks.give_back()
         self.report.end(self.stop_reason, self._signals.received)
 
     def _train_epoch(self) -> None:
@@ -348,7 +356,7 @@ class Run:
 
     def _make_room(self, error: RuntimeError | MemoryError) -> None:
         """Undo what was done of the batch, to repeat it in smaller microbatches, once the frames of the error are gone."""
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or self.state.sharded:
             raise error
         state = self.state
         state.outputs = state.loss = state.microbatch = None
@@ -404,7 +412,8 @@ class Run:
         if self._ranks is not None:
             tree = self._ranks.own(tree)
         extra = restore(
-            tree, self.engine, self.precision, settings=self.settings, pristine=self._pristine, on_change=self._on_change
+            tree, self.engine, self.precision, settings=self.settings, pristine=self._pristine, on_change=self._on_change,
+            built=self._ranks.shard if self._ranks is not None and state.sharded else None,
         )  # fmt: skip
         with well_formed():
             self.report.load_state_dict(extra, batch=tree["clock"]["batch"])
@@ -438,10 +447,10 @@ class Run:
         self._next_due = 0
 
     def _save(self) -> None:
-        step, metrics, ranks = self.state.clock.batch, self.state.metrics, self._ranks
+        step, metrics, ranks, tree = self.state.clock.batch, self.state.metrics, self._ranks, self._capture
         if ranks is not None and self.folder.saves:
-            ranks.before_save()
-        self.folder.save(self._capture, step=step, metrics=metrics, evaluated_at=self._evaluated_at)
+            tree = ranks.before_save(tree)
+        self.folder.save(tree, step=step, metrics=metrics, evaluated_at=self._evaluated_at)
         if ranks is not None and self.folder.saves:
             ranks.after_save(self.folder)
 

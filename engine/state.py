@@ -33,6 +33,8 @@ class State:
         grad_norm: Norm of all gradients before clipping, where an algorithm measured it.
         sample_ids: Index in the dataset of each sample of the batch, where the loader has them.
         microbatch_ids: The same of each sample of the microbatch.
+        sharded: Whether the weights lie in shards over the ranks from the end of FIT_START to that of FIT_END: a parameter is
+            then a ``DTensor``, whole only while its module is called, and nothing can be attached or detached.
         unloaded: Set by an algorithm that may not need what the loader gives: from the next epoch on ``batch`` may be an
             :class:`~thawline.engine.Unloaded` (a list of them where ``accumulate`` is above 1) at BATCH_START, and that
             algorithm puts what ``load()`` gives, or something else, in its place.
@@ -63,6 +65,7 @@ class State:
     grad_norm: Tensor | float | None = None
     sample_ids: tuple[int, ...] | None = None
     microbatch_ids: tuple[int, ...] | None = None
+    sharded: bool = False
     unloaded: bool = False
     step_skipped: bool = False
     exception: BaseException | None = None

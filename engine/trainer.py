@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .clock import Clock, Time
 from .compiling import compiled
 from .data import ResumableLoader
-from .distributed import restarted
+from .distributed import FullyShard, restarted
 from .errors import ArgumentError
 from .evaluation import evaluate
 from .foresight import foresee
@@ -24,10 +24,11 @@ from .layers import LayerMap, LayerSpec
 from .log import only_errors
 from .plan import Plan
 from .precision import Precision
-from .recipe import Recipe, check_optimizer
+from .recipe import Recipe, check_factory, check_optimizer
 from .resume import OnChange
 from .run import Run
 from .settings import duration_of, path_of, require_weights
+from .sharding import refuse_shards
 from .shares import Share
 
 
@@ -93,7 +94,8 @@ class Trainer(Recipe):
         trackers: Where metrics go besides ``run_dir``.
         device: ``"auto"``, or a torch device.
         distributed: ``"auto"``: under torchrun, data-parallel training with a whole model on each rank, as
-            :class:`Replicate` says; batches are those of all ranks together. False: each process trains by itself.
+            :class:`Replicate` says; batches are those of all ranks together. :class:`FullyShard` shares out weights, gradients
+            and optimizer state as well. False: each process trains by itself.
         compile: False, or ``"blocks"``: each block by itself, with at most five graphs a block structure whatever trains when;
             needs torch's compiler (on the CPU, a C++ one).
         on_nonfinite: ``"raise"``, ``"skip"``: no step, and raise after five in a row, or ``"rollback"``: back to the
@@ -243,7 +245,10 @@ class Trainer(Recipe):
                 "Trainer(optimizer=)", got=type(self.optimizer).__name__, takes="a factory: an instance belongs to one model",
                 example="trainer.fit(model, train_loader, duration='3ep', optimizer=instance)",
             )  # fmt: skip
-        return self.optimizer if optimizer is None else check_optimizer(optimizer)
+        chosen = self.optimizer if optimizer is None else check_optimizer(optimizer)
+        if isinstance(self.distributed, FullyShard):
+            check_factory(chosen)
+        return chosen
 
     def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
         """Return ``"eval/loss"`` and ``"eval/<metric>"`` over a loader; the model's mode is put back.
@@ -277,3 +282,4 @@ def _check_module(call: str, model: object) -> None:
             takes="the plain module: what torch.compile returns has other parameter names, which checkpoints would keep",
             example=f"trainer.{call}(model._orig_mod, …)",
         )  # fmt: skip
+    refuse_shards(call, model)

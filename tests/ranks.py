@@ -26,6 +26,7 @@ from thawline.engine import (
     Checkpointing,
     DistributedError,
     Event,
+    FullyShard,
     Replicate,
     Stage,
     State,
@@ -33,10 +34,13 @@ from thawline.engine import (
     Trainer,
     linear,
     on,
+    unsharded,
 )
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 TIMEOUT = float(os.environ.get("RANKS_TIMEOUT", "60"))
+MODES = {"replicated": Replicate(timeout=TIMEOUT), "sharded": FullyShard(timeout=TIMEOUT)}
+TOGETHER = MODES[os.environ.get("RANKS_MODE", "replicated")]
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {}
 
 
@@ -111,7 +115,7 @@ def trainer(algorithms: Sequence[Algorithm] = (), **settings: Any) -> Trainer:
         "loss_fn": nn.functional.cross_entropy,
         "log_every": "1ba",
         "device": os.environ.get("RANKS_DEVICE", "cpu"),
-        "distributed": Replicate(timeout=TIMEOUT),
+        "distributed": TOGETHER,
         "progress": False,
         "seed": 11,
     }
@@ -124,7 +128,7 @@ def digest(state: State, algorithms: Iterable[Algorithm]) -> str:
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(unsharded(value.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key in value:
                 found.update(str(key).encode())

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from earlier tiers and from its own, never from a later one, and never in a cycle.
 TIERS: tuple[frozenset[str], ...] = (
     frozenset({"typing", "errors", "keywords", "log", "clock", "events", "schedule", "curves", "schedules"}),
-    frozenset({"forward_order", "splits", "layers", "selectors", "surgery"}),
+    frozenset({"forward_order", "splits", "layers", "selectors", "surgery", "shards"}),
     frozenset(
         {"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "rates", "ledger"}
     ),
@@ -51,7 +51,7 @@ TIERS: tuple[frozenset[str], ...] = (
         | {"checkpointing", "pristine", "weights"}
         | {"comet", "tracking", "signals", "workers", "shares", "buckets", "buffers"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
+    frozenset({"evaluation", "foresight", "recipe", "memory", "sharding", "nonfinite", "ranks", "report", "run", "trainer"}),
     frozenset(
         {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "ranked", "conformance"}
         | {"oracle", "machine", "strategies", "testing"}
@@ -62,6 +62,10 @@ TIERS: tuple[frozenset[str], ...] = (
 LEDGER = {"ledger", "books"}
 LEDGER_HANDS = {"ledger", "rates", "books", "grafts"}
 LEDGER_READERS = {"ledger", "books", "footprint", "homes", "groups", "invariants"}
+# Who takes part and what they say is `distributed`; how torch's FSDP2 exchanges the parameters of a model is `sharding`,
+# which puts them back as they were at the end.
+DISTRIBUTED = {"distributed", "sharding"}
+MODEL_HANDS = LEDGER_HANDS | {"sharding"}
 # What tests of algorithms and schedules are written with; never imported by the rest.
 TEST_KIT = {"testing", "strategies", "machine"}
 TRACKER_PACKAGES = {"comet_ml", "wandb", "mlflow", "tensorboard"}
@@ -227,7 +231,7 @@ def hands_are_the_ledgers(module: Module) -> Iterator[Breach]:
 
 
 @law(
-    "only distributed.py imports torch.distributed",
+    "only distributed.py and sharding.py import torch.distributed",
     forbids=(
         "engine/trainer: import torch.distributed as dist",
         "engine/trainer: from torch import distributed",
@@ -236,13 +240,14 @@ def hands_are_the_ledgers(module: Module) -> Iterator[Breach]:
     ),
     allows=(
         "engine/distributed: import torch.distributed as dist",
+        "engine/sharding: from torch.distributed.fsdp import fully_shard",
         "engine/trainer: from .distributed import rank",
         "engine/trainer: def f(self):\n    return self.distributed",
     ),
 )
 def only_distributed_is_distributed(module: Module) -> Iterator[Breach]:
     """Forbid the import and the attribute."""
-    if module.is_one_of({"distributed"}):
+    if module.is_one_of(DISTRIBUTED):
         return
     for each in module.imports:
         full = {each.source, *(f"{each.source}.{name}" for name in each.names)}
@@ -509,7 +514,7 @@ def gradients_are_dropped_by_the_ledger(module: Module) -> Iterator[Breach]:
 )
 def models_are_changed_by_the_ledger(module: Module) -> Iterator[Breach]:
     """Forbid attaching to anything but the module being defined (`self`)."""
-    if module.is_one_of(LEDGER_HANDS):
+    if module.is_one_of(MODEL_HANDS):
         return
     attach = "attaches to a module; build an Attachment and call ledger.attach"
     for call in calls(module, "add_module", "register_module", "register_parameter", "register_buffer"):

@@ -1,0 +1,382 @@
+"""A model whose weights, gradients and moments lie in shards over the ranks for the length of a fit: torch's FSDP2, driven.
+
+``fully_shard`` exchanges parameters for shards of them, under their names. Each block of the :class:`LayerMap` that is a
+module of its own is a group: gathered before its forward pass, let go of after it. What is left, tied weights among it, is
+the root's group. At the end the model gets its own parameters back, whole, and all that torch put on its modules is taken off.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .distributed import FullyShard, Rows, Team, is_lost
+from .errors import ArgumentError, DistributedError, OutOfMemoryError, ThawlineError, shorten
+from .layers import LayerMap
+from .ledger import ParameterLedger
+from .memory import is_out_of_memory
+from .shards import is_sharded, sharded_in, unsharded
+
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+_SHOWN = 4
+
+
+@frozen(eq=False)
+class _Place:
+    """An attribute of a module that is a parameter, and the parameter's name in the model."""
+
+    module: nn.Module
+    attribute: str
+    name: str
+
+
+class Shards:
+    """The weights and gradients of a fit in shards, with the methods of :class:`GradientBuckets`.
+
+    Args:
+        team: The ranks.
+        ledger: What trains; of the whole model.
+        device: What computes.
+    """
+
+    def __init__(self, team: Team, ledger: ParameterLedger, device: torch.device) -> None:
+        assert isinstance(team.chosen, FullyShard), "chosen by what the Trainer was given"
+        self._team, self._ledger, self._device, self._chosen = team, ledger, device, team.chosen
+        self._groups: list[tuple[Any, list[_Place]]] = []
+        self._places: list[_Place] = []
+        self._wholes: dict[str, tuple[nn.Parameter, torch.device]] = {}
+        self._modules: list[tuple[nn.Module, type, set[str]]] = []
+        self._handles: list[Any] = []
+        self._heard: dict[int, Tensor] = {}
+        self._arrived: set[str] = set()
+        self._order: list[int] = []
+        self._listens = True
+
+    # -- there and back ----------------------------------------------------------------------------------------
+
+    def deal(self) -> None:
+        """Shard the model, once surgery is done: all ranks call this, with the same model.
+
+        Raises:
+            DistributedError: A parameter cannot be sharded.
+            OptimizerError: The optimizer does not know shards.
+        """
+        model = self._ledger.model
+        _check(self._ledger)
+        groups = [*_blocks(model, self._ledger.layers), model]
+        self._modules = [(module, type(module), set(vars(module))) for module in model.modules()]
+        self._find_places(groups)
+        try:
+            self._shard(groups)
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            raise DistributedError(f"torch's fully_shard refuses the model: {error}. Write: {_REPLICATE}.") from error
+        self._modules = [(module, kind, set(vars(module)) - before) for module, kind, before in self._modules]
+        self._ledger.follow_exchange()
+        some = next(each for each in self._ledger.parameters.values() if is_sharded(each))
+        self._ledger.check_on_shards(lambda tensor: _sharded_anew(tensor, some), self._team.world)
+        for number, (module, places) in enumerate(self._groups):
+            self._handles.append(module.register_forward_pre_hook(self._before(number, places)))
+
+    def gather(self) -> None:
+        """Give the model its own parameters back, with all of the values they have come to: all ranks call this."""
+        if not self._wholes:
+            return
+        self.rest()
+        ledger = self._ledger
+        with torch.no_grad():
+            for name, (parameter, device) in self._wholes.items():
+                parameter.data = unsharded(ledger.parameters[name].detach()).to(device)
+        self.close()
+        for module, kind, added in self._modules:
+            _bare(module, kind, added)
+        for place in self._places:
+            setattr(place.module, place.attribute, self._wholes[place.name][0])
+        self._wholes = {}
+        ledger.follow_exchange()
+
+    def rest(self) -> None:
+        """Let go of what is gathered, such as after a forward pass that no backward pass follows."""
+        for module, _ in self._groups:
+            module.reshard()
+
+    def close(self) -> None:
+        """Take our hooks off the model; nothing is said to the other ranks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._heard = [], {}
+
+    def gathered(self, tree: dict[str, Any]) -> dict[str, Tensor]:
+        """Return whole, on the CPU, what lies in shards in a tree, by where it stands; on other ranks than the first nothing."""
+        found = sharded_in(tree)
+        self._team.compare("what a checkpoint holds", repr(list(found)), lambda: dict.fromkeys(found, True))
+        known: dict[int, Tensor] = {}
+        for tensor in found.values():
+            if id(tensor) not in known:
+                full = unsharded(tensor.detach())
+                known[id(tensor)] = full.cpu() if self._team.first else full[:0]
+        return {place: known[id(tensor)] for place, tensor in found.items()}
+
+    # -- a batch -----------------------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Do nothing: torch's shards follow ``requires_grad`` themselves."""
+
+    def arm(self) -> None:
+        """Do nothing: gradients are reduced with each microbatch, so that none is held whole."""
+
+    def settle(self, row: Sequence[float]) -> Rows:
+        """Agree that all ranks ran the same parts of the model, and on what got no gradient.
+
+        Args:
+            row: Up to four numbers.
+
+        Returns:
+            The rows of all ranks, in order.
+
+        Raises:
+            DistributedError: They did not: then they have exchanged parts of different blocks.
+        """
+        ledger = self._ledger
+        trainable = [name for name in ledger.parameters if name in ledger.trainable]
+        absent = [name for name in trainable if name not in self._arrived]
+        mask, order = _checksum(absent), self.order()
+        rows = self._team.tell("BEFORE_STEP", ledger.clock.batch, mask, order, *row)
+        self.check_order([each[1] for each in rows])
+        if any(each[0] != mask for each in rows):
+            absent = sorted(set(absent).intersection(*self._team.exchange(absent)))
+        ledger.put_gradients([ledger.parameters[name] for name in absent], [None] * len(absent))
+        self._arrived.clear()
+        return [each[2:] for each in rows]
+
+    def order(self) -> float:
+        """Return a number that is equal on ranks that ran the same parts of the model since the last :meth:`check_order`."""
+        return _checksum(self._order)
+
+    def check_order(self, orders: Sequence[float]) -> None:
+        """Check that all ranks ran the same parts of the model in the same order.
+
+        Raises:
+            DistributedError: Names the first part that differs.
+        """
+        if len(set(orders)) > 1:
+            everybody = self._team.exchange([self._title(each) for each in self._order])
+            rank = next(rank for rank, each in enumerate(everybody) if each != everybody[0])
+            got, wanted = (
+                [each for each in part if part.count(each) != other.count(each)] or part
+                for part, other in ((everybody[rank], everybody[0]), (everybody[0], everybody[rank]))
+            )
+            raise DistributedError(
+                f"the ranks ran different parts of the model: rank {rank} ran {shorten(got[:_SHOWN])}, rank 0 {shorten(wanted[:_SHOWN])}. "
+                f"Blocks in shards are gathered by all ranks together, whatever each one's data ask for. Write: {_REPLICATE}."
+            )
+        self._order.clear()
+
+    def stand_in(self, outputs: object) -> None:
+        """Do the backward pass of a forward pass whose samples count nothing, which other ranks wait for."""
+        given = tree_leaves(outputs if isinstance(outputs, (Tensor, Mapping, tuple, list)) else vars(outputs))
+        found = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
+        self._listens = False
+        try:
+            torch.autograd.backward(found, [torch.zeros_like(each) for each in found])
+        finally:
+            self._listens = True
+
+    @contextmanager
+    def explaining(self) -> Generator[None]:
+        """Say in our words what torch's shards raise.
+
+        Raises:
+            OutOfMemoryError: Memory ran out: the others wait inside the batch, and it cannot be repeated.
+            DistributedError: Another rank is gone, or the model does with its weights what shards cannot do.
+        """
+        try:
+            yield
+        except ThawlineError:
+            raise
+        except (RuntimeError, MemoryError, AssertionError, NotImplementedError) as error:
+            explained = self._explained(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _explained(self, error: BaseException) -> ThawlineError | None:
+        batch = self._ledger.clock.batch
+        if is_out_of_memory(error):
+            return OutOfMemoryError(
+                f"out of memory on rank {self._team.rank} at batch {batch}, and where weights lie in shards a batch cannot be "
+                "repeated in smaller parts by one rank alone. Write: Trainer(microbatch_size=1) or larger, or "
+                "FullyShard(mixed_precision='bf16', offload=True)."
+            )
+        if is_lost(error):
+            return self._team.lost(error, f"gathering weights or reducing gradients of batch {batch}")
+        text = str(error)
+        if "DTensor" in text or "FSDP" in text or "sharding strategy" in text:
+            return DistributedError(
+                f"rank {self._team.rank} at batch {batch}: the model, or an algorithm, does with weights in shards what these "
+                f"cannot do: {text.partition(chr(10))[0][:300]}. A weight is whole only while the module is called that it "
+                f"lies in. Write: {_REPLICATE}."
+            )
+        return None
+
+    def _title(self, number: int) -> str:
+        return self._groups[number][1][0].name.rpartition(".")[0] if number < len(self._groups) - 1 else "the model"
+
+    def _find_places(self, groups: Sequence[nn.Module]) -> None:
+        """Note every attribute that is a parameter, and in which group it lies."""
+        model, parameters = self._ledger.model, self._ledger.parameters
+        names = {id(each): name for name, each in parameters.items()}
+        self._places = [
+            _Place(module, attribute, names[id(each)])
+            for module in model.modules()
+            for attribute, each in module._parameters.items()
+            if each is not None
+        ]
+        self._wholes = {name: (each, each.device) for name, each in parameters.items()}
+        inside = {id(part): number for number, group in enumerate(groups[:-1]) for part in group.modules()}
+        of: list[list[_Place]] = [[] for _ in groups]
+        for place in self._places:
+            of[inside.get(id(place.module), -1)].append(place)
+        self._groups = list(zip(groups, of, strict=True))
+
+    def _shard(self, groups: Sequence[nn.Module]) -> None:
+        # Here, not above: a process that trains alone does not load them.
+        from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # noqa: PLC0415
+
+        chosen, model = self._chosen, self._ledger.model
+        mesh = DeviceMesh(self._device.type, list(range(self._team.world)))
+        offloads = chosen.offload and self._device.type != "cpu"
+        for module, places in self._groups:
+            wide = self._wholes[places[0].name][0].dtype if places else torch.float32
+            mixed: dict[str, Any] = {}
+            if chosen.mixed_precision is not None:
+                mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": wide}
+                mixed |= {"output_dtype": wide} if module is model else {}
+            group: Any = fully_shard(
+                module, mesh=mesh, reshard_after_forward=chosen.reshard, mp_policy=MixedPrecisionPolicy(**mixed),
+                offload_policy=CPUOffloadPolicy() if offloads else OffloadPolicy(),
+            )  # fmt: skip
+            # Losses are scaled by each rank's share of the batch, so gradients are summed. A rank on which a parameter
+            # got none adds zeros, else torch would add up gradients of different parameters.
+            group.set_gradient_divide_factor(1.0)
+            group.set_force_sum_reduction_for_comms(True)
+            group.set_reduce_scatter_unused_params(True)
+            for name in dict.fromkeys(place.name for place in places):
+                parameter = self._wholes[name][0]
+                parameter.data = parameter.data.new_empty(0)
+
+    def _before(self, number: int, places: Sequence[_Place]) -> Callable[..., None]:
+        def before(module: nn.Module, args: Any) -> None:  # noqa: ARG001 - what a hook is called with
+            self._order.append(number)
+            for place in places:
+                parameter = getattr(place.module, place.attribute)
+                if parameter.requires_grad and id(parameter) not in self._heard:
+                    self._heard[id(parameter)] = parameter
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._arriving(place.name)))
+
+        return before
+
+    def _arriving(self, name: str) -> Callable[[Tensor], None]:
+        def arrived(parameter: Tensor) -> None:  # noqa: ARG001 - as above
+            if self._listens:
+                self._arrived.add(name)
+
+        return arrived
+
+
+_REPLICATE = "Trainer(distributed=Replicate())"
+
+
+def refuse_shards(call: str, model: nn.Module) -> None:
+    """Raise an ArgumentError for a model whose weights lie in shards: one that a fit left so when it failed, or the user's own."""
+    name = next((name for name, each in model.named_parameters() if is_sharded(each)), None)
+    if name is not None:
+        raise ArgumentError(
+            f"Trainer.{call}(model=)", got=f"a model whose {name!r} lies in shards",
+            takes="a whole model: the Trainer shards it, and gives it back whole unless a fit fails",
+            example=f"model = build(); trainer.{call}(model, …)",
+        )  # fmt: skip
+
+
+def _sharded_anew(tensor: Tensor, like: Any) -> Tensor:
+    """Return a tensor in shards, over the ranks of another one."""
+    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - as above
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _check(ledger: ParameterLedger) -> None:
+    """Raise a DistributedError for what torch cannot shard."""
+    for name, parameter in ledger.parameters.items():
+        if not parameter.ndim:
+            raise DistributedError(
+                f"{name!r} is a single number without dimensions, which has no rows to share out. Write: nn.Parameter("
+                f"torch.ones(1)) in the model, or {_REPLICATE}."
+            )
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+
+
+def _blocks(model: nn.Module, layers: LayerMap) -> Iterator[nn.Module]:
+    """Yield the modules of blocks that can be groups of their own: called as a whole, and sharing no weight with others."""
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users[id(parameter)] = users.get(id(parameter), 0) + 1
+    for layer in layers.blocks:
+        modules = [model.get_submodule(path) for path in layer.modules if _is_module(model, path)]
+        for module in [part for each in modules for part in _called(each) if part is not model]:
+            own: dict[int, int] = {}
+            for each in module.modules():
+                for parameter in each._parameters.values():
+                    if parameter is not None:
+                        own[id(parameter)] = own.get(id(parameter), 0) + 1
+            if own and all(users[key] == count for key, count in own.items()):
+                yield module
+
+
+def _is_module(model: nn.Module, path: str) -> bool:
+    return any(path == name for name, _ in model.named_modules())
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module, or the parts of one that is a mere list of them and cannot be called."""
+    if type(module).forward is not nn.Module.forward:
+        yield module
+    else:
+        for child in module.children():
+            yield from _called(child)
+
+
+def _bare(module: nn.Module, kind: type, added: set[str]) -> None:
+    """Take off a module what ``fully_shard`` put on it; torch has no call for that."""
+    from torch.distributed import _composable_state  # noqa: PLC0415 - as above
+
+    if type(module) is not kind:
+        module.__class__ = kind
+    for key in added:
+        vars(module).pop(key, None)
+    for table in _HOOKS:
+        hooks: dict[int, Any] = getattr(module, table, {})
+        for key, hook in list(hooks.items()):
+            if (getattr(getattr(hook, "hook", hook), "__module__", None) or "").startswith("torch.distributed."):
+                for other in _HOOKS:
+                    getattr(module, other, {}).pop(key, None)
+    _composable_state._module_state_mapping.pop(module, None)
+
+
+def _checksum(value: object) -> float:
+    return float(zlib.crc32(repr(value).encode())) if value else 0.0
