@@ -40,6 +40,7 @@ from thawline.engine import (
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 TIMEOUT = float(os.environ.get("RANKS_TIMEOUT", "60"))
 MODES = {"replicated": Replicate(timeout=TIMEOUT), "sharded": FullyShard(timeout=TIMEOUT)}
+SHARDED = os.environ.get("RANKS_MODE") == "sharded"
 TOGETHER = MODES[os.environ.get("RANKS_MODE", "replicated")]
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {}
 
@@ -229,11 +230,11 @@ def portions(folder: Path) -> dict[str, Any]:
     y[12:24] = -100
     y[12] = 1  # of the whole second batch one label counts: all other ranks have none
     batches = [(x[i : i + 12], y[i : i + 12]) for i in range(0, 48, 12)]
-    return {
+    routed = {} if SHARDED else {"routed": fitted(model(Routed), batches=loader(), duration="3ep")}
+    return routed | {
         "ignored": fitted(model(), batches=batches, duration="2ep"),
         "microbatches": fitted(model(), [GradClip(0.1)], batches=batches, duration="2ep", microbatch_size=2),
         "accumulated": fitted(model(), batches=loader(), duration="2ep", accumulate=2),
-        "routed": fitted(model(Routed), batches=loader(), duration="3ep"),
         "few": fitted(model(), batches=DataLoader(data(13), batch_size=12, shuffle=True), duration="2ep"),
     }
 
