@@ -208,7 +208,7 @@ def _clip(parameters: Sequence[Tensor], limits: _Limits) -> Tensor:
 def _unit_norm(tensor: Tensor) -> Tensor:
     dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
     norm: Tensor = torch.linalg.vector_norm(tensor, 2, dims, keepdim=dims is not None, dtype=_wide(tensor.dtype))
-    return norm
+    return norm if dims else unsharded(norm)  # a row lies whole on one rank, a vector does not
 
 
 @register

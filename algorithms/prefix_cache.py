@@ -155,7 +155,18 @@ class PrefixCache(Algorithm):
 
     @override
     def attach(self, state: State) -> None:
-        """Start empty: a resumed fit fills it again."""
+        """Start empty: a resumed fit fills it again.
+
+        Raises:
+            ArgumentError: The weights lie in shards: each block is then gathered by all ranks together, also by one whose
+                samples are kept.
+        """
+        if state.sharded:
+            raise ArgumentError(
+                "Trainer(algorithms=)", got="PrefixCache beside FullyShard",
+                takes="algorithms that leave out no block of the forward pass, or weights that are whole on each rank",
+                example="Trainer(algorithms=[PrefixCache()], distributed=Replicate())",
+            )  # fmt: skip
         self.close()
         state.unloaded = False
 

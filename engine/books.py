@@ -238,15 +238,22 @@ class Books:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
 
-    def follow_exchange(self) -> None:
+    def follow_exchange(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Take over what the model has now in place of each parameter: its shards, or the whole of them again.
 
         Names, groups, holds and rates stay; the optimizer's state is laid out as the parameters are.
+
+        Args:
+            meanwhile: Called while everything that can train requires a gradient.
         """
         before = self._parameters
         self._read_names()
         assert list(before) == list(self._parameters), "sharding keeps names"
         self.sharded = any(map(is_sharded, self._parameters.values()))
+        if meanwhile is not None:
+            for name in self._homes:
+                self._parameters[name].requires_grad = True
+            meanwhile()
         for name, home in self._homes.items():
             self._parameters[name].requires_grad = name in self._trainable
             state = self.optimizers[home.optimizer].state.pop(before[name], None)
@@ -271,7 +278,7 @@ class Books:
             home, like = self._homes[name], self._parameters[name]
             optimizer = self.optimizers[home.optimizer]
             shape = (2 * ranks + 1, 3, 2, *[1] * like.ndim)[: like.ndim]
-            fault = kept_aside(optimizer) or fault_on_shards(optimizer, home.options, like.to_local(), shape, shard)  # type: ignore[operator]
+            fault = kept_aside(optimizer) or fault_on_shards(optimizer, home.options, like, shape, shard)
             if fault is not None:
                 raise OptimizerError(
                     f"{type(optimizer).__name__} does not know weights that lie in shards: {fault}. Write: optimizer=partial("

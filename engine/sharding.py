@@ -73,17 +73,25 @@ class Shards:
         """
         model = self._ledger.model
         _check(self._ledger)
+        # Here, not above: a process that trains alone does not load them.
+        from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
+        from torch.distributed.tensor import Shard, distribute_tensor  # noqa: PLC0415
+
+        mesh = DeviceMesh(self._device.type, list(range(self._team.world)))
+        self._ledger.check_on_shards(
+            lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None), self._team.world
+        )
         groups = [*_blocks(model, self._ledger.layers), model]
         self._modules = [(module, type(module), set(vars(module))) for module in model.modules()]
         self._find_places(groups)
         try:
-            self._shard(groups)
+            self._shard(mesh)
+            self._modules = [(module, kind, set(vars(module)) - before) for module, kind, before in self._modules]
+            # torch reads off the dtypes of gradients here, of what requires one: later, that may be other parameters.
+            root: Any = model
+            self._ledger.follow_exchange(root._get_fsdp_state()._lazy_init if self._chosen.mixed_precision else None)
         except (AssertionError, NotImplementedError, ValueError) as error:
             raise DistributedError(f"torch's fully_shard refuses the model: {error}. Write: {_REPLICATE}.") from error
-        self._modules = [(module, kind, set(vars(module)) - before) for module, kind, before in self._modules]
-        self._ledger.follow_exchange()
-        some = next(each for each in self._ledger.parameters.values() if is_sharded(each))
-        self._ledger.check_on_shards(lambda tensor: _sharded_anew(tensor, some), self._team.world)
         for number, (module, places) in enumerate(self._groups):
             self._handles.append(module.register_forward_pre_hook(self._before(number, places)))
 
@@ -222,7 +230,7 @@ class Shards:
         if is_lost(error):
             return self._team.lost(error, f"gathering weights or reducing gradients of batch {batch}")
         text = str(error)
-        if "DTensor" in text or "FSDP" in text or "sharding strategy" in text:
+        if any(word in text for word in ("DTensor", "FSDP", "DeviceMesh", "sharding strategy")):
             return DistributedError(
                 f"rank {self._team.rank} at batch {batch}: the model, or an algorithm, does with weights in shards what these "
                 f"cannot do: {text.partition(chr(10))[0][:300]}. A weight is whole only while the module is called that it "
@@ -250,13 +258,10 @@ class Shards:
             of[inside.get(id(place.module), -1)].append(place)
         self._groups = list(zip(groups, of, strict=True))
 
-    def _shard(self, groups: Sequence[nn.Module]) -> None:
-        # Here, not above: a process that trains alone does not load them.
-        from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
+    def _shard(self, mesh: Any) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # noqa: PLC0415
 
         chosen, model = self._chosen, self._ledger.model
-        mesh = DeviceMesh(self._device.type, list(range(self._team.world)))
         offloads = chosen.offload and self._device.type != "cpu"
         for module, places in self._groups:
             wide = self._wholes[places[0].name][0].dtype if places else torch.float32
@@ -308,13 +313,6 @@ def refuse_shards(call: str, model: nn.Module) -> None:
             takes="a whole model: the Trainer shards it, and gives it back whole unless a fit fails",
             example=f"model = build(); trainer.{call}(model, …)",
         )  # fmt: skip
-
-
-def _sharded_anew(tensor: Tensor, like: Any) -> Tensor:
-    """Return a tensor in shards, over the ranks of another one."""
-    from torch.distributed.tensor import distribute_tensor  # noqa: PLC0415 - as above
-
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _check(ledger: ParameterLedger) -> None:

@@ -6,6 +6,7 @@ rank writes its own to ``FOLDER/SCENARIO-RANK.pt``; a process alone calls the fu
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from thawline.algorithms import EMA, LISA, EarlyStop, GradClip, LayerFreeze, LayerThaw, LoRAInject
+from thawline.algorithms import EMA, LISA, EarlyStop, GradClip, LayerFreeze, LayerThaw, LoRAInject, PrefixCache
 from thawline.engine import (
     Algorithm,
     Checkpointing,
@@ -33,6 +34,7 @@ from thawline.engine import (
     ThawlineError,
     Trainer,
     linear,
+    load_weights,
     on,
     unsharded,
 )
@@ -499,6 +501,175 @@ def relay(folder: Path) -> dict[str, Any]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return fitted(net, [*algorithms, pause()], run_dir=folder / "relay", duration="2ep", resume=True)
+
+
+# -- weights in shards -------------------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """An embedding that is the head's weight as well, a block that is used twice, and one with a bias alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(3))
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed((x[:, :4] * 10).long().abs() % 5).mean(1)
+        for block in (*self.blocks, self.blocks[0]):
+            x = x + block(x)
+        return self.head(self.norm(x))
+
+
+@scenario
+def kinds(folder: Path) -> dict[str, Any]:
+    """Models, optimizers and limits of gradients of every kind."""
+    found = {
+        "tied": fitted(model(Tied), [LayerThaw(every="2ba"), EMA(half_life="2ba")], duration="2ep"),
+        "momentum": fitted(model(), duration="1ep", optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9)),
+        "filled": fitted(
+            model(), [LayerThaw(every="1ba")], duration="2ep", optimizer=partial(torch.optim.Adagrad, lr=0.1)
+        ),
+        "parted": fitted(
+            model(), duration="1ep",
+            optimizer=[("head", partial(torch.optim.SGD, lr=0.1)), ("*", partial(torch.optim.RMSprop, lr=0.01))],
+        ),
+    }  # fmt: skip
+    limits = {
+        "inf": GradClip(0.01, norm_type=float("inf")), "one": GradClip(0.1, norm_type=1.0), "value": GradClip(value=0.01),
+        "adaptive": GradClip(adaptive=0.01), "by layer": GradClip(0.05, per_layer=True),
+    }  # fmt: skip
+    return found | {name: fitted(model(), [limit], duration="1ep") for name, limit in limits.items()}
+
+
+@scenario
+def manners(folder: Path) -> dict[str, Any]:
+    """Ways of sharding, and less exact arithmetic."""
+    ways = {"kept": {"reshard": False}, "offloaded": {"offload": True}, "plain": {}, "mixed": {"mixed_precision": "bf16"}}
+    return {
+        name: fitted(
+            model(dtype=torch.float32), [LayerThaw(every="2ba"), EMA(half_life="2ba")], evaluated=loader(9, 4, torch.float32),
+            batches=loader(dtype=torch.float32), duration="2ep", eval_every="1ba", distributed=FullyShard(timeout=TIMEOUT, **way),
+        )
+        for name, way in ways.items()
+    }  # fmt: skip
+
+
+def _handed(folder: Path, resume: Any = False) -> dict[str, Any]:
+    algorithms = [LoRAInject(rank=2), LayerThaw(every="3ba"), EMA(half_life="3ba"), GradClip(0.5)]
+    given = {} if resume else {"run_dir": folder, "checkpoint": Checkpointing(every="1ba", keep=100)}
+    return fitted(model(), algorithms, duration="2ep", resume=resume, **given)
+
+
+@scenario
+def handing(folder: Path) -> dict[str, Any]:
+    """A run, and the rest of it from the checkpoint that ``RANKS_FROM`` says, which others have written."""
+    found = {"whole": _handed(folder / "handing")}
+    if "RANKS_FROM" in os.environ:
+        found["rest"] = _handed(folder, Path(os.environ["RANKS_FROM"]))
+    return found
+
+
+@scenario
+def afterwards(folder: Path) -> dict[str, Any]:
+    """What the model is after a fit: the user's own, whole; fitted and evaluated again, averaged, saved."""
+    net, ema = model(), EMA(half_life="3ba")
+    before = {name: id(each) for name, each in net.named_parameters()}
+    kinds = [type(each) for each in net.modules()]
+    attributes = [sorted(vars(each)) for each in net.modules()]
+    first = fitted(net, [ema], duration="1ep", run_dir=folder / f"afterwards-{WORLD}")
+    same = before == {name: id(each) for name, each in net.named_parameters()}
+    bare = (kinds, attributes) == ([type(each) for each in net.modules()], [sorted(vars(each)) for each in net.modules()])
+    hooks = [
+        name
+        for each in net.modules()
+        for name, table in vars(each).items()
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_always_called")) and table
+    ]
+    fresh = model()
+    load_weights(folder / f"afterwards-{WORLD}", fresh)
+    evaluated = trainer().evaluate(net, DataLoader(data(21), batch_size=4))
+    second = fitted(net, [LoRAInject(rank=2)], duration="1ep")
+    ema.apply(averaged := model())
+    return {
+        "first": first, "second": second, "same": same, "bare": bare, "hooks": hooks, "evaluated": evaluated,
+        "averaged": dict(averaged.state_dict()), "loaded": dict(fresh.state_dict()),
+    }  # fmt: skip
+
+
+class Forked(nn.Module):
+    """Two branches of one size, of which each rank takes another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[2](self.blocks[RANK % 2](x)))
+
+
+class Scaled(nn.Module):
+    """A model with a parameter that is a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(6, 3), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+class Borrowing(Net):
+    """A model that uses a block's weight where the block is not called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.blocks[0][0].weight ** 2).sum()
+
+
+class Full(Net):
+    """A model that runs out of memory on all ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) > 2:
+            raise torch.OutOfMemoryError("out of memory, on purpose")
+        return super().forward(x)
+
+
+@scenario
+def refusals(folder: Path) -> dict[str, Any]:
+    """What weights in shards cannot be combined with: typed errors."""
+
+    @on(Event.BATCH_END)
+    def graft(state: State) -> None:
+        state.ledger.attach("head", "lora", owner="late", rank=2, alpha=2)
+
+    @on(Event.AFTER_STEP)
+    def fail(state: State) -> None:
+        raise ZeroDivisionError
+
+    class Keeping(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            super().__init__(params, lr)
+            self.kept = list(self.param_groups[0]["params"])
+
+    left = model()
+    with contextlib.suppress(ZeroDivisionError):
+        fitted(left, [fail()])
+    return {
+        "late": raised(lambda: fitted(model(), [graft()])),
+        "adafactor": raised(lambda: fitted(model(), optimizer=torch.optim.Adafactor)),
+        "keeping": raised(lambda: fitted(model(), optimizer=Keeping)),
+        "scalar": raised(lambda: fitted(model(Scaled))),
+        "cache": raised(lambda: fitted(model(), [PrefixCache()])),
+        "left": raised(lambda: fitted(left)),
+        "memory": raised(lambda: fitted(model(Full))),
+        "borrowing": raised(lambda: fitted(model(Borrowing))),
+        "forked": raised(lambda: fitted(model(Forked))),
+    }
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
