@@ -100,6 +100,7 @@ def restore(
         on_change: ``"migrate"`` lets algorithms, schedule and ``min_lr`` be others. Algorithms that are the same keep
             their state. Holds, factors, schedules and rates of those that are gone or changed are released. Those that
             are new or changed are given FIT_START at the clock of the checkpoint.
+        built: Called once what was attached is attached again, before values are loaded.
 
     Raises:
         CheckpointError: The checkpoint belongs to another kind of run, or another model; the message says what differs.

@@ -37,7 +37,9 @@ _PLACES = (*(event.name for event in Event), "exchange")
 _WIDTH = 8
 _SHOWN = 5
 # How gloo and NCCL say that another process is gone, or silent.
-_LOST = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Socket Timeout|Broken pipe|process group watchdog", re.IGNORECASE)
+_LOST = re.compile(
+    r"gloo|NCCL|Connection (closed|reset|refused)|Socket Timeout|Broken pipe|process group watchdog", re.IGNORECASE
+)
 Rows = Sequence[Sequence[float]]
 
 
@@ -283,6 +285,11 @@ class Team:
     def first(self) -> bool:
         """Whether this rank is the one that writes, logs and shows."""
         return self.rank == 0
+
+    @property
+    def shards(self) -> bool:
+        """Whether each rank holds a share of the weights."""
+        return isinstance(self.chosen, FullyShard)
 
     # -- numbers and words -------------------------------------------------------------------------------------
 

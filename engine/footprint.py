@@ -61,11 +61,15 @@ def state_template(optimizer: Optimizer, options: Mapping[str, Any], dtype: torc
 
 
 def fault_on_shards(
-    optimizer: Optimizer, options: Mapping[str, Any], like: Tensor, shape: Sequence[int], shard: Callable[[Tensor], Tensor]
+    optimizer: Optimizer,
+    options: Mapping[str, Any],
+    like: Tensor,
+    shape: Sequence[int],
+    shard: Callable[[Tensor], Tensor],
 ) -> str | None:
     """Return what is wrong with an optimizer's steps on a parameter that lies in shards; None if they are those on the whole.
 
-    Two optimizers of the same class and options take three steps, one on a small tensor and one on its shards. Many step
+    Two optimizers of the same class and options take three steps on gradients that add up, one on a small tensor and one on its shards. Many step
     functions take a shard for the whole without an error, such as those that work on rows and columns of a matrix.
 
     Args:
@@ -82,16 +86,15 @@ def fault_on_shards(
     kind: Any = type(optimizer)
     ends: list[Tensor] = []
     try:
-        for made in (start.clone, lambda: shard(start)):
-            probe = nn.Parameter(made())
+        for made in (start.clone(), shard(start)):
+            probe = nn.Parameter(made)
             try:
-                twin = kind([probe], **known)
+                twin: Any = kind([probe], **known)
             except (TypeError, ValueError):
                 return None  # it cannot be built anew: what is wrong with it shows in its own steps
             for slope in slopes:
                 torch.autograd.backward((shard_like(slope, probe) * probe).sum())
                 twin.step()
-                twin.zero_grad()
             ends.append(unsharded(probe.detach()))
             state = [each for each in twin.state.get(probe, {}).values() if isinstance(each, Tensor)]
             if any(each.shape != probe.shape for each in state if is_sharded(each)):
@@ -102,7 +105,11 @@ def fault_on_shards(
         torch.set_rng_state(random)
     moved, apart = (ends[0] - start).abs().max(), (ends[1] - ends[0]).abs().max()
     near = apart <= torch.finfo(like.dtype).eps ** 0.5 * moved
-    return None if bool(near) else f"its steps on shards are others than on the whole, by {float(apart / moved):.1g} of a step"
+    return (
+        None
+        if bool(near)
+        else f"its steps on shards are others than on the whole, by {float(apart / moved):.1g} of a step"
+    )
 
 
 def template_bytes(template: Template, shape: Sequence[int]) -> int:

@@ -261,7 +261,13 @@ def kept_aside(optimizer: Optimizer) -> str | None:
     for name, value in vars(optimizer).items():
         if name in ("param_groups", "state", "defaults"):
             continue
-        inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple, set)) else [value]
+        inside = (
+            value.values()
+            if isinstance(value, Mapping)
+            else value
+            if isinstance(value, (list, tuple, set))
+            else [value]
+        )
         if any(isinstance(each, nn.Parameter) for each in inside):
             return f"it keeps parameters in {name!r} besides its groups"
     return None

@@ -364,7 +364,9 @@ class ParameterLedger(Rates):
 
     def replay(self, journal: Sequence[Sequence[Any]]) -> None:
         """Attach what a saved journal says, and nothing else; what is attached so already stays as it is."""
-        if self.sharded and [[each.module, each.op, each.owner, each.arguments] for each in self.journal] == list(journal):
+        if self.sharded and [[each.module, each.op, each.owner, each.arguments] for each in self.journal] == list(
+            journal
+        ):
             return
         for entry in reversed(self.journal):
             self.detach(entry.module, entry.op, owner=entry.owner)

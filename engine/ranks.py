@@ -11,7 +11,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from .buckets import GradientBuckets
 from .buffers import Buffers
 from .checkpoint import plain_rng, rng_of, rng_state, seed_everything
 from .data import Fetched, ResumableLoader
-from .distributed import FullyShard, Rows, Team
+from .distributed import Rows, Team
 from .engine import Engine
 from .errors import DistributedError
 from .events import Event
 from .memory import Microbatches
 from .randomness import derive_seed
 from .rundir import RunDir, load_checkpoint
-from .shards import is_sharded, replaced, sharded_in, unsharded
 from .sharding import Shards
+from .shards import is_sharded, replaced, sharded_in, unsharded
 from .signals import StopSignals
 from .state import State
 from .typing import Json
@@ -60,6 +59,7 @@ class Ranks:
         microbatches: Microbatches,
         signals: StopSignals,
         make_room: Callable[[MemoryError], None],
+        *,
         outputs_of: Callable[[nn.Module, Any], Any],
         device: torch.device,
     ) -> None:
@@ -67,7 +67,7 @@ class Ranks:
         self._state, self._signals, self._make_room = engine.state, signals, make_room
         self._microbatches = microbatches
         ledger = engine.state.ledger
-        self.shards = Shards(team, ledger, device) if isinstance(team.chosen, FullyShard) else None
+        self.shards = Shards(team, ledger, device) if team.shards else None
         self._reduction = GradientBuckets(team, ledger) if self.shards is None else self.shards
         self._buffers = Buffers(team, engine.state.model)
         self._own: Sequence[int] = ()
@@ -76,7 +76,14 @@ class Ranks:
         self._versions: tuple[float, ...] = ()
         self._generators: list[dict[str, Any]] = []
         handlers: dict[Event, Callable[[Event, State], None]] = dict.fromkeys(_AGREEING, self._agree)
-        engine.listen({**handlers, Event.BATCH_START: self._begin, Event.BEFORE_FORWARD: self._count})
+        engine.listen(
+            {
+                **handlers,
+                Event.BATCH_START: self._begin,
+                Event.BEFORE_FORWARD: self._count,
+                Event.FIT_END: self._give_back,
+            }
+        )
 
     # -- events ------------------------------------------------------------------------------------------------
 
@@ -187,7 +194,7 @@ class Ranks:
             self.compare()
             self.shards.deal()
 
-    def give_back(self) -> None:
+    def _give_back(self, event: Event, state: State) -> None:  # noqa: ARG002 - what a handler is called with
         """Make the model whole again at the end of a fit, and what algorithms hold of it."""
         if self.shards is None:
             return
@@ -197,10 +204,6 @@ class Ranks:
             found = {id(tensor): tensor for tensor in sharded_in(saved).values()}
             if found:
                 each.load_state_dict(replaced(saved, {key: unsharded(tensor) for key, tensor in found.items()}))
-
-    def explaining(self) -> AbstractContextManager[None]:
-        """Say in our words what torch's shards raise."""
-        return nullcontext() if self.shards is None else self.shards.explaining()
 
     def compare(self) -> None:
         """Check that all ranks train the same, at the same point, from the same seed.
@@ -248,7 +251,7 @@ class Ranks:
         lying = sharded_in(tree)
         gathered = self.shards.gathered(tree)
         made = replaced(tree, {id(lying[place]): each for place, each in gathered.items()})
-        return lambda: made  # type: ignore[no-any-return]  # of the same kind as the tree
+        return lambda: made
 
     def saved(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the ranks besides the first."""

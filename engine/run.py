@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from math import isfinite
@@ -17,7 +17,7 @@ from .checkpoint import capture, restore, seed_everything, well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
 from .data import Fetched, ResumableLoader, gathered
-from .distributed import FullyShard, Team
+from .distributed import Team
 from .engine import Engine
 from .errors import NonFiniteError
 from .evaluation import evaluate
@@ -106,8 +106,7 @@ class Run:
             )
             for each in trainer.algorithms:
                 each.reset()
-            sharded = team is not None and isinstance(team.chosen, FullyShard)
-            self.state = State(model, ledger, duration, trainer.seed, clock, sharded=sharded)
+            self.state = State(model, ledger, duration, trainer.seed, clock, sharded=team is not None and team.shards)
             self.engine = Engine(trainer.algorithms, self.state, debug=trainer.debug)
             self.recorder = Recorder(ledger, total_batches(duration, clock))
         except BaseException:
@@ -134,18 +133,14 @@ class Run:
         """Return what the ranks decide together, if there are several, and how a step's batches are read."""
         if team is None:
             return None, self._epoch
-        outputs_of, device = self.functions[0], self.trainer.device
-        ranks = Ranks(team, self.engine, self._microbatches, self._signals, self._make_room, outputs_of, device)
+        heeded = self._microbatches, self._signals, self._make_room
+        ranks = Ranks(team, self.engine, *heeded, outputs_of=self.functions[0], device=self.trainer.device)
         return ranks, lambda: ranks.noting(self._epoch())
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run the fit to its end, or to where a signal stops it: there a checkpoint is cut, and nothing else happens."""
-        with nullcontext() if self._ranks is None else self._ranks.explaining():
-            self._train()
-
-    def _train(self) -> None:
         self._start()
         while self._epoch_begun or not self._finished():
             try:
@@ -163,8 +158,6 @@ class Run:
             self.report.log_loss()
         self._save()
         self.engine.emit(Event.FIT_END)
-        if self._ranks is not None:
-            self._ranks.give_back()
         self.report.end(self.stop_reason, self._signals.received)
 
     def _train_epoch(self) -> None:

@@ -74,8 +74,8 @@ class Shards:
         model = self._ledger.model
         _check(self._ledger)
         # Here, not above: a process that trains alone does not load them.
-        from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
-        from torch.distributed.tensor import Shard, distribute_tensor  # noqa: PLC0415
+        from torch.distributed.device_mesh import DeviceMesh
+        from torch.distributed.tensor import Shard, distribute_tensor
 
         mesh = DeviceMesh(self._device.type, list(range(self._team.world)))
         self._ledger.check_on_shards(
@@ -199,44 +199,7 @@ class Shards:
         finally:
             self._listens = True
 
-    @contextmanager
-    def explaining(self) -> Generator[None]:
-        """Say in our words what torch's shards raise.
-
-        Raises:
-            OutOfMemoryError: Memory ran out: the others wait inside the batch, and it cannot be repeated.
-            DistributedError: Another rank is gone, or the model does with its weights what shards cannot do.
-        """
-        try:
-            yield
-        except ThawlineError:
-            raise
-        except (RuntimeError, MemoryError, AssertionError, NotImplementedError) as error:
-            explained = self._explained(error)
-            if explained is None:
-                raise
-            raise explained from error
-
     # -- inside ------------------------------------------------------------------------------------------------
-
-    def _explained(self, error: BaseException) -> ThawlineError | None:
-        batch = self._ledger.clock.batch
-        if is_out_of_memory(error):
-            return OutOfMemoryError(
-                f"out of memory on rank {self._team.rank} at batch {batch}, and where weights lie in shards a batch cannot be "
-                "repeated in smaller parts by one rank alone. Write: Trainer(microbatch_size=1) or larger, or "
-                "FullyShard(mixed_precision='bf16', offload=True)."
-            )
-        if is_lost(error):
-            return self._team.lost(error, f"gathering weights or reducing gradients of batch {batch}")
-        text = str(error)
-        if any(word in text for word in ("DTensor", "FSDP", "DeviceMesh", "sharding strategy")):
-            return DistributedError(
-                f"rank {self._team.rank} at batch {batch}: the model, or an algorithm, does with weights in shards what these "
-                f"cannot do: {text.partition(chr(10))[0][:300]}. A weight is whole only while the module is called that it "
-                f"lies in. Write: {_REPLICATE}."
-            )
-        return None
 
     def _title(self, number: int) -> str:
         return self._groups[number][1][0].name.rpartition(".")[0] if number < len(self._groups) - 1 else "the model"
@@ -259,7 +222,7 @@ class Shards:
         self._groups = list(zip(groups, of, strict=True))
 
     def _shard(self, mesh: Any) -> None:
-        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard  # noqa: PLC0415
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         chosen, model = self._chosen, self._ledger.model
         offloads = chosen.offload and self._device.type != "cpu"
@@ -302,6 +265,48 @@ class Shards:
 
 
 _REPLICATE = "Trainer(distributed=Replicate())"
+
+
+@contextmanager
+def explaining(team: Team | None, ledger: ParameterLedger) -> Generator[None]:
+    """Say in our words what torch raises where weights lie in shards.
+
+    Args:
+        team: The ranks, if there are any.
+        ledger: Of the fit.
+
+    Raises:
+        OutOfMemoryError: Memory ran out: the others wait inside the batch, and it cannot be repeated.
+        DistributedError: Another rank is gone, or the model does with its weights what shards cannot do.
+    """
+    try:
+        yield
+    except ThawlineError:
+        raise
+    except (RuntimeError, MemoryError, AssertionError, NotImplementedError) as error:
+        explained = None if team is None or not team.shards else _explained(error, team, ledger.clock.batch)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explained(error: BaseException, team: Team, batch: int) -> ThawlineError | None:
+    if is_out_of_memory(error):
+        return OutOfMemoryError(
+            f"out of memory on rank {team.rank} at batch {batch}, and where weights lie in shards a batch cannot be "
+            "repeated in smaller parts by one rank alone. Write: Trainer(microbatch_size=1) or larger, or "
+            "FullyShard(mixed_precision='bf16', offload=True)."
+        )
+    if is_lost(error):
+        return team.lost(error, f"gathering weights or reducing gradients of batch {batch}")
+    text = str(error)
+    if any(word in text for word in ("DTensor", "FSDP", "DeviceMesh", "sharding strategy")):
+        return DistributedError(
+            f"rank {team.rank} at batch {batch}: the model, or an algorithm, does with weights in shards what these "
+            f"cannot do: {text.partition(chr(10))[0][:300]}. A weight is whole only while the module is called that it "
+            f"lies in. Write: {_REPLICATE}."
+        )
+    return None
 
 
 def refuse_shards(call: str, model: nn.Module) -> None:
@@ -361,7 +366,7 @@ def _called(module: nn.Module) -> Iterator[nn.Module]:
 
 def _bare(module: nn.Module, kind: type, added: set[str]) -> None:
     """Take off a module what ``fully_shard`` put on it; torch has no call for that."""
-    from torch.distributed import _composable_state  # noqa: PLC0415 - as above
+    from torch.distributed import _composable_state
 
     if type(module) is not kind:
         module.__class__ = kind
@@ -369,10 +374,10 @@ def _bare(module: nn.Module, kind: type, added: set[str]) -> None:
         vars(module).pop(key, None)
     for table in _HOOKS:
         hooks: dict[int, Any] = getattr(module, table, {})
-        for key, hook in list(hooks.items()):
+        for number, hook in list(hooks.items()):
             if (getattr(getattr(hook, "hook", hook), "__module__", None) or "").startswith("torch.distributed."):
                 for other in _HOOKS:
-                    getattr(module, other, {}).pop(key, None)
+                    getattr(module, other, {}).pop(number, None)
     _composable_state._module_state_mapping.pop(module, None)
 
 

@@ -56,7 +56,8 @@ def unsharded(tensor: Tensor) -> Tensor:
         >>> unsharded(torch.ones(2))
         tensor([1., 1.])
     """
-    gathered: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    lying: Any = tensor
+    gathered: Tensor = lying.full_tensor() if is_sharded(tensor) else tensor
     return gathered
 
 

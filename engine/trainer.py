@@ -28,7 +28,7 @@ from .recipe import Recipe, check_factory, check_optimizer
 from .resume import OnChange
 from .run import Run
 from .settings import duration_of, path_of, require_weights
-from .sharding import refuse_shards
+from .sharding import explaining, refuse_shards
 from .shares import Share
 
 
@@ -190,7 +190,8 @@ class Trainer(Recipe):
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
             on_change=on_change, team=team,
         ) as run, compiled(model, run.state.layers, self.compile):  # fmt: skip
-            run.train()
+            with explaining(team, run.state.ledger):
+                run.train()
             return FitResult(
                 run.report.history, dict(run.state.metrics), run.stop_reason, run.state.clock, run.timeline,
                 run.folder.best, run.folder.last,

@@ -548,7 +548,12 @@ def kinds(folder: Path) -> dict[str, Any]:
 @scenario
 def manners(folder: Path) -> dict[str, Any]:
     """Ways of sharding, and less exact arithmetic."""
-    ways = {"kept": {"reshard": False}, "offloaded": {"offload": True}, "plain": {}, "mixed": {"mixed_precision": "bf16"}}
+    ways = {
+        "kept": {"reshard": False},
+        "offloaded": {"offload": True},
+        "plain": {},
+        "mixed": {"mixed_precision": "bf16"},
+    }
     return {
         name: fitted(
             model(dtype=torch.float32), [LayerThaw(every="2ba"), EMA(half_life="2ba")], evaluated=loader(9, 4, torch.float32),
@@ -582,7 +587,10 @@ def afterwards(folder: Path) -> dict[str, Any]:
     attributes = [sorted(vars(each)) for each in net.modules()]
     first = fitted(net, [ema], duration="1ep", run_dir=folder / f"afterwards-{WORLD}")
     same = before == {name: id(each) for name, each in net.named_parameters()}
-    bare = (kinds, attributes) == ([type(each) for each in net.modules()], [sorted(vars(each)) for each in net.modules()])
+    bare = (kinds, attributes) == (
+        [type(each) for each in net.modules()],
+        [sorted(vars(each)) for each in net.modules()],
+    )
     hooks = [
         name
         for each in net.modules()
@@ -598,6 +606,23 @@ def afterwards(folder: Path) -> dict[str, Any]:
         "first": first, "second": second, "same": same, "bare": bare, "hooks": hooks, "evaluated": evaluated,
         "averaged": dict(averaged.state_dict()), "loaded": dict(fresh.state_dict()),
     }  # fmt: skip
+
+
+@scenario
+def language(folder: Path) -> dict[str, Any]:
+    """A small language model of the transformers library, whose batches differ in what counts."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(3)
+    config = GPT2Config(
+        vocab_size=32, n_positions=8, n_embd=8, n_layer=3, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
+    net = GPT2LMHeadModel(config).double()
+    ids = torch.randint(32, (20, 8), generator=torch.Generator().manual_seed(5))
+    labels = ids.masked_fill(ids > 24, -100)
+    batches = [{"input_ids": ids[i : i + 6], "labels": labels[i : i + 6]} for i in range(0, 20, 6)]
+    algorithms = [LoRAInject(rank=2), LayerThaw(every="1ba"), EMA(half_life="2ba"), GradClip(0.5)]
+    return {"gpt2": fitted(net, algorithms, batches=batches, evaluated=batches[:1], duration="2ep", loss_fn=None)}
 
 
 class Forked(nn.Module):
