@@ -191,9 +191,12 @@ def test_a_constant_rate_is_written_and_has_no_scale_of_colors(tmp_path: Path, m
     figure = pytest.importorskip("matplotlib.figure")
     drawn: list[Any] = []
     saved = figure.Figure.savefig
-    monkeypatch.setattr(
-        figure.Figure, "savefig", lambda self, *args, **kw: (drawn.append(self), saved(self, *args, **kw))
-    )
+
+    def save(self: Any, *args: Any, **options: Any) -> None:
+        drawn.append(self)
+        saved(self, *args, **options)
+
+    monkeypatch.setattr(figure.Figure, "savefig", save)
     data, trainer = [(torch.zeros(2, 4), torch.zeros(2, 1))] * 3, partial(Trainer, loss_fn=nn.functional.mse_loss)
     for schedule in (constant(), linear()):
         trainer(schedule=schedule).plan(nn.Linear(4, 1), data, duration=2).save(tmp_path / "plan.png")
