@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, and not in its __all__
 from torch.distributed.rendezvous import rendezvous
 
+from .differences import differing
 from .errors import ArgumentError, DistributedError, shorten
 from .events import Event
 from .log import get_logger
@@ -35,7 +36,8 @@ log = get_logger(__name__)
 # What a rank can be doing when it tells something; both sides of a disagreement are named by it.
 _PLACES = (*(event.name for event in Event), "exchange")
 _WIDTH = 8
-_SHOWN = 5
+_SHOWN = 8
+_MORE = ", and telling each other more"
 Rows = Sequence[Sequence[float]]
 
 
@@ -247,7 +249,10 @@ class Team:
         Raises:
             DistributedError: Another rank is somewhere else, has ended, or does not answer within the timeout.
         """
-        self._doing = f"at {place} of batch {batch}"
+        if place != "exchange":
+            self._doing = f"at {place} of batch {batch}"
+        elif not self._doing.endswith(_MORE):
+            self._doing += _MORE
         row = (float(_PLACES.index(place)), float(batch), *values)
         self._row[: len(row)] = torch.tensor(row, dtype=torch.float64)
         with self._waiting():
@@ -310,12 +315,11 @@ class Team:
         everybody = self.exchange(dict(facts()))
         rank = next(rank for rank, each in enumerate(digests) if each != digests[0])
         got, wanted = everybody[rank], everybody[0]
-        names = [name for name in {**wanted, **got} if got.get(name) != wanted.get(name)]
+        found = [*differing("", got, wanted)]
         shown = [
-            f"{name}: rank {rank} has {shorten(got.get(name), 80)}, rank 0 has {shorten(wanted.get(name), 80)}"
-            for name in names[:_SHOWN]
+            f"{name.removeprefix(', ')}: rank {rank} has {mine}, rank 0 has {first}" for name, mine, first in found[:_SHOWN]
         ]
-        more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise DistributedError(f"the ranks disagree on {what}: {'; '.join([*shown, *more])}.")
 
     def all_or_none(self, doing: str, function: Callable[[], Any]) -> Any:

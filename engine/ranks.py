@@ -269,15 +269,19 @@ def start_alike(team: Team, model: nn.Module, settings: Mapping[str, Json], **lo
         DistributedError: Names what differs, on all ranks.
     """
     everything: dict[str, Json] = {
-        f"parameter {name}": [list(each.shape), str(each.dtype), each.requires_grad]
+        f"parameter {name}": {**_shape(each), "requires_grad": each.requires_grad}
         for name, each in model.named_parameters()
     }
-    everything |= {f"buffer {name}": [list(each.shape), str(each.dtype)] for name, each in model.named_buffers()}
+    everything |= {f"buffer {name}": _shape(each) for name, each in model.named_buffers()}
     everything |= {f"setting {name}": value for name, value in settings.items()}
     everything |= {f"batches of {name}": None if each is None else each.length for name, each in loaders.items()}
     digest = hashlib.sha256(repr(everything).encode()).hexdigest()
     team.compare("what is trained, and with what", digest, lambda: everything)
     team.spread([*model.parameters(), *model.buffers()])
+
+
+def _shape(tensor: torch.Tensor) -> dict[str, Json]:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
 
 
 def _await_folder(folder: Path | None, team: Team) -> None:
