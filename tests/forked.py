@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+import torch._dynamo  # what a fit imports otherwise: seconds, in each rank anew
 
 
 class Forked:

@@ -66,7 +66,7 @@ def fit(*algorithms: Algorithm, timeout: float = 30.0, **settings: Any) -> str:
     torch.manual_seed(0)
     net = Residual(depth=3, width=8, dropout=0.0)
     x = torch.randn(24, 4)
-    loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=8, shuffle=True)
+    loader = DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=6, shuffle=True)
     trainer = Trainer(
         algorithms=[*algorithms, LayerThaw(every="1ba"), GradClip(1.0)],
         optimizer=partial(torch.optim.SGD, lr=0.1), loss_fn=nn.functional.cross_entropy, device="cpu",
@@ -89,7 +89,7 @@ EVENTS = {
     Event.AFTER_STEP: "at BATCH_END of batch 3", Event.BATCH_END: "at BATCH_END of batch 2",
     Event.EVAL_START: "and telling each other more", Event.EVAL_BATCH_START: "and telling each other more",
     Event.EVAL_BATCH_END: "and telling each other more", Event.EVAL_END: "at EVAL_END of batch 2",
-    Event.EPOCH_END: "at EPOCH_END of batch 3",
+    Event.EPOCH_END: "at EPOCH_END of batch 4",
 }  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def test_the_first_rank_goes_while_it_saves(how: Any, world: int, tmp_path: Path
     found = together(lambda rank: fit(timeout=3, **run), world, silent=[0])
     assert sorted(found) == [*range(1, world)]
     for words in found.values():
-        assert "lost another one while at BATCH_END of batch 2, and telling each other more" in words
+        assert "lost another one while at EVAL_END of batch 2, and telling each other more" in words
         assert "AFTER" not in words
     monkeypatch.undo()
     assert together(lambda rank: fit(run_dir=run["run_dir"]))[0].startswith("RunDirError")
