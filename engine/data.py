@@ -35,6 +35,7 @@ from .order import copied_sampler, epoch_order, order_limits, tell_epoch
 from .randomness import Randomness, Stream, derive_seed
 from .shares import Share, check_shares
 from .stateful import StatefulSource, is_stateful
+from .typing import Json
 from .workers import outliving
 
 __all__ = [
@@ -104,9 +105,10 @@ class ResumableLoader:
             raise self._empty()
         self._source = _source(loader, seed, self._name, accumulate, share)
         self._share = None if isinstance(self._source, _MapSource) and self._source.loads_a_share else share
+        self._first_size: int | None = None
         if share is not None:
-            size = next(iter(self._source.sizes(0) or ()), None)
-            check_shares(loader, size, share.world, self._name, even=argument == _TRAIN)
+            self._first_size = next(iter(self._source.sizes(0) or ()), None)
+            check_shares(loader, self._first_size, share.world, self._name, even=argument == _TRAIN)
 
     @property
     def length(self) -> int | None:
@@ -117,6 +119,13 @@ class ResumableLoader:
         if self._length is None:
             raise TypeError(f"{self._name} of type {type(self._loader).__name__} does not say how many batches it has")
         return self._length
+
+    @property
+    def facts(self) -> dict[str, Json]:
+        """What has to be the same on all ranks: batches of an epoch, samples, and those of the first batch; None where unknown."""
+        source = self._source
+        samples = _length(self._loader.dataset) if isinstance(source, _MapSource) else None
+        return {"batches": self._length, "samples": samples, "samples of the first batch": self._first_size}
 
     @property
     def exact(self) -> bool:

@@ -262,33 +262,33 @@ class Team:
             if (other[0], other[1]) != (row[0], row[1]):
                 raise DistributedError(
                     f"the ranks are not at the same point: rank {rank} is at {_PLACES[int(other[0])]} of batch "
-                    f"{int(other[1])}, rank {self.rank} is {self._doing}. Loaders of other lengths lead there, and algorithms "
+                    f"{int(other[1])}, rank {self.rank} is at {place} of batch {batch}. Loaders of other lengths lead there, and algorithms "
                     "that act on what only one rank sees."
                 )
         return [other[2:] for other in rows]
 
-    def exchange(self, value: object) -> list[Any]:
-        """Return what every rank gives, in order of rank: anything that JSON can hold."""
+    def exchange(self, value: object, *, batch: int = 0) -> list[Any]:
+        """Return what every rank gives, in order of rank: anything that JSON can hold; at which batch, where that may differ."""
         text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-        return [json.loads(each.tobytes()) for each in self._exchange_bytes(text)]
+        return [json.loads(each.tobytes()) for each in self._exchange_bytes(text, batch)]
 
     def share(self, value: object) -> Any:
         """Return what the first rank gives; the others' values are passed over."""
         return self.exchange(value if self.first else None)[0]
 
-    def exchange_tensor(self, tensor: Tensor) -> list[Tensor]:
+    def exchange_tensor(self, tensor: Tensor, *, batch: int = 0) -> list[Tensor]:
         """Return every rank's tensor, of whatever shapes, on the device of this one's."""
-        shapes = self.exchange([list(tensor.shape), str(tensor.dtype)])
+        shapes = self.exchange([list(tensor.shape), str(tensor.dtype)], batch=batch)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         parts = []
-        for (shape, kind), data in zip(shapes, self._exchange_bytes(raw), strict=True):
+        for (shape, kind), data in zip(shapes, self._exchange_bytes(raw, batch), strict=True):
             dtype: torch.dtype = getattr(torch, str(kind).removeprefix("torch."))
             flat = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
             parts.append(flat.reshape(shape).to(tensor.device))
         return parts
 
-    def _exchange_bytes(self, data: Any) -> list[Any]:
-        sizes = [int(row[0]) for row in self.tell("exchange", 0, data.size)]
+    def _exchange_bytes(self, data: Any, batch: int) -> list[Any]:
+        sizes = [int(row[0]) for row in self.tell("exchange", batch, data.size)]
         mine = torch.zeros(max(sizes), dtype=torch.uint8)
         mine[: data.size] = torch.from_numpy(data.copy())
         everybody = [torch.empty_like(mine) for _ in sizes]
@@ -317,7 +317,8 @@ class Team:
         got, wanted = everybody[rank], everybody[0]
         found = [*differing("", got, wanted)]
         shown = [
-            f"{name.removeprefix(', ')}: rank {rank} has {mine}, rank 0 has {first}" for name, mine, first in found[:_SHOWN]
+            f"{name.removeprefix(', ')}: rank {rank} has {mine}, rank 0 has {first}"
+            for name, mine, first in found[:_SHOWN]
         ]
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise DistributedError(f"the ranks disagree on {what}: {'; '.join([*shown, *more])}.")

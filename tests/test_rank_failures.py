@@ -87,8 +87,8 @@ EVENTS = {
     Event.BATCH_START: "at BATCH_START of batch 2", Event.BEFORE_FORWARD: IN_A_BATCH, Event.AFTER_FORWARD: IN_A_BATCH,
     Event.AFTER_LOSS: IN_A_BATCH, Event.AFTER_BACKWARD: IN_A_BATCH, Event.BEFORE_STEP: "at BATCH_END of batch 3",
     Event.AFTER_STEP: "at BATCH_END of batch 3", Event.BATCH_END: "at BATCH_END of batch 2",
-    Event.EVAL_START: "and telling each other more", Event.EVAL_BATCH_START: "and telling each other more",
-    Event.EVAL_BATCH_END: "and telling each other more", Event.EVAL_END: "at EVAL_END of batch 2",
+    Event.EVAL_START: "at EVAL_END of batch 4", Event.EVAL_BATCH_START: "at EVAL_END of batch 4",
+    Event.EVAL_BATCH_END: "at EVAL_END of batch 4", Event.EVAL_END: "at EVAL_END of batch 2",
     Event.EPOCH_END: "at EPOCH_END of batch 4",
 }  # fmt: skip
 
@@ -125,7 +125,9 @@ def test_a_rank_that_hangs_is_given_up(event: Event) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("how", [die, stop], ids=["dies", "hangs"])
-def test_the_first_rank_goes_while_it_saves(how: Any, world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_rank_goes_while_it_saves(
+    how: Any, world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others, who wait for the checkpoint to be known, end with an error, and the one before it is whole."""
     save = RunDir.save
 
