@@ -103,6 +103,8 @@ class ResumableLoader:
         self._length = _length(loader)
         if self._length == 0:
             raise self._empty()
+        if share is not None and argument == _TRAIN:
+            share = share.with_homes(seed)
         self._source = _source(loader, seed, self._name, accumulate, share)
         self._share = None if isinstance(self._source, _MapSource) and self._source.loads_a_share else share
         self._first_size: int | None = None
@@ -124,7 +126,7 @@ class ResumableLoader:
     def facts(self) -> dict[str, Json]:
         """What has to be the same on all ranks: batches of an epoch, samples, and those of the first batch; None where unknown."""
         source = self._source
-        samples = _length(self._loader.dataset) if isinstance(source, _MapSource) else None
+        samples = source.samples if isinstance(source, _MapSource) else None
         return {"batches": self._length, "samples": samples, "samples of the first batch": self._first_size}
 
     @property
@@ -368,6 +370,11 @@ class _MapSource:
             else:
                 samples = samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples, samples)
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of the dataset, where it says how many."""
+        return _length(self._loader.dataset)
 
     @property
     def loads_a_share(self) -> bool:

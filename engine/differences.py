@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from typing_extensions import override
+
 from .errors import shorten
 
 _SHOWN = 80
 
 
 class _Nothing:
+    @override
     def __repr__(self) -> str:
         return "nothing"
 

@@ -59,6 +59,7 @@ class Ranks:
         make_room: Callable[[MemoryError], None],
     ) -> None:
         self.team = team
+        engine.state.world = team.world
         self._state, self._signals, self._make_room = engine.state, signals, make_room
         self._microbatches = microbatches
         self._buckets = GradientBuckets(team, engine.state.ledger)

@@ -63,7 +63,7 @@ class Forked:
                     os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
                 os.close(self._pipes[rank])
-        return {rank: pickle.loads(text) for rank, text in said.items() if text}  # noqa: S301 - our own
+        return {rank: pickle.loads(text) for rank, text in said.items() if text}
 
 
 def _be(function: Callable[[int], Any], rank: int, world: int, port: int, write: int) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 import ranks
@@ -20,7 +19,6 @@ from thawline.algorithms import (
     EMA,
     LISA,
     BlockCycle,
-    EarlyStop,
     FreezeOut,
     GradClip,
     LayerThaw,
@@ -29,6 +27,7 @@ from thawline.algorithms import (
     Plateau,
     PrefixCache,
     ThawSchedule,
+    head_only,
     merge_lora,
     unmerge_lora,
 )
@@ -63,7 +62,16 @@ def merging() -> list[Algorithm]:
 def plateau() -> list[Algorithm]:
     """Thaw where a metric of all ranks stands still."""
     until = Plateau("eval/loss", patience=1, min_delta=9.0)
-    return [ThawSchedule([Phase(thaw="head", until=until), Phase(thaw="blocks[2]", until=until), Phase(thaw="blocks[1]")]), EMA()]
+    return [
+        ThawSchedule(
+            [
+                Phase(thaw="head", until=until),
+                Phase(thaw="blocks[2]", until=until),
+                Phase(thaw=["blocks[1]", "blocks[0]", "stem"]),
+            ]
+        ),
+        EMA(),
+    ]
 
 
 RECIPES: dict[str, Recipe] = {
@@ -98,12 +106,13 @@ def test_compiled_blocks_are_trained_by_all(monkeypatch: pytest.MonkeyPatch) -> 
     """With blocks compiled each by itself, the ranks come to what one process comes to without a compiler."""
     monkeypatch.setattr("thawline.engine.compiling.BACKEND", "aot_eager")
     torch._dynamo.reset()
-    recipe = [lambda: [LayerThaw(every="2ba"), EMA(half_life="3ba")], lambda: [LoRAInject(rank=2), GradClip(0.5)]]
-    for make in recipe:
-        found = together(lambda rank, make=make: ranks.fitted(ranks.model(), make(), compile="blocks"), limit=120)  # type: ignore[misc]
-        one = ranks.fitted(ranks.model(), make())
-        same_everywhere([found[0], found[1]])
-        close(found[0]["weights"], one["weights"], 1e-12)
+
+    def fit(compiled: Any = "blocks") -> dict[str, Any]:
+        return ranks.fitted(ranks.model(), [LayerThaw(every="2ba"), EMA(half_life="3ba")], compile=compiled)
+
+    found, one = together(lambda rank: fit(), limit=120), fit(False)
+    same_everywhere([found[0], found[1]])
+    close(found[0]["weights"], one["weights"], 1e-12)
 
 
 class Greedy(ranks.Net):
@@ -125,10 +134,12 @@ def test_memory_that_ran_out_elsewhere_is_no_error_of_a_share_of_one() -> None:
 
     def fit(rank: int) -> dict[str, Any]:
         net = ranks.model(Greedy)
-        net.rank = rank
+        vars(net)["rank"] = rank
         return ranks.fitted(net, batches=DataLoader(ranks.data(27), batch_size=3, shuffle=True), duration="1ep")
 
-    one = ranks.fitted(ranks.model(Greedy), batches=DataLoader(ranks.data(27), batch_size=3, shuffle=True), duration="1ep")
+    one = ranks.fitted(
+        ranks.model(Greedy), batches=DataLoader(ranks.data(27), batch_size=3, shuffle=True), duration="1ep"
+    )
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("thawline.engine.data.check_shares", lambda *args, **kwargs: None)  # 3 samples for 2 ranks
         found = together(fit)
@@ -142,7 +153,7 @@ def test_memory_that_never_suffices_ends_all_ranks() -> None:
 
     def fit(rank: int) -> str:
         net = ranks.model(Greedy)
-        net.rank, net.most = rank, 0
+        vars(net).update(rank=rank, most=0)
         return ranks.raised(lambda: ranks.fitted(net, duration="1ep"))
 
     found = together(fit)
@@ -150,22 +161,45 @@ def test_memory_that_never_suffices_ends_all_ranks() -> None:
     assert found[0].startswith("DistributedError: rank 0 of 2 lost another one while reducing gradients of batch 0")
 
 
-def hits(world: int, *, epochs: int = 6, samples: int = 480, batch: int = 48) -> list[list[float]]:
-    """Return for each rank the share of its microbatches, epoch by epoch, for which the frozen part was skipped."""
+def skipped(world: int, *, epochs: int = 6, samples: int = 480, batch: int = 48) -> list[list[float]]:
+    """Return for each rank, epoch by epoch, the share of its samples for which the frozen part was skipped."""
 
     def fit(rank: int) -> list[float]:
         cache, seen = PrefixCache(), [0]
 
         @on(Event.EPOCH_END)
         def count(state: State) -> None:
-            seen.append(cache.hits)
+            seen.append(cache.computed)
 
         ranks.fitted(
-            ranks.model(), [LayerThaw(every="99ep"), cache, count()], duration=f"{epochs}ep",
+            ranks.model(), [*head_only(), cache, count()], duration=f"{epochs}ep",
             batches=DataLoader(ranks.data(samples), batch_size=batch, shuffle=True),
         )  # fmt: skip
-        assert cache.off is None and not cache.barred
-        return [(after - before) * batch / samples for before, after in zip(seen, seen[1:])]
+        assert (cache.off, cache.barred) == (None, {})
+        return [1 - (after - before) * world / samples for before, after in pairwise(seen)]
 
     found = together(fit, world)
     return [found[rank] for rank in range(world)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_prefix_of_most_samples_is_on_their_rank(world: int) -> None:
+    """From the second epoch on the frozen part runs for few samples, where shares by place would leave nearly all to it."""
+    for each in skipped(world):
+        assert each[0] == 0.0
+        assert each[1] > 0.75
+        assert each[-1] > 0.85
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_prefix_computed_in_parts_changes_nothing(world: int) -> None:
+    """Weights are those of ranks and of one process that compute everything, while the frontier moves."""
+
+    def fit(*cached: Algorithm) -> dict[str, Any]:
+        algorithms = [LayerThaw(every="6ba"), EMA(half_life="3ba"), *cached]
+        return ranks.fitted(ranks.model(), algorithms, duration="5ep", evaluated=ranks.loader(17, 4))
+
+    found, one = together(lambda rank: fit(PrefixCache()), world), fit()
+    same_everywhere([found[rank] for rank in range(world)])
+    close(found[0]["weights"], one["weights"], 1e-12)
+    assert found[0]["losses"] == pytest.approx(one["losses"], abs=1e-12)
