@@ -9,10 +9,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection
+from importlib import import_module
 from typing import Any
 
 import torch
-import torch._dynamo  # what a fit imports otherwise: seconds, in each rank anew
+
+import_module("torch._dynamo")  # what a fit imports otherwise: seconds, in each rank anew
 
 
 class Forked:

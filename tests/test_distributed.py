@@ -271,7 +271,7 @@ DISAGREEMENTS = {
     ),
     "weights": ("the ranks disagree on the weights", "stem.weight: rank 1 has"),
     "model": ("parameter weight, shape: rank 1 has [4, 6], rank 0 has [3, 6]",),
-    "algorithms": ("setting algorithms[1], arguments, max_norm: rank 1 has 2.0, rank 0 has 1.0",),
+    "algorithms": ("setting algorithms[0], arguments, max_norm: rank 1 has 2.0, rank 0 has 1.0",),
     "lengths": ("train_loader, batches: rank 1 has 3, rank 0 has 4", "train_loader, samples: rank 1 has 36, rank 0 has 48",),
     "batches": ("train_loader has batches of 7 samples", "got 7, wanted a multiple of 2", "DataLoader(dataset, batch_size=8)"),
     "sampler": ("train_loader has a DistributedSampler",),
