@@ -256,16 +256,29 @@ class ParameterLedger(Rates):
     def facts(self) -> dict[str, Json]:
         """Return by name what trains, in which groups, at which rates, who holds what, and what is attached: plain JSON."""
         facts: dict[str, Any] = {
-            name: [list(each.shape), str(each.dtype), each.requires_grad, name in self._trainable]
+            name: {
+                "shape": list(each.shape),
+                "dtype": str(each.dtype),
+                "requires_grad": each.requires_grad,
+                "trains": name in self._trainable,
+            }
             for name, each in self._parameters.items()
         }
         for number, (slot, group) in enumerate(self._live.items()):
             lr = None if slot.base_lr is None else float(group["lr"])
-            values = [slot.home.index, self._members[slot], lr, slot.scale, slot.set_options]
-            facts[f"group {number}"] = values
+            facts[f"group {number}"] = {
+                "optimizer group": slot.home.index,
+                "parameters": self._members[slot],
+                "lr": lr,
+                "scale": slot.scale,
+                "options": slot.set_options,
+            }
         for owner, mine in self._holds.held.items():
             facts[f"held by {owner}"] = sorted(mine)
-        facts["attached"] = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
+        facts["attached"] = [
+            {"module": entry.module, "op": entry.op, "owner": entry.owner, "arguments": entry.arguments}
+            for entry in self.journal
+        ]
         return facts
 
     def digest(self) -> str:

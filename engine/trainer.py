@@ -24,6 +24,7 @@ from .layers import LayerMap, LayerSpec
 from .log import only_errors
 from .plan import Plan
 from .precision import Precision
+from .ranks import same_data
 from .recipe import Recipe, check_optimizer
 from .resume import OnChange
 from .run import Run
@@ -183,8 +184,9 @@ class Trainer(Recipe):
             )
         chosen = self._chosen(optimizer)
         team = self.joined()
+        anew = restarted(team)  # asked by all ranks, whatever they were given
         if resume is False and self.run_dir is not None:
-            resume = restarted(team)
+            resume = anew
         with only_errors() if team is not None and not team.first else nullcontext(), Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
             on_change=on_change, team=team,
@@ -259,9 +261,12 @@ class Trainer(Recipe):
         require_weights("evaluate", model, lazy=True)
         team = self.joined()
         share = None if team is None else Share(team.rank, team.world)
+        data = ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)", share=share)
+        if team is not None:
+            same_data(team, loader=data)
         return evaluate(
             model.to(self.device),
-            ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)", share=share),
+            data,
             forward=self.forward(),
             metrics=self.metrics,
             precision=Precision(self.precision, self.device),
