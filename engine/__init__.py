@@ -8,6 +8,7 @@ from .distributed import FullyShard, Replicate
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
+    CallError,
     CheckpointError,
     DataError,
     DistributedError,
@@ -67,6 +68,7 @@ __all__ = [
     "Algorithm",
     "ArgumentError",
     "Attachment",
+    "CallError",
     "CheckpointError",
     "Checkpointing",
     "Clock",
