@@ -13,17 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distributed import Replicate, can_fork, join
+from .distributed import FullyShard, Replicate, can_fork, join
+from .errors import ThawlineError
 from .promises import check, fail
 from .rehearsal import Rehearsal
+from .shards import unsharded
 
 _RANKS = 2
 _TOGETHER = Replicate(timeout=120)
+_IN_SHARDS = FullyShard(timeout=120)
 
 
 @check
 def stays_equal_on_two_ranks(rehearsal: Rehearsal) -> None:
-    """On two ranks weights, optimizer, algorithm and history are the same; only where ``thorough``, and processes can fork."""
+    """On two ranks weights, optimizer, algorithm and history are the same; only where ``thorough``, and processes can fork.
+
+    With weights in shards as well, unless the fit is refused by a typed error that names ``Replicate()``.
+    """
     if not rehearsal.thorough or not can_fork() or not _divides(rehearsal):
         return
     with socket.socket() as found:
@@ -82,6 +88,13 @@ def _train(rehearsal: Rehearsal, rank: int, port: int) -> str:
     assert team is not None, "WORLD_SIZE is set"
     facts = dict(_facts(outcome.result))
     team.compare("what a fit came to", json.dumps(facts), lambda: facts)
+    try:
+        sharded = dict(_facts(rehearsal.fit(distributed=_IN_SHARDS).result))
+    except ThawlineError as error:
+        if "Replicate()" not in str(error):
+            raise
+        return ""
+    team.compare("what a fit with weights in shards came to", json.dumps(sharded), lambda: sharded)
     return ""
 
 
@@ -90,7 +103,7 @@ def _facts(value: Any, place: str = "") -> list[tuple[str, str]]:
     if isinstance(value, Mapping):
         return [fact for key, each in value.items() for fact in _facts(each, f"{place}/{key}")]
     if isinstance(value, Tensor):
-        value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        value = unsharded(value.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     if isinstance(value, np.ndarray):
         return [(place, hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest())]
     return [(place, repr(value))]
