@@ -346,4 +346,6 @@ def test_decisions_and_failures(tmp_path: Path) -> None:
 def test_a_language_model_with_tied_weights(tmp_path: Path, reference: Any) -> None:
     """GPT-2, whose head is its embedding and whose outputs are an object, trains in shards as in one process."""
     launch(2, tmp_path, "language", mode="sharded")
-    same_as_one([each["gpt2"] for each in outcomes(tmp_path, "language", 2)], reference("language")["gpt2"], 1e-6)  # it computes its loss in float32
+    same_as_one(
+        [each["gpt2"] for each in outcomes(tmp_path, "language", 2)], reference("language")["gpt2"], 1e-6
+    )  # it computes its loss in float32
