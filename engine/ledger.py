@@ -264,7 +264,7 @@ class ParameterLedger(Rates):
             facts[f"group {number}"] = values
         for owner, mine in self._holds.held.items():
             facts[f"held by {owner}"] = sorted(mine)
-        facts["attached"] = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
+        facts["attached"] = journal_of(self.model)
         return facts
 
     def digest(self) -> str:
@@ -313,7 +313,7 @@ class ParameterLedger(Rates):
                 {"home": slot.home.index, "parameters": self._members[slot], "options": _but_rate(options_of(group))}
                 for slot, group in self._live.items()
             ],
-            "journal": [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal],
+            "journal": journal_of(self.model),
             "optimizers": optimizers,
         }
 
@@ -406,13 +406,19 @@ class ParameterLedger(Rates):
             )
 
 
+def journal_of(model: nn.Module) -> list[Any]:
+    """Return module, op, owner and arguments of each attachment to a model, as JSON."""
+    return [[entry.module, entry.op, entry.owner, entry.arguments] for entry, _ in record_of(model).entries]
+
+
 @contextmanager
-def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[None]:
+def replayed(model: nn.Module, journal: Sequence[Sequence[Any]], *, keep: bool = True) -> Generator[None]:
     """Attach what a saved journal says to a model that has nothing attached, and take it off again where the block fails.
 
     Args:
         model: The model; one with the same journal already is left as it is.
         journal: Module, op, owner and arguments of each attachment, as the ledger saves them.
+        keep: False to take it off also where the block does not fail.
 
     Raises:
         SurgeryError: Something else is attached to the model, or an op refuses it.
@@ -431,11 +437,15 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[No
             made.append((entry, grafts))
         yield
     except BaseException:
-        for graft in reversed([graft for _, grafts in made for graft in grafts]):
-            undo_graft(model, graft, record.overrides)
+        keep = False
         raise
-    record.entries += made
-    keep_record(model, record)
+    finally:
+        if keep:
+            record.entries += made
+            keep_record(model, record)
+        else:
+            for graft in reversed([graft for _, grafts in made for graft in grafts]):
+                undo_graft(model, graft, record.overrides)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .checkpoint import SCHEMA, put_weights, well_formed
+from .checkpoint import SCHEMA, check_weights, put_buffers, put_weights, well_formed
 from .errors import ArgumentError, CheckpointError
 from .ledger import replayed
 from .pristine import Pristine
@@ -58,8 +58,9 @@ def load_weights(path: str | Path, model: nn.Module, weights: Which = "evaluated
             Pristine(model).check(tree["fingerprints"])
         chosen = _chosen(tree, weights)
         with replayed(model, tree["ledger"]["journal"]):
-            _check_shapes(model, chosen, tree["fingerprints"])
+            check_weights(model, chosen, tree["fingerprints"])
         put_weights(model, chosen, tree["fingerprints"])
+        put_buffers(model, tree["buffers"])
 
 
 def export(path: str | Path, file: str | Path, *, weights: Which = "evaluated", model: nn.Module | None = None) -> Path:
@@ -133,21 +134,6 @@ def _brought(fingerprints: Mapping[str, str], model: nn.Module | None, *, call: 
         )
     Pristine(model).check(fingerprints)
     return {name: each.detach().cpu() for name, each in model.state_dict().items() if name in fingerprints}
-
-
-def _check_shapes(model: nn.Module, weights: Mapping[str, Tensor], present: Mapping[str, str]) -> None:
-    here = model.state_dict()
-    wrong = [f"{name!r} is missing" for name in weights if name not in here]
-    wrong += [f"{name!r} is not in the checkpoint" for name in here if name not in weights and name not in present]
-    wrong += [
-        f"{name!r} has shape {tuple(here[name].shape)} instead of {tuple(each.shape)}"
-        for name, each in weights.items()
-        if name in here and here[name].shape != each.shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"the checkpoint's weights are not this model's: {'; '.join(wrong[:3])}. Build the model as it was before the fit."
-        )
 
 
 def _write_new(target: Path, tensors: Mapping[str, Tensor]) -> None:
