@@ -66,9 +66,12 @@ def load_weights(path: str | Path, model: nn.Module, weights: Which = "evaluated
 def export(path: str | Path, file: str | Path, *, weights: Which = "evaluated", model: nn.Module | None = None) -> Path:
     """Write the weights of a checkpoint as a plain state dict in one safetensors file.
 
+    It holds the names of the fitted model's state dict: where adapters were attached, the weights they stand beside
+    as they are without them, and the adapters' own.
+
     Args:
         path: A checkpoint such as ``result.best``, or a run's directory, which means its newest one.
-        file: The new file; an existing one is not overwritten.
+        file: The new file, which ends in ``.safetensors``; its folders are made, and an existing one is not overwritten.
         weights: As for :func:`load_weights`.
         model: The model that the run began with, for a checkpoint that holds fingerprints of what did not train.
 
@@ -93,12 +96,23 @@ def export(path: str | Path, file: str | Path, *, weights: Which = "evaluated", 
         ['bias', 'weight']
     """
     tree = _tree(path, weights, f"export({{!r}}, {str(file)!r}, weights={weights!r})")
+    target = _target(file)
     with well_formed():
         chosen = _chosen(tree, weights)
         if tree["fingerprints"]:
             chosen |= _brought(tree["fingerprints"], model, call=f"export({str(path)!r}, {str(file)!r}, model=model)")
-    target = path_of("export(file=)", file, "export(result.best, 'model.safetensors')")
     _write_new(target, {name: each.contiguous() for name, each in chosen.items()})
+    return target
+
+
+def _target(file: str | Path) -> Path:
+    target = path_of("export(file=)", file, "export(result.best, 'model.safetensors')")
+    if target.suffix.lower() != ".safetensors":
+        example = (
+            f"export(result.best, {str(target.with_suffix('.safetensors') if target.name else 'model.safetensors')!r})"
+        )
+        takes = "a file that ends in '.safetensors', the format it writes"
+        raise ArgumentError("export(file=)", got=str(file), takes=takes, example=example)
     return target
 
 
@@ -139,6 +153,10 @@ def _brought(fingerprints: Mapping[str, str], model: nn.Module | None, *, call: 
 def _write_new(target: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a file that is there whole or not at all; link, unlike rename, never replaces one."""
     temporary = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot make {target.parent}: {error}. Give another file.") from error
     try:
         with temporary.open("xb") as opened:
             for piece in pieces_of(tensors):
