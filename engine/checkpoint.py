@@ -26,12 +26,15 @@ from .resume import OnChange, changes_of, check_same_run, differences
 from .typing import Json
 from .unlisted import (
     LOSS,
+    Shapes,
     changed_constants,
     check_loss,
     generator_states,
     generators_of,
     loss_tensors,
     passing_buffers,
+    replace_buffers,
+    reshaped,
     restore_generators,
 )
 
@@ -57,6 +60,7 @@ def capture(
     *,
     settings: Mapping[str, Any],
     extra: Mapping[str, Any],
+    found: Shapes,
     pristine: Pristine | None = None,
     loss: nn.Module | None = None,
 ) -> dict[str, Any]:
@@ -67,6 +71,7 @@ def capture(
         precision: Its gradient scaler is part of the fit.
         settings: The Trainer's description; compared on resume.
         extra: What the loop itself needs: history, running sums, timeline.
+        found: What :func:`buffer_shapes` returned when the fit began.
         pristine: The tensors as the fit found them, of which fingerprints are enough; None to hold every tensor.
         loss: The loss, where it is a module.
     """
@@ -81,6 +86,7 @@ def capture(
         "ledger": state.ledger.state_dict(),
         "model": {name: each for name, each in weights_of(state.model).items() if name not in known},
         "buffers": {name: each for name, each in passing_buffers(state.model).items() if name not in known},
+        "reshaped": reshaped(state.model, found),
         "loss": loss_tensors(loss),
         "fingerprints": known,
         "evaluated": dict(engine.evaluated_weights()),
@@ -100,6 +106,7 @@ def restore(
     precision: Precision,
     *,
     settings: Mapping[str, Any],
+    found: Shapes,
     pristine: Pristine | None = None,
     loss: nn.Module | None = None,
     on_change: OnChange = "refuse",
@@ -111,6 +118,7 @@ def restore(
         engine: The fresh fit's engine.
         precision: Its precision.
         settings: The Trainer's description.
+        found: As for :func:`capture`.
         pristine: The fresh model's tensors, if they were looked at before.
         loss: The loss, where it is a module. What another loss kept is left out.
         on_change: ``"migrate"`` lets algorithms, schedule and ``min_lr`` be others. Algorithms that are the same keep
@@ -128,6 +136,8 @@ def restore(
     same_loss = tree["settings"].get("loss_fn") == settings.get("loss_fn")
     with well_formed():
         _check_fits(tree, engine, settings=settings, pristine=pristine, migrate=migrate)
+        moved = {*tree["reshaped"], *reshaped(state.model, found)}
+        _check_model(tree, state.model, moved)
         if same_loss:
             check_loss(tree["loss"], loss)
         changed = list(differences(tree["settings"], settings, tree["ledger"], state.ledger.state_dict()))
@@ -141,6 +151,7 @@ def restore(
     for each in changed:
         warn(each)
     with well_formed():
+        replace_buffers(state.model, moved, tree["model"] | tree["buffers"])
         new = _load(tree, engine, precision, migrate=migrate)
         for name, own in loss_tensors(loss).items() if same_loss else ():
             put(own, tree["loss"][name])
@@ -190,10 +201,9 @@ def _check_fits(
         )
     if tree["fingerprints"]:
         (Pristine(state.model) if pristine is None else pristine).check(tree["fingerprints"])
-    _check_model(tree, state.model)
 
 
-def _check_model(tree: Mapping[str, Any], model: nn.Module) -> None:
+def _check_model(tree: Mapping[str, Any], model: nn.Module, moved: Collection[str]) -> None:
     """Raise where the model cannot take what was saved, with what the fit attached put on for the check and taken off again."""
     attached = journal_of(model)
     if attached and attached != tree["ledger"]["journal"]:  # the ledger takes it off first, as where a fit rolls back
@@ -204,7 +214,7 @@ def _check_model(tree: Mapping[str, Any], model: nn.Module) -> None:
             wrong = [f"{name!r} is missing" for name in saved if name not in now]
             wrong += [f"{name!r} is not in the checkpoint" for name in now if name not in saved]
             raise _other_model(wrong or ["its parameters come in another order"])
-        check_weights(model, tree["model"], tree["fingerprints"], exact=True)
+        check_weights(model, tree["model"], tree["fingerprints"], moved, exact=True)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -225,7 +235,12 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], present: Collection[str] = (), *, exact: bool = False
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    present: Collection[str] = (),
+    moved: Collection[str] = (),
+    *,
+    exact: bool = False,
 ) -> None:
     """Raise a CheckpointError where :func:`put_weights` could not put them all, before any is.
 
@@ -233,14 +248,19 @@ def check_weights(
         model: The model.
         weights: By name.
         present: Names that the model has already as they shall be.
+        moved: Names of buffers that :func:`replace_buffers` makes fit before.
         exact: Whether their dtypes have to be the model's, too.
     """
     here = model.state_dict()
-    wrong = [f"{name!r} is missing" for name in weights if name not in here]
-    wrong += [f"{name!r} is not in the checkpoint" for name in here if name not in weights and name not in present]
+    wrong = [f"{name!r} is missing" for name in weights if name not in here and name not in moved]
+    wrong += [
+        f"{name!r} is not in the checkpoint"
+        for name in here
+        if not any(name in each for each in (weights, present, moved))
+    ]
     plain = _loaded_plainly(model)
     for name, each in weights.items():
-        if name not in here or name.rpartition(".")[0] not in plain:
+        if name in moved or name not in here or name.rpartition(".")[0] not in plain:
             continue
         now = here[name]
         if now.shape != each.shape:

@@ -20,7 +20,7 @@ from .forward import Forward
 from .log import get_logger
 from .randomness import restore_generator, state_of
 from .state import State
-from .unlisted import generators_of
+from .unlisted import generators_of, replace_buffer
 
 log = get_logger(__name__)
 # A part of a batch, what it counts, and the ids of its samples where all are known.
@@ -232,6 +232,8 @@ class BatchStart:
                     buffer = module._buffers.get(name)
                     if buffer is not None and buffer.shape == copied.shape:
                         put(buffer, copied)
+                    elif name in module._buffers:  # the model has put one of another shape in its place
+                        replace_buffer(module, name, copied.clone())
 
     def _find_buffers(self) -> None:
         """List the modules' generators, and the buffers by device and dtype, each once; surgery may have brought some."""

@@ -43,6 +43,7 @@ from .settings import bound_schedule, total_batches
 from .shares import Share
 from .signals import StopSignals
 from .state import State
+from .unlisted import buffer_shapes
 from .workers import DeferredDeaths
 
 # Once a batch: a name of the module is found in a fraction of the time that a member of an enum takes.
@@ -112,12 +113,11 @@ class Run:
         except BaseException:
             self.folder.close()
             raise
-        self._beside: dict[str, Any] = {"pristine": self.folder.pristine(model), "loss": self.forward.module}
+        self._beside: dict[str, Any] = {"found": buffer_shapes(model), "loss": self.forward.module}
+        self._beside["pristine"] = self.folder.pristine(model)
         self.report = Report(self.state, self.folder, self.progress)
         self._evaluated_at: int | None = None
-        self._exhausted = False
-        self._epoch_begun = False
-        self._interrupted = False
+        self._exhausted = self._epoch_begun = self._interrupted = False
         self._next_due = 0
         self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
         self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")

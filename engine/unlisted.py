@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from .errors import CheckpointError, shorten
 from .randomness import AnyGenerator, is_generator, restore_generator, state_of
 
+Shapes: TypeAlias = dict[str, tuple[int, ...] | None]
 LOSS = "Trainer(loss_fn=)"
 """What stands before the names of what a loss keeps: no module has such a name."""
 
@@ -68,6 +69,46 @@ def passing_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that are no part of the state dict, on which the next batch may depend all the same."""
     persistent = model.state_dict()
     return {name: each for name, each in model.named_buffers() if name not in persistent}
+
+
+def buffer_shapes(model: nn.Module) -> Shapes:
+    """Return the shape of every buffer by name; None of one that is registered and not there yet."""
+    return {
+        f"{path}.{name}" if path else name: None if buffer is None else tuple(buffer.shape)
+        for path, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+    }
+
+
+def reshaped(model: nn.Module, found: Shapes) -> Shapes:
+    """Return the buffers that the model has replaced by ones of another shape, with the shapes they had when the fit began.
+
+    Args:
+        model: The model.
+        found: What :func:`buffer_shapes` returned then.
+    """
+    now = buffer_shapes(model)
+    return {name: shape for name, shape in found.items() if name in now and now[name] != shape}
+
+
+def replace_buffers(model: nn.Module, names: Iterable[str], saved: Mapping[str, Tensor]) -> None:
+    """Give the model buffers of the saved shapes, as it has done itself, for the saved values to be copied into."""
+    device = next(model.parameters()).device
+    for name in names:
+        path, _, own = name.rpartition(".")
+        module, value = model.get_submodule(path), saved.get(name)
+        buffer = module._buffers[own]
+        if value is None:
+            replace_buffer(module, own, None)
+        elif buffer is None or buffer.shape != value.shape:
+            replace_buffer(module, own, value.to(device if buffer is None else buffer.device, copy=True))
+
+
+def replace_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+    """Put another tensor in the place of a buffer that the module replaces itself; nothing new is attached."""
+    buffers = module._buffers
+    assert name in buffers
+    buffers[name] = buffer
 
 
 def loss_tensors(loss: nn.Module | None) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from .rundir import load_checkpoint
 from .settings import path_of
 from .snapshot import sync_directory
 from .tensorfile import pieces_of
+from .unlisted import replace_buffers
 
 Which = Literal["evaluated", "live"]
 
@@ -58,7 +59,8 @@ def load_weights(path: str | Path, model: nn.Module, weights: Which = "evaluated
             Pristine(model).check(tree["fingerprints"])
         chosen = _chosen(tree, weights)
         with replayed(model, tree["ledger"]["journal"]):
-            check_weights(model, chosen, tree["fingerprints"])
+            check_weights(model, chosen, tree["fingerprints"], tree["reshaped"])
+        replace_buffers(model, tree["reshaped"], chosen | tree["buffers"])
         put_weights(model, chosen, tree["fingerprints"])
         put_buffers(model, tree["buffers"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -264,6 +265,45 @@ def test_the_best_weights_come_back_beside_expanded_buffers() -> None:
         model.get_parameter("inner.0.weight").add_(1)
     best.put_back(state)
     assert same_weights(weights(model), before)
+
+
+class Growing(nn.Module):
+    """Subtracts the mean of the last twenty samples: a buffer that it replaces, and one that is None at first."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.inner = mlp()
+        self.register_buffer("seen", torch.zeros(0, FEATURES), persistent=persistent)
+        self.register_buffer("mean", None, persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = torch.cat([self.get_buffer("seen"), x.detach()])[-20:]
+        self.mean = self.seen.mean(0) if self.mean is None else 0.5 * self.mean + 0.5 * self.seen.mean(0)
+        return self.inner(x - self.mean)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("policy", ["raise", "skip", "rollback"])
+def test_buffers_that_the_model_replaces_resume(tmp_path: Path, persistent: bool, policy: Any) -> None:
+    """Whatever their shape is by then; a skipped step and a rollback leave no trace in them."""
+    data = [(x.clone(), y) for x, y in loader(batch_size=4)]
+    data[3][0][:] = 0.0 if policy == "raise" else float("nan")
+    make = partial(Growing, persistent)
+    whole = seeded(make)
+    trainer = Trainer_(run_dir=tmp_path, checkpoint=EACH, on_nonfinite=policy)
+    trainer.fit(whole, data, duration="1ep")
+    assert bool(whole.get_buffer("seen").isfinite().all())
+    for step in range(1, 8):
+        model = seeded(make)
+        folder = tmp_path / "resumed" / str(step)
+        shutil.copytree(tmp_path / f"ba{step:08d}", folder / f"ba{step:08d}")
+        resumed = Trainer_(run_dir=folder, checkpoint=EACH, on_nonfinite=policy)
+        resumed.fit(model, data, duration="1ep", resume=True)
+        assert same_weights(weights(model), weights(whole))
+        assert same_weights(dict(model.named_buffers()), dict(whole.named_buffers()))
+    fresh = seeded(make)
+    load_weights(tmp_path, fresh)
+    assert same_weights(weights(fresh), weights(whole))
 
 
 def widened() -> nn.Module:
