@@ -17,10 +17,11 @@ from .batches import batch_size_of, samples_in, split_batch
 from .errors import DataError, OutOfMemoryError, warn
 from .expanded import put
 from .forward import Forward
+from .grafts import replace_buffer
 from .log import get_logger
 from .randomness import restore_generator, state_of
 from .state import State
-from .unlisted import generators_of, replace_buffer
+from .unlisted import generators_of
 
 log = get_logger(__name__)
 # A part of a batch, what it counts, and the ids of its samples where all are known.

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from .errors import CheckpointError, shorten
+from .grafts import replace_buffer
 from .randomness import AnyGenerator, is_generator, restore_generator, state_of
 
 Shapes: TypeAlias = dict[str, tuple[int, ...] | None]
@@ -102,13 +103,6 @@ def replace_buffers(model: nn.Module, names: Iterable[str], saved: Mapping[str, 
             replace_buffer(module, own, None)
         elif buffer is None or buffer.shape != value.shape:
             replace_buffer(module, own, value.to(device if buffer is None else buffer.device, copy=True))
-
-
-def replace_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
-    """Put another tensor in the place of a buffer that the module replaces itself; nothing new is attached."""
-    buffers = module._buffers
-    assert name in buffers
-    buffers[name] = buffer
 
 
 def loss_tensors(loss: nn.Module | None) -> dict[str, Tensor]:
