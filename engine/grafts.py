@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import torch
 from attrs import Factory, define, frozen
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import SurgeryError, nearest
 from .surgery import Attachment, JournalEntry, Site, op_named
@@ -170,9 +170,3 @@ def undo_graft(model: nn.Module, graft: Graft, overrides: Overrides) -> None:
             setattr(module, name, original)
     if graft.old_class is not None:
         module.__class__ = graft.old_class
-
-
-def replace_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
-    """Put another tensor in the place of a buffer that the module replaces itself; nothing new is attached."""
-    assert name in module._buffers
-    module._buffers[name] = buffer

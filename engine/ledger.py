@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from .clock import Time
@@ -468,6 +468,12 @@ def at_rest(parameters: Iterable[nn.Parameter]) -> Generator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad = True
+
+
+def replace_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+    """Put another tensor in the place of a buffer that the module replaces itself; nothing new is attached."""
+    assert name in module._buffers
+    module._buffers[name] = buffer
 
 
 def _but_rate(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .batches import batch_size_of, samples_in, split_batch
 from .errors import DataError, OutOfMemoryError, warn
 from .expanded import put
 from .forward import Forward
-from .grafts import replace_buffer
+from .ledger import replace_buffer
 from .log import get_logger
 from .randomness import restore_generator, state_of
 from .state import State

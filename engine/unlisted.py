@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from .errors import CheckpointError, shorten
-from .grafts import replace_buffer
+from .ledger import replace_buffer
 from .randomness import AnyGenerator, is_generator, restore_generator, state_of
 
 Shapes: TypeAlias = dict[str, tuple[int, ...] | None]
