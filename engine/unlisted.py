@@ -95,10 +95,10 @@ def reshaped(model: nn.Module, found: Shapes) -> Shapes:
 def replace_buffers(model: nn.Module, names: Iterable[str], saved: Mapping[str, Tensor]) -> None:
     """Give the model buffers of the saved shapes, as it has done itself, for the saved values to be copied into."""
     device = next(model.parameters()).device
-    for name in names:
-        path, _, own = name.rpartition(".")
-        module, value = model.get_submodule(path), saved.get(name)
-        buffer = module._buffers[own]
+    places = [
+        (model.get_submodule(path), own, saved.get(name)) for name in names for path, _, own in [name.rpartition(".")]
+    ]
+    for (module, own, value), buffer in [(place, place[0]._buffers[place[1]]) for place in places]:
         if value is None:
             replace_buffer(module, own, None)
         elif buffer is None or buffer.shape != value.shape:

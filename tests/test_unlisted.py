@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -33,6 +34,7 @@ from thawline.engine import (
     export,
     load_weights,
 )
+from thawline.engine.checkpoint import plain_rng, restore_rng, rng_of, rng_state
 from thawline.engine.doubles import CLASSES, FEATURES
 from thawline.engine.expanded import can_hold, is_expanded, put
 from thawline.engine.snapshot import read_checkpoint, write_checkpoint
@@ -113,6 +115,17 @@ def test_generators_of_modules_go_on_where_they_were(tmp_path: Path, microbatch_
         model = seeded(Noisy)
         run().fit(model, loader(), duration="2ep", resume=tmp_path / "run" / f"ba{step:08d}")
         assert same_weights(weights(model), weights(whole))
+
+
+def test_generators_of_modules_go_to_other_processes_and_back() -> None:
+    """As JSON, which is how ranks tell each other theirs; each goes on as it would have."""
+    model, loss, other = seeded(Noisy), Centers(), seeded(Noisy)
+    x = torch.zeros(2, FEATURES)
+    model(x)
+    plain = json.loads(json.dumps(plain_rng(rng_state(model, loss))))
+    with torch.random.fork_rng():
+        restore_rng(rng_of(plain), other, Centers())
+    assert torch.equal(model(x), other(x))
 
 
 @pytest.mark.parametrize("bound", [False, True], ids=["module", "method"])
@@ -462,11 +475,30 @@ def test_a_rollback_to_fingerprints_of_what_has_trained_speaks_of_the_rollback(t
         trainer.fit(mlp(), data, duration="1ep")
 
 
-def test_a_checkpoint_without_what_no_state_dict_lists_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss", None),
+        ("loss", {"weight": "text"}),
+        ("reshaped", {"0.weight": None}),
+        ("reshaped", {"nowhere.seen": (2,)}),
+        ("reshaped", 3),
+        ("rng", {"modules": {"torch_rng": "text"}}),
+        ("rng", {"modules": {"torch_rng": torch.zeros(3, dtype=torch.uint8)}}),
+        ("rng", {"modules": {"coin": (3, (1,), None)}}),
+        ("rng", {"modules": {"inner.0.rng": {"bit_generator": "MT19937"}}}),
+    ],
+)
+def test_a_forged_checkpoint_is_refused(tmp_path: Path, key: str, value: Any) -> None:
     """By a typed error, as any that does not hold what this version writes."""
-    Trainer_(run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
+    model = seeded(Noisy)
+    Trainer_(run_dir=tmp_path).fit(model, loader(), duration="1ep")
     tree = read_checkpoint(tmp_path / "ba00000004")
-    del tree["loss"]
-    path = write_checkpoint(tmp_path, "forged", tree)
-    with pytest.raises(CheckpointError, match="does not hold what this version"):
-        Trainer_().fit(mlp(), loader(), duration="1ep", resume=path)
+    if key == "rng":
+        value = {**tree["rng"], "modules": {**tree["rng"]["modules"], **value["modules"]}}
+    path = write_checkpoint(tmp_path, "forged", {**tree, key: value})
+    fresh = seeded(Noisy)
+    before = weights(fresh)
+    with pytest.raises(CheckpointError, match="does not hold what this version|loss_fn is not this one"):
+        Trainer_().fit(fresh, loader(), duration="1ep", resume=path)
+    assert key == "rng" or same_weights(weights(fresh), before)
