@@ -21,7 +21,7 @@ from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_options, check_parameter, check_rates, check_slots
 from .rates import Rates
 from .selectors import Selector, covers
-from .surgery import JournalEntry
+from .surgery import JournalEntry, parents_of
 from .typing import Json
 
 
@@ -154,14 +154,15 @@ class ParameterLedger(Rates):
             LedgerClosedError: Called during forward, backward, step or evaluation.
         """
         self._check_open("attach", owner)
-        record = record_of(self.model)
+        record, parents = record_of(self.model), parents_of(self.model)
         made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
         try:
             for name in [module_name] if isinstance(module_name, str) else module_name:
                 entry = JournalEntry(name, op, owner, dict(arguments))
-                made.append(
-                    (entry, build_grafts(self.model, name, op, arguments, overrides=record.overrides, seed=self.seed))
+                grafts = build_grafts(
+                    self.model, name, op, arguments, overrides=record.overrides, seed=self.seed, parents=parents
                 )
+                made.append((entry, grafts))
         except BaseException:
             for graft in reversed([graft for _, grafts in made for graft in grafts]):
                 undo_graft(self.model, graft, record.overrides)
@@ -431,9 +432,12 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]], *, keep: bool =
             f"{here[0].op!r} is attached to {here[0].module!r} already. Give the model as it was before the fit."
         )
     made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
+    parents = parents_of(model)
     try:
         for entry in () if here else wanted:
-            grafts = build_grafts(model, entry.module, entry.op, entry.arguments, overrides=record.overrides, seed=0)
+            grafts = build_grafts(
+                model, entry.module, entry.op, entry.arguments, overrides=record.overrides, seed=0, parents=parents
+            )
             made.append((entry, grafts))
         yield
     except BaseException:

@@ -39,7 +39,8 @@ class FitResult:
         history: One dict an epoch: ``epoch``, ``batch``, ``train/loss``, evaluation metrics, ``lr`` (the highest
             learning rate), ``lr/<layer>`` (the highest in each layer, 0.0 while it is frozen), ``trainable`` (number of
             scalars) and what algorithms logged.
-        metrics: The latest value of everything logged.
+        metrics: The latest value of everything logged; ``train/loss`` is the mean since the log line before, in ``history``
+            that of the epoch.
         stop_reason: Why the fit ended: ``"duration"``, ``"signal"``, or what an algorithm gave to ``state.stop``.
         clock: Where it ended.
         timeline: What trained when, at which learning rate.
@@ -67,7 +68,7 @@ _AT_FIT = {
 _AT_CONSTRUCTION = elsewhere("Trainer(", (each.name for each in fields(Recipe)))
 
 
-@explained_constructor("Trainer", INSTEAD | _AT_FIT)
+@explained_constructor("Trainer", "Trainer(algorithms=[LayerThaw(every=2)])", INSTEAD | _AT_FIT)
 @define(kw_only=True, eq=False)
 class Trainer(Recipe):
     """Fine-tunes models by a list of algorithms.
@@ -116,7 +117,7 @@ class Trainer(Recipe):
         (8, 'duration')
     """
 
-    @explained("trainer.fit", INSTEAD | _AT_CONSTRUCTION)
+    @explained("trainer.fit", _START[:-2] + ")", INSTEAD | _AT_CONSTRUCTION)
     def fit(
         self,
         model: nn.Module,
@@ -194,7 +195,9 @@ class Trainer(Recipe):
                 run.folder.best, run.folder.last,
             )  # fmt: skip
 
-    @explained("trainer.plan", INSTEAD | _AT_CONSTRUCTION | _AT_FIT)
+    @explained(
+        "trainer.plan", "trainer.plan(model, train_loader, duration='3ep')", INSTEAD | _AT_CONSTRUCTION | _AT_FIT
+    )
     def plan(
         self,
         model: nn.Module,
@@ -245,6 +248,7 @@ class Trainer(Recipe):
             )  # fmt: skip
         return self.optimizer if optimizer is None else check_optimizer(optimizer)
 
+    @explained("trainer.evaluate", "trainer.evaluate(model, loader)", INSTEAD | _AT_CONSTRUCTION)
     def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
         """Return ``"eval/loss"`` and ``"eval/<metric>"`` over a loader; the model's mode is put back.
 
