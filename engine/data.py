@@ -28,7 +28,7 @@ from .batches import (
     split_batch,
     to_device,
 )
-from .errors import ArgumentError, CheckpointError, DataError, with_article
+from .errors import ArgumentError, CheckpointError, DataError, warn, with_article
 from .keyed import Key, KeyedDataset, Keys, copied_dataset, keyed_loader
 from .log import get_logger
 from .order import copied_sampler, epoch_order, order_limits, tell_epoch
@@ -116,6 +116,14 @@ class ResumableLoader:
     def length(self) -> int | None:
         """Batches of an epoch, or None where the loader does not say."""
         return self._length
+
+    def say_limits(self, *, resumable: bool) -> None:
+        """Say what a resumed run cannot continue exactly: a warning where somebody may resume it, else a line of the log."""
+        for limit in self.limits:
+            if resumable:
+                warn(limit)
+            else:
+                log.warning("data order", limit=limit)
 
     def __len__(self) -> int:
         if self._length is None:

@@ -16,6 +16,7 @@ from .errors import ArgumentError, DataError, LedgerError, LossError, shorten, w
 from .layers import shorten_list
 from .shift import shifts_labels
 from .state import State
+from .unlisted import loss_module, untrained
 
 # The commonest batches: read here in a fraction of the time that `forward_arguments` takes.
 _PAIRS = frozenset({tuple, list})
@@ -45,6 +46,16 @@ class Forward:
     def reads_targets_only(self) -> bool:
         """Whether nothing but the model reads more of a batch than its targets."""
         return self.forward_fn is None and self.loss_fn is not None and self.loss_weight is None
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The loss, where it is a module."""
+        return loss_module(self.loss_fn)
+
+    def say_untrained(self) -> None:
+        """Warn of parameters of the loss that ask for gradients: a fit trains the model's alone."""
+        if said := untrained(self.module):
+            warn(said)
 
     def outputs(self, model: nn.Module, batch: Any) -> Any:
         """Return what the model makes of a batch."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from .batches import batch_size_of, samples_in, split_batch
 from .errors import DataError, OutOfMemoryError, warn
+from .expanded import put
 from .forward import Forward
+from .ledger import replace_buffer
 from .log import get_logger
+from .randomness import restore_generator, state_of
 from .state import State
+from .unlisted import generators_of
 
 log = get_logger(__name__)
 # A part of a batch, what it counts, and the ids of its samples where all are known.
@@ -156,6 +160,7 @@ class BatchStart:
     Args:
         state: Model and ledger.
         device: Where the model lies.
+        loss: The loss, where it is a module; its buffers and the generators that it and the model keep are copied as well.
 
     Example:
         >>> from thawline.engine import ParameterLedger
@@ -169,8 +174,8 @@ class BatchStart:
         [0.0, 0.0]
     """
 
-    def __init__(self, state: State, device: torch.device) -> None:
-        self._model, self._ledger = state.model, state.ledger
+    def __init__(self, state: State, device: torch.device, loss: nn.Module | None = None) -> None:
+        self._model, self._ledger, self._loss = state.model, state.ledger, loss
         self._generator = torch.default_generator
         self._on_device: torch.Generator | None = None
         if device.type == "cuda":
@@ -189,6 +194,7 @@ class BatchStart:
             self._host = _host_states()
         if self._version != self._ledger.version:
             self._find_buffers()
+        self._own_states = [state_of(each) for each in self._own]
         try:
             for places, copies in self._buffers:
                 torch._foreach_copy_(copies, [module._buffers[name] for module, name in places])  # type: ignore[misc]  # None raises
@@ -215,6 +221,8 @@ class BatchStart:
         elif not _equal(_host_states(), self._host):
             self._drawn = True
             log.warning("the model has begun to draw from NumPy or Python: the repeated batch draws other numbers")
+        for generator, kept in zip(self._own, self._own_states, strict=True):
+            restore_generator(generator, kept)
         self.restore_buffers()
 
     def restore_buffers(self) -> None:
@@ -224,14 +232,17 @@ class BatchStart:
                 for (module, name), copied in zip(places, copies, strict=True):
                     buffer = module._buffers.get(name)
                     if buffer is not None and buffer.shape == copied.shape:
-                        buffer.copy_(copied)
+                        put(buffer, copied)
+                    elif name in module._buffers:  # the model has put one of another shape in its place
+                        replace_buffer(module, name, copied.clone())
 
     def _find_buffers(self) -> None:
-        """List the buffers by device and dtype, each once; surgery may have brought some."""
+        """List the modules' generators, and the buffers by device and dtype, each once; surgery may have brought some."""
         self._version = self._ledger.version
         alike: dict[object, tuple[list[tuple[nn.Module, str]], list[Tensor]]] = {}
         seen: set[int] = set()
-        for module in self._model.modules():
+        self._own = list(generators_of(self._model, self._loss).values())
+        for module in chain(self._model.modules(), () if self._loss is None else self._loss.modules()):
             for name, buffer in module._buffers.items():
                 if buffer is not None and id(buffer) not in seen:
                     seen.add(id(buffer))

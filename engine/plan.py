@@ -106,7 +106,10 @@ class Plan:
             )
             for each in saved["spans"]
         )
-        samples = tuple(Sample(batch, epoch, dict(rates)) for batch, epoch, rates in saved["samples"])
+        samples = tuple(
+            Sample(int(batch), float(epoch), {name: float(rate) for name, rate in rates.items()})
+            for batch, epoch, rates in saved["samples"]
+        )
         return cls(spans, samples, tuple(saved["layers"]), tuple(saved["notes"]))
 
     @override

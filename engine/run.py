@@ -43,6 +43,7 @@ from .settings import bound_schedule, total_batches
 from .shares import Share
 from .signals import StopSignals
 from .state import State
+from .unlisted import buffer_shapes
 from .workers import DeferredDeaths
 
 # Once a batch: a name of the module is found in a fraction of the time that a member of an enum takes.
@@ -112,16 +113,15 @@ class Run:
         except BaseException:
             self.folder.close()
             raise
-        self._pristine = self.folder.pristine(model)
+        self._beside: dict[str, Any] = {"found": buffer_shapes(model), "loss": self.forward.module}
+        self._beside["pristine"] = self.folder.pristine(model)
         self.report = Report(self.state, self.folder, self.progress)
         self._evaluated_at: int | None = None
-        self._exhausted = False
-        self._epoch_begun = False
-        self._interrupted = False
+        self._exhausted = self._epoch_begun = self._interrupted = False
         self._next_due = 0
         self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
         self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")
-        self._batch_start = BatchStart(self.state, trainer.device)
+        self._batch_start = BatchStart(self.state, trainer.device, self.forward.module)
         watched = self.engine.algorithms, self.folder.policy.monitor, trainer.metrics
         self._monitors = Monitors(*watched, evaluated=self.eval_data is not None)
         self._signals = StopSignals(self._look_up, shared=team is not None)
@@ -381,8 +381,8 @@ class Run:
     def _start(self) -> None:
         """Begin afresh with FIT_START, or where the checkpoint was cut."""
         state, model = self.state, self.state.model
-        for limit in self.data.limits:
-            log.warning("data order", limit=limit)
+        self.data.say_limits(resumable=self.folder.saves)
+        self.forward.say_untrained()
         self.folder.warned = self._monitors.begin()
         seed_everything(seed_of(self.team, self.trainer.seed))
         model.train()
@@ -404,7 +404,7 @@ class Run:
         if self._ranks is not None:
             tree = self._ranks.own(tree)
         extra = restore(
-            tree, self.engine, self.precision, settings=self.settings, pristine=self._pristine, on_change=self._on_change
+            tree, self.engine, self.precision, settings=self.settings, on_change=self._on_change, **self._beside
         )  # fmt: skip
         with well_formed():
             self.report.load_state_dict(extra, batch=tree["clock"]["batch"])
@@ -412,7 +412,7 @@ class Run:
             if tree["settings"]["microbatch_size"] == self.trainer.microbatch_size:
                 self._microbatches.shrink_to(extra["microbatch_size"])
             self._evaluated_at = extra["evaluated_at"]
-            self._batch_start = BatchStart(state, self.trainer.device)
+            self._batch_start = BatchStart(state, self.trainer.device, self.forward.module)
             state.stop_reason = tree["stop_reason"]
             moved = {"current": False} if self.engine.difference(tree["algorithms"]) else {}
             self.recorder.load_state_dict({**extra["timeline"], **moved})
@@ -423,15 +423,16 @@ class Run:
 
     def _roll_back(self, setback: Setback) -> None:
         """Go back to the last checkpoint."""
+        state = self.state
         newest = self.folder.newest() if self._ranks is None else self._ranks.newest(self.folder)
         if newest is None:
             text = "and no checkpoint could be written that the fit could go back to"
             raise NonFiniteError(f"{setback.what}, {text}.") from None
-        self._guard.count_rollback(setback, newest[1]["clock"]["batch"])
+        self._guard.count_rollback(setback, *newest, state.model)
         log.warning("rolling back", why=setback.what, checkpoint=str(newest[0]))
-        self.state.ledger.phase = None
-        self.state.ledger.clear_gradients()
-        self.state.outputs = self.state.loss = self.state.microbatch = None
+        state.ledger.phase = None
+        state.ledger.clear_gradients()
+        state.outputs = state.loss = state.microbatch = None
         self.engine.restart()
         self._restore(*newest)
         self.folder.due = self._exhausted = False
@@ -456,7 +457,7 @@ class Run:
             "loader": self.data.state_dict(*self._cursor()),
             **({} if self._ranks is None else self._ranks.saved()),
         }
-        return capture(self.engine, self.precision, settings=self.settings, extra=extra, pristine=self._pristine)
+        return capture(self.engine, self.precision, settings=self.settings, extra=extra, **self._beside)
 
     def __enter__(self) -> Self:
         self._handlers.enter_context(self._deaths)
