@@ -65,11 +65,12 @@ def lora_forward(
         width = weight.shape[1 if transposed else 0]
         base = F.linear(x, weight.t() if transposed else weight, bias)
         return base + lora_branch(x, lora_A, lora_B, scaling=scaling, dropout=p, training=True, rows=rows, width=width)
-    dtype = working_dtype(x)
+    dtype = x.dtype
     if _autocasts(x):  # cast here, once, where autograd sees it
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     plan = _Plan(scaling, p, new_seed() if p > 0 else 0, rows, transposed)
-    return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return, no-untyped-call]  # torch's are untyped
+    return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return]
 
 
 def lora_branch(
@@ -129,6 +130,8 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def _autocasts(x: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # of all devices, in a tenth of the time
+        return False
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return False
@@ -171,17 +174,18 @@ def _dropped(size: int, p: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     expected = size * p
     count = int(expected + 6 * math.sqrt(expected * (1 - p))) + 8
-    rate = -1 / max(-math.log1p(-p), 1e-30)
-    found, last = list[Tensor](), -1.0
+    rate = -1 / max(-math.log1p(-p), 1e-15)  # places must be counted in 64 bits
+    found, last = list[Tensor](), -1
     while True:
-        # 1 - u lies in (0, 1], so its logarithm is finite. In float64 places are exact far beyond any tensor's size.
-        gaps = torch.rand(count, generator=generator).neg_().log1p_().mul_(rate).floor_().add_(1)
-        places = gaps.cumsum(0, dtype=torch.float64).add_(last)
+        # 1 - u lies in (0, 1], so its logarithm is finite.
+        gaps = torch.rand(count, generator=generator).neg_().log1p_().mul_(rate).long()
+        places = gaps.add_(1).cumsum_(0)
+        places = places.add_(last)
         end = int(torch.searchsorted(places, size))
-        found.append(places[:end].long())
+        found.append(places[:end])
         if end < count:
             return torch.cat(found) if len(found) > 1 else found[0]
-        last = float(places[-1])
+        last = int(places[-1])
 
 
 @attrs.frozen
@@ -252,6 +256,14 @@ class _Plan(Plan):
 class LowRank(torch.autograd.Function):
     """A layer with its adapter, of ``(x, weight, bias, down, up, plan)``: the result and the hidden features, which are kept."""
 
+    @classmethod
+    @override
+    def apply(cls, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # no keywords
+        """Apply it, outside torch.func without torch's look at the signature, which takes as long as a small layer."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]  # torch's
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]  # torch's
+
     @staticmethod
     @override
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -278,7 +290,7 @@ class _LowRank(LowRank):
             # Other layouts take another kernel: there the shape must stay, or the last bits would differ from those of
             # the layer without its adapter.
             y = F.linear(x, weight, bias).flatten(0, -2)
-        hidden = F.linear(plan.dropped(rows), down)
+        hidden = (down @ plan.dropped(rows).t()).t()  # in this order: so few columns are slow to compute
         if plan.rows is None:
             y.addmm_(hidden, up.t(), alpha=plan.alpha)
         for out, part, place in plan.slices(up.shape[1]):
@@ -307,7 +319,8 @@ class _LowRank(LowRank):
             into_x = into_x.view(x.shape)
         if wants_up:
             parts = [(push[:, out], hidden[:, part]) for out, part, _ in slices] or [(push, hidden)]
-            into_up = torch.cat([out.t() @ part for out, part in parts]) * plan.alpha
+            products = [(part.t() @ out).t() for out, part in parts]  # so few columns are slow to compute
+            into_up = (torch.cat(products) if slices else products[0]) * plan.alpha
         into_weight = None
         if wants_weight:
             into_weight = rows.t() @ push if plan.transposed else push.t() @ rows
