@@ -12,6 +12,9 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 from typing_extensions import override
 
+# What is so exact that a small adapter is not lost when it is added to a weight.
+_WIDE = (torch.float32, torch.float64)
+_ALIGNED = 64
 Rows: TypeAlias = Sequence[Sequence[int]]
 """Slices of the output, each from and up to which row of the weight."""
 
@@ -243,6 +246,23 @@ class _Plan(Plan):
             return base
         return base.addmm_(back, down) if self.p == 0 else base.add_(self.dropped(back @ down))
 
+    def merges(self, x: Tensor, weight: Tensor) -> bool:
+        """Return whether one product of ``x`` and the sum of both weights is exact enough, and less work than adding twice.
+
+        The sum begins on a boundary of memory, and a kernel may round differently where the weight does not.
+        """
+        if self.p > 0 or self.rows is not None or x.dtype not in _WIDE or len(x) < 2 * x.shape[1]:
+            return False
+        try:
+            return weight.is_contiguous() and weight.data_ptr() % _ALIGNED == 0
+        except RuntimeError:  # a fake tensor, which has no memory
+            return False
+
+    def merged(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Return the weight with what the adapter adds to it."""
+        first, second = (down.t(), up.t()) if self.transposed else (up, down)
+        return torch.addmm(weight, first, second, alpha=self.alpha)
+
     def slices(self, rank: int) -> list[tuple[slice, slice, slice]]:
         """Return for each slice: its outputs, its part of the hidden features, its rows of B."""
         made, at = list[tuple[slice, slice, slice]](), 0
@@ -282,6 +302,9 @@ class _LowRank(LowRank):
         x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor]:
         rows = x.flatten(0, -2)
+        merges = x.is_contiguous() and plan.merges(rows, weight)  # torch folds other layouts where a weight has a gradient
+        if merges:
+            weight = plan.merged(weight, down, up)
         if plan.transposed:
             y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
         elif x.is_contiguous():
@@ -291,7 +314,7 @@ class _LowRank(LowRank):
             # the layer without its adapter.
             y = F.linear(x, weight, bias).flatten(0, -2)
         hidden = (down @ plan.dropped(rows).t()).t()  # in this order: so few columns are slow to compute
-        if plan.rows is None:
+        if plan.rows is None and not merges:
             y.addmm_(hidden, up.t(), alpha=plan.alpha)
         for out, part, place in plan.slices(up.shape[1]):
             y[:, out].addmm_(hidden[:, part], up[place].t(), alpha=plan.alpha)
@@ -314,9 +337,10 @@ class _LowRank(LowRank):
         back = back * plan.alpha
         into_x = into_up = None
         if wants_x:
-            base = push @ (weight.t() if plan.transposed else weight)
-            into_x = plan.added(base, back, down, places)
-            into_x = into_x.view(x.shape)
+            merges = plan.merges(push, weight)
+            full = plan.merged(weight, down, up) if merges else weight
+            into_x = push @ (full.t() if plan.transposed else full)
+            into_x = (into_x if merges else plan.added(into_x, back, down, places)).view(x.shape)
         if wants_up:
             parts = [(push[:, out], hidden[:, part]) for out, part, _ in slices] or [(push, hidden)]
             products = [(part.t() @ out).t() for out, part in parts]  # so few columns are slow to compute
