@@ -40,6 +40,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "batches",
             "flops",
             "randomness",
+            "twister",
             "keyed",
             "order",
             "stateful",
