@@ -17,8 +17,6 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from . import twister
-
 AnyGenerator: TypeAlias = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -82,7 +80,7 @@ class Randomness:
         """Return the state of every generator, the global ones first."""
         return [
             torch.default_generator.get_state(),
-            twister.GLOBAL.get(),
+            np.random.get_state(),  # noqa: NPY002 - the legacy generator is the one that users' datasets draw from
             random.getstate(),
             *(state_of(each) for each in self._generators),
         ]
@@ -90,7 +88,7 @@ class Randomness:
     def restore(self, states: Sequence[Any]) -> None:
         """Put every generator back into a state that :meth:`states` returned."""
         torch.default_generator.set_state(states[0])
-        twister.GLOBAL.set(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
         for generator, state in zip(self._generators, states[3:], strict=True):
             restore_generator(generator, state)
@@ -99,7 +97,7 @@ class Randomness:
         """Seed every generator."""
         # Not torch.manual_seed: it visits every backend, which takes a hundred times as long.
         torch.default_generator.manual_seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002 - the legacy generator is the one that users' datasets draw from
+        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
         random.seed(seed)
         for generator in self._generators:
             _seed(generator, seed)

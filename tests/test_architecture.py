@@ -40,7 +40,6 @@ TIERS: tuple[frozenset[str], ...] = (
             "batches",
             "flops",
             "randomness",
-            "twister",
             "keyed",
             "order",
             "stateful",

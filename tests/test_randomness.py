@@ -10,11 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from thawline.engine.randomness import Randomness, Stream, derive_seed
-from thawline.engine.twister import GlobalTwister
 
 
 def draw() -> tuple[float, float, float]:
@@ -154,22 +151,3 @@ def test_seeds_are_spread() -> None:
     seeds = {derive_seed(run, "sample", epoch, index) for run in range(5) for epoch in range(5) for index in range(200)}
     assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds) == 5000
     assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-@given(st.lists(st.tuples(st.sampled_from(["get", "set", "rand", "randn", "seed"]), st.integers(0, 700)), max_size=60))
-def test_numpys_state_is_known_again_and_put_back(calls: list[tuple[str, int]]) -> None:
-    """Whatever was drawn in between, a second normal number that waits included."""
-    twister, states = GlobalTwister(), [GlobalTwister().get()]
-    for what, number in calls:
-        if what == "get":
-            states.append(twister.get())
-        elif what == "set":
-            twister.set(states[-1 - number % min(len(states), 6)])
-        elif what == "seed":
-            np.random.seed(number)
-        else:
-            getattr(np.random, what)(number % 4 if what == "randn" else number)
-        got, want = twister.get(), np.random.get_state()
-        assert isinstance(want, tuple)
-        assert got[2:] == want[2:]
-        assert (got[1] == want[1]).all()
