@@ -136,7 +136,7 @@ class Recipe:
     microbatch_size: int | None = field(default=None, validator=whole(1, optional=True))
     accumulate: int = field(default=1, validator=whole(1))
     eval_every: Time = field(default=Time("1ep"), converter=_eval_every)
-    log_every: Time = field(default=Time("10ba"), converter=_log_every)
+    log_every: Time = field(default=Time("50ba"), converter=_log_every)
     seed: int = field(default=0, validator=whole(0, maximum=2**64 - 1))
     run_dir: Path | None = field(default=None, converter=_run_dir)
     checkpoint: Checkpointing | None = field(default=None, converter=_checkpointing, validator=_needs_run_dir)

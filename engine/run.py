@@ -178,7 +178,7 @@ class Run:
             due = state.clock.batch >= self._next_due
             if due:
                 self._do_what_is_due(before)
-            self.progress.update(state.clock.batch, self.report.shown)
+            self.progress.update(state.clock.batch, self.report.glance)
             if (due or state.stop_reason is not None) and self._finished():
                 return
         self._exhausted = not self._finished()

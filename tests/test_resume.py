@@ -85,7 +85,7 @@ def test_what_defines_the_run_is_refused(
         ({"precision": "bf16"}, "precision: saved fp32, given bf16. The given one is used"),
         ({"microbatch_size": 4}, "microbatch_size: saved None, given 4. The given one is used"),
         ({"eval_every": "2ba"}, "eval_every: saved 1ep, given 2ba. The given one is used"),
-        ({"log_every": "2ba"}, "log_every: saved 10ba, given 2ba. The given one is used"),
+        ({"log_every": "2ba"}, "log_every: saved 50ba, given 2ba. The given one is used"),
         ({"loss_fn": other_loss}, f"loss_fn: saved torch.nn.functional.cross_entropy, given {__name__}.other_loss"),
         ({"metrics": {"n": lambda outputs, targets: 1.0}}, "metrics: saved {}, given {'n'"),
         ({"optimizer": partial(SGD, lr=0.01)}, "lr of SGD: saved 0.1, given 0.01. The saved one is kept"),
