@@ -8,7 +8,6 @@ from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -59,7 +58,7 @@ def capture(
     known = {} if pristine is None else pristine.fingerprints(state.ledger)
     return {
         "schema": SCHEMA,
-        "clock": attrs.asdict(state.clock),
+        "clock": state.clock.to_json(),
         "duration": str(state.duration),
         "settings": dict(settings),
         "environment": environment(state.model),
