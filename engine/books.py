@@ -49,6 +49,7 @@ class Books:
         self.model = model
         self.layers = layers if isinstance(layers, LayerMap) else LayerMap(model, layers)
         self.schedule = constant() if schedule is None else schedule
+        self._steady = self.schedule.steady
         self.min_lr = min_lr
         self.seed = seed
         self.clock = Clock()
@@ -195,7 +196,7 @@ class Books:
     def apply_lr(self, clock: Clock) -> None:
         """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedules(progress), min_lr)``."""
         self.clock = clock
-        factor = self.schedule(clock.progress)
+        factor = self.schedule(clock.progress) if self._steady is None else self._steady
         if factor != self._factor or self._moving:
             self._factor = factor
             self._write_lr()

@@ -168,7 +168,10 @@ class Clock(NamedTuple):
         """Return the clock one batch of ``samples`` samples later."""
         epoch, batch, inside, sample, _, length = self
         batch, inside, sample = batch + 1, inside + 1, sample + samples
-        return Clock(epoch, batch, inside, sample, self._progress(epoch, batch, inside, sample, duration), length)
+        progress = self._progress(epoch, batch, inside, sample, duration)
+        return tuple.__new__(
+            Clock, (epoch, batch, inside, sample, progress, length)
+        )  # in a third of the time of Clock(…)
 
     def after_epoch(self, *, duration: Time) -> Clock:
         """Return the clock with the running epoch counted as completed."""

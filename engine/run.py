@@ -291,8 +291,7 @@ class Run:
             self.report.log_loss()
         self.folder.note(before, clock)
         times = (trainer.eval_every, trainer.log_every, *self.folder.policy.times, self.state.duration)
-        if self._batch_start.unsure:
-            self._batch_start.look()
+        self._batch_start.look(closely=False)
         self._next_due = min(time.not_before(clock) for time in times)
 
     def _end_epoch(self) -> None:
@@ -316,7 +315,7 @@ class Run:
             self.report.end_epoch()
         self._monitors.end_epoch(state.metrics)
         self.report.log({})
-        self._batch_start.look()
+        self._batch_start.look(closely=True)
         self._epoch_begun = False
 
     # -- parts of a batch --------------------------------------------------------------------------------------
