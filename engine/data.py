@@ -249,7 +249,7 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             samples = samples_in(batch)
-            yield Fetched(batch, None, samples, samples)
+            yield tuple.__new__(Fetched, (batch, None, samples, samples))  # in half the time of Fetched(…)
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         return map(samples_in, self._batches) if self._lie_ready else None

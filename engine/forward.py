@@ -224,14 +224,14 @@ class GradientCheck:
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([1.0, float("inf")])
-        >>> GradientCheck()((weight,))
+        >>> GradientCheck().finite((weight,))
         False
     """
 
     _parameters: Sequence[nn.Parameter] = field(default=(), init=False)
     _alike: list[tuple[list[nn.Parameter], Tensor, Tensor, Callable[[], float]]] = field(factory=list, init=False)
 
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def finite(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Return whether no gradient holds a NaN or an infinity; parameters without a gradient are passed over."""
         if parameters is not self._parameters:
             self._sort(parameters)

@@ -51,7 +51,7 @@ TIERS: tuple[frozenset[str], ...] = (
         | {"checkpointing", "pristine", "weights"}
         | {"comet", "tracking", "signals", "workers", "shares", "buckets", "buffers"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
+    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "step", "trainer"}),
     frozenset(
         {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "ranked", "conformance"}
         | {"oracle", "machine", "strategies", "testing"}
