@@ -19,6 +19,8 @@ from .state import State
 
 # The commonest batches: read here in a fraction of the time that `forward_arguments` takes.
 _PAIRS = frozenset({tuple, list})
+# Once a batch: torch, a module with a __getattr__, is searched anew each time.
+_check_and_unscale = torch._amp_foreach_non_finite_check_and_unscale_
 # What others call the labels of a mapping.
 _LABELS = ("label", "label_ids", "target", "y")
 
@@ -74,10 +76,11 @@ class Forward:
                 labels.
         """
         loss: Any
-        if self.loss_fn is not None:
+        loss_fn = self.loss_fn
+        if loss_fn is not None:
             targets = batch[-1] if type(batch) in _PAIRS and len(batch) > 1 else targets_of(batch)
             try:
-                loss = self.loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
+                loss = loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
             except Exception as error:
                 if targets is not None:
                     error.add_note(f"in loss_fn(outputs {_look(predictions(outputs))}, targets {_look(targets)})")
@@ -238,7 +241,7 @@ class GradientCheck:
         for alike, found, one, read in self._alike:
             gradients = [grad for each in alike if (grad := each.grad) is not None]
             try:
-                torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
+                _check_and_unscale(gradients, found, one)
             except RuntimeError:  # none at all, sparse or complex ones among them, or a device without the kernel
                 found.fill_(not all(torch.isfinite(_numbers(each)).all() for each in gradients))
             if read():
