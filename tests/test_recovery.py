@@ -262,8 +262,8 @@ def test_a_model_that_begins_to_draw_where_it_thaws_is_repeated_exactly(step: in
     model = seeded(partial(Sleeper, 99))
     Trainer_(algorithms=[Wake()], run_dir=tmp_path, checkpoint=policy).fit(model, data, duration=1)
     expected = seeded(partial(Sleeper, 99))
+    trainer = Trainer_(algorithms=[Wake()], microbatch_size=2)
     with pytest.warns(ThawlineWarning, match="microbatch_size: saved None, given 2"):
-        trainer = Trainer_(algorithms=[Wake()], microbatch_size=2)
         trainer.fit(expected, data, duration=1, resume=tmp_path / f"ba{step:08d}")
     assert same_weights(weights(hungry), weights(expected))
 
