@@ -51,7 +51,9 @@ TIERS: tuple[frozenset[str], ...] = (
         | {"checkpointing", "expanded", "pristine", "unlisted", "weights"}
         | {"comet", "tracking", "signals", "workers", "shares", "buckets", "buffers", "differences"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
+    frozenset(
+        {"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "step", "trainer"}
+    ),
     frozenset(
         {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "ranked", "conformance"}
         | {"oracle", "machine", "strategies", "testing"}
