@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from ..engine import State, shard_like
+from ..engine import State, is_sharded, shard_like
 from .early_stop import improved
 
 
@@ -45,7 +45,10 @@ class BestWeights:
         live: dict[str, Tensor] = {**_live(state), **dict(state.model.named_buffers())}
         found = [name for name, each in self.tensors.items() if name in live and live[name].shape == each.shape]
         for name in found:
-            live[name].copy_(shard_like(self.tensors[name], live[name]))
+            kept = shard_like(self.tensors[name], live[name])
+            # torch does not write into expanded buffers, which stay as they are
+            if is_sharded(live[name]) or not torch.equal(live[name], kept):
+                live[name].copy_(kept)
         return [name for name in found if name in state.ledger.parameters]
 
     def state_dict(self) -> dict[str, Any]:

@@ -212,3 +212,8 @@ def _span(names: Iterable[str], layers: LayerMap) -> str:
     found = stretches({layers.of(name).name for name in names}, [layer.name for layer in layers])
     texts = [each[0] if len(each) == 1 else f"{each[0]}..{each[-1]}" for each in found]
     return "+".join(texts if len(texts) <= _MOST else [*texts[: _MOST - 1], f"{len(texts) - _MOST + 1} more"])
+
+
+def but_rate(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's options without the rate: that is a function of the clock, and here still the step's before."""
+    return {key: value for key, value in options.items() if key != "lr"}

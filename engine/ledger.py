@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from .clock import Time
 from .errors import ArgumentError, LedgerError, SurgeryError, nearest
 from .grafts import Graft, build_grafts, keep_record, record_of, undo_graft
-from .groups import Origin, options_of
+from .groups import Origin, but_rate, options_of
 from .holds import USER, Hold, Holds, Mode, Moments
 from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_options, check_parameter, check_rates, check_slots
@@ -154,7 +154,6 @@ class ParameterLedger(Rates):
             LedgerClosedError: Called during forward, backward, step or evaluation.
         """
         self._check_open("attach", owner)
-        self._refuse_sharded("attach", owner)
         record, parents = record_of(self.model), parents_of(self.model)
         made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
         try:
@@ -179,7 +178,6 @@ class ParameterLedger(Rates):
             SurgeryError: This owner attached no such thing, or something was attached on top of it.
         """
         self._check_open("detach", owner)
-        self._refuse_sharded("detach", owner)
         record = record_of(self.model)
         for index in reversed(range(len(record.entries))):
             entry, grafts = record.entries[index]
@@ -318,7 +316,7 @@ class ParameterLedger(Rates):
             "homes": [
                 {
                     "lr": home.lr,
-                    "options": _but_rate(home.options),
+                    "options": but_rate(home.options),
                     "given": home.given,
                     "replaced": dict(home.replaced),
                 }
@@ -326,10 +324,10 @@ class ParameterLedger(Rates):
             ],
             "home_of": {name: home.index for name, home in self._homes.items()},
             "groups": [
-                {"home": slot.home.index, "parameters": self._members[slot], "options": _but_rate(options_of(group))}
+                {"home": slot.home.index, "parameters": self._members[slot], "options": but_rate(options_of(group))}
                 for slot, group in self._live.items()
             ],
-            "journal": [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal],
+            "journal": journal_of(self.model),
             "optimizers": optimizers,
         }
 
@@ -378,9 +376,7 @@ class ParameterLedger(Rates):
 
     def replay(self, journal: Sequence[Sequence[Any]]) -> None:
         """Attach what a saved journal says, and nothing else; what is attached so already stays as it is."""
-        if self.sharded and [[each.module, each.op, each.owner, each.arguments] for each in self.journal] == list(
-            journal
-        ):
+        if self.sharded and journal_of(self.model) == list(journal):
             return
         for entry in reversed(self.journal):
             self.detach(entry.module, entry.op, owner=entry.owner)
@@ -388,14 +384,6 @@ class ParameterLedger(Rates):
             self.attach([module for module, *_ in entries], op, owner=owner, **arguments)
 
     # -- inside ------------------------------------------------------------------------------------------------
-
-    def _refuse_sharded(self, call: str, owner: str) -> None:
-        if self.sharded:
-            raise SurgeryError(
-                f"{call} by {owner!r} at {self.phase.name if self.phase else 'no event'}: the model's weights have lain in shards since "
-                "the fit began, and the shards know no other parameters. Attach at Event.FIT_START, where weights are still "
-                "whole, or train with Trainer(distributed=Replicate())."
-            )
 
     def _enroll(self, grafts: Iterable[Graft], owner: str) -> None:
         self._read_names()
@@ -438,13 +426,19 @@ class ParameterLedger(Rates):
             )
 
 
+def journal_of(model: nn.Module) -> list[Any]:
+    """Return module, op, owner and arguments of each attachment to a model, as JSON."""
+    return [[entry.module, entry.op, entry.owner, entry.arguments] for entry, _ in record_of(model).entries]
+
+
 @contextmanager
-def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[None]:
+def replayed(model: nn.Module, journal: Sequence[Sequence[Any]], *, keep: bool = True) -> Generator[None]:
     """Attach what a saved journal says to a model that has nothing attached, and take it off again where the block fails.
 
     Args:
         model: The model; one with the same journal already is left as it is.
         journal: Module, op, owner and arguments of each attachment, as the ledger saves them.
+        keep: False to take it off also where the block does not fail.
 
     Raises:
         SurgeryError: Something else is attached to the model, or an op refuses it.
@@ -466,11 +460,15 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[No
             made.append((entry, grafts))
         yield
     except BaseException:
-        for graft in reversed([graft for _, grafts in made for graft in grafts]):
-            undo_graft(model, graft, record.overrides)
+        keep = False
         raise
-    record.entries += made
-    keep_record(model, record)
+    finally:
+        if keep:
+            record.entries += made
+            keep_record(model, record)
+        else:
+            for graft in reversed([graft for _, grafts in made for graft in grafts]):
+                undo_graft(model, graft, record.overrides)
 
 
 @contextmanager
@@ -495,6 +493,7 @@ def at_rest(parameters: Iterable[nn.Parameter]) -> Generator[None]:
             parameter.requires_grad = True
 
 
-def _but_rate(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's options without the rate: that is a function of the clock, and here still the step's before."""
-    return {key: value for key, value in options.items() if key != "lr"}
+def replace_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+    """Put another tensor in the place of a buffer that the module replaces itself; nothing new is attached."""
+    assert name in module._buffers
+    module._buffers[name] = buffer

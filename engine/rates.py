@@ -6,7 +6,7 @@ import sys
 
 from .books import Books
 from .clock import Time
-from .errors import ArgumentError, LedgerClosedError
+from .errors import ArgumentError, LedgerClosedError, SurgeryError
 from .events import Event
 from .groups import Course
 from .homes import MANAGED
@@ -148,6 +148,12 @@ class Rates(Books):
             raise LedgerClosedError(
                 f"ledger.{call} was called at {self.phase.name}, where the ledger is closed: a change there would tear the "
                 f"step. Keep the decision in the algorithm's state and call it at Event.{later.name}."
+            )
+        if self.sharded and call in ("attach", "detach"):
+            raise SurgeryError(
+                f"{call} by {owner!r} at {self.phase.name if self.phase else 'no event'}: the model's weights have lain in shards "
+                "since the fit began, and the shards know no other parameters. Attach at Event.FIT_START, where weights are "
+                "still whole, or train with Trainer(distributed=Replicate())."
             )
         if not isinstance(owner, str) or not owner:
             raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
