@@ -53,8 +53,8 @@ TIERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
     frozenset(
-        {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "ranked", "conformance"}
-        | {"oracle", "machine", "strategies", "testing"}
+        {"doubles", "trace", "specimens", "variants", "rehearsal", "promises", "checks", "records", "endings", "ranked"}
+        | {"conformance", "oracle", "machine", "strategies", "testing"}
     ),
     frozenset({"__init__"}),
 )
