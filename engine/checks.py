@@ -19,6 +19,7 @@ from .algorithm import Algorithm, as_json
 from .errors import ArgumentError, LayerError, LedgerError, SelectorError, SurgeryError, ThawlineError, shorten
 from .events import Event
 from .log import jsonable
+from .neighbor import Neighbor
 from .promises import check, fail, same
 from .randomness import Randomness, derive_seed
 from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, copied, difference, weights_of
@@ -191,7 +192,7 @@ def _everything(algorithm: Algorithm, state: State) -> dict[str, Any]:
 
 @check
 def keeps_the_ledger_whole(rehearsal: Rehearsal) -> None:
-    """The ledger's invariants hold at every event, it moves at open events only, and frozen weights stand still."""
+    """While another freezes and attaches, the ledger stays whole and moves at open events only, and frozen weights stand still."""
     frozen: dict[str, Tensor] = {}
 
     def look(event: Event, state: State) -> None:
@@ -202,13 +203,22 @@ def keeps_the_ledger_whole(rehearsal: Rehearsal) -> None:
         for name in sorted(now.keys() & frozen.keys()):
             if not torch.equal(now[name], frozen[name]):
                 fail(
-                    f"{rehearsal.name}: the frozen {name!r} changed by {event.name}, batch {state.clock.batch}. Write to "
-                    "parameters that train (state.ledger.trainable), or thaw it first."
+                    f"{rehearsal.name}: the frozen {name!r} changed by {event.name}, batch {state.clock.batch}. What trains changes "
+                    "during a fit, by others too: keep no list of parameters, and write to state.ledger.trainable of the moment, "
+                    "or thaw it first."
                 )
         frozen.clear()
         frozen.update((name, each.detach().clone()) for name, each in now.items())
 
-    rehearsal.fit(probe=look, debug=True)
+    def beside() -> list[Algorithm]:
+        return [*rehearsal.make(), Neighbor()]
+
+    other = attrs.evolve(rehearsal, factory=beside)
+    other.name = f"{rehearsal.name} beside another that freezes and attaches"
+    with tempfile.TemporaryDirectory() as folder:
+        whole, paths = other.saved(Path(folder) / "run", every="4ba", probe=look, debug=True)
+        for path in paths[:1]:
+            _goes_on(other, whole, path)
 
 
 _GRAMMAR = re.compile(

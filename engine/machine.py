@@ -21,12 +21,12 @@ from .errors import LedgerClosedError, SurgeryError
 from .events import Event
 from .homes import OptimizerLike
 from .ledger import ParameterLedger
+from .neighbor import GAIN
 from .oracle import OWNERS, LedgerOracle, selectors_of
 from .randomness import Randomness
 from .rehearsal import copied, difference, quiet, snapshot, weights_of
 from .schedules import linear
 from .state import State
-from .surgery import Attachment, Site, surgery_op
 
 DURATION = Time("40ba")
 EPOCH = 5
@@ -36,13 +36,6 @@ _OPTIMIZERS: dict[str, OptimizerLike] = {
     "adagrad": partial(torch.optim.Adagrad, lr=0.05),
 }
 owners = st.sampled_from(OWNERS)
-
-
-@surgery_op("testing_gain")
-def gain(site: Site) -> list[Attachment]:
-    """Attach a learned number beside the weight: the least that surgery can do."""
-    values = torch.empty(1).uniform_(-1, 1, generator=site.generator)
-    return [Attachment(site.name, parameters={"gain": nn.Parameter(values)})]
 
 
 class Saboteur(Algorithm):
@@ -241,7 +234,7 @@ class EngineMachine(RuleBasedStateMachine):
         module = data.draw(st.sampled_from(weights), label="weight").rpartition(".")[0]
         digest = self.ledger.digest()
         try:
-            self.ledger.attach(module, "testing_gain", owner=owner)
+            self.ledger.attach(module, GAIN, owner=owner)
         except SurgeryError:
             assert module in self.oracle.attached
             assert self.ledger.digest() == digest
@@ -255,7 +248,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Take off what was attached."""
         module = data.draw(st.sampled_from(sorted(self.oracle.attached)), label="module")
         (name,) = self.ledger.select(f"{module}.gain")
-        self.ledger.detach(module, "testing_gain", owner=self.oracle.attached.pop(module))
+        self.ledger.detach(module, GAIN, owner=self.oracle.attached.pop(module))
         self.oracle.detach(self.ledger, name)
 
     @rule(event=st.sampled_from([event for event in Event if not event.opens_ledger]), owner=owners)

@@ -53,7 +53,19 @@ TIERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
     frozenset(
-        {"doubles", "trace", "specimens", "variants", "rehearsal", "promises", "checks", "records", "endings", "ranked"}
+        {
+            "doubles",
+            "neighbor",
+            "trace",
+            "specimens",
+            "variants",
+            "rehearsal",
+            "promises",
+            "checks",
+            "records",
+            "endings",
+            "ranked",
+        }
         | {"conformance", "oracle", "machine", "strategies", "testing"}
     ),
     frozenset({"__init__"}),
