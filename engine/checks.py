@@ -162,6 +162,8 @@ def _verify(event: Event, state: State) -> None:
 def match_is_pure(rehearsal: Rehearsal) -> None:
     """match() gives the same answer twice and changes neither the algorithm nor the fit."""
     algorithms = rehearsal.make()
+    if all(type(each).match is Algorithm.match for each in algorithms):
+        return
 
     def spied(algorithm: Algorithm) -> Callable[[Event, State], bool]:
         match = algorithm.match
@@ -180,7 +182,10 @@ def match_is_pure(rehearsal: Rehearsal) -> None:
 
     for each in algorithms:
         object.__setattr__(each, "match", spied(each))
-    same(rehearsal.whole.result, rehearsal.fit(algorithms).result, "the fit", "Asking match() twice changes the fit.")
+    same(
+        rehearsal.whole.result, rehearsal.fit(algorithms).result, "the fit",
+        f"{rehearsal.name}: a fit in which match() is asked twice is another one. match() only looks, and keeps nothing anywhere.",
+    )  # fmt: skip
 
 
 def _everything(algorithm: Algorithm, state: State) -> dict[str, Any]:
@@ -255,11 +260,12 @@ def leaves_the_global_generators_alone(rehearsal: Rehearsal) -> None:
             before = Randomness().states()
             result = call(*arguments)
             if difference(before, Randomness().states()):
+                owner = "owner" if rehearsal.has_no_memory else "self.owner"  # a function's second parameter
                 at = f" at {arguments[0].name}" if arguments and isinstance(arguments[0], Event) else ""
                 fail(
                     f"{type(algorithm).__name__}.{method}{at} draws from a global generator, so beside another algorithm, or "
                     "resumed, dropout and the rest of the model see other numbers. Use a generator of your own: "
-                    "torch.Generator().manual_seed(derive_seed(state.seed, self.owner, state.clock.batch))."
+                    f"torch.Generator().manual_seed(derive_seed(state.seed, {owner}, state.clock.batch))."
                 )
             return result
 
@@ -286,6 +292,16 @@ def resumes(rehearsal: Rehearsal) -> None:
             _goes_on(rehearsal, whole, path)
 
 
+_STATE = (
+    "Return from state_dict() whatever changes during a fit, take it back in load_state_dict(), and build caches in attach(): "
+    "FIT_START does not come again."
+)
+_FUNCTION = (
+    "A function of @on remembers nothing from call to call: let it follow from the state it is given, or write a class, whose "
+    "state_dict() returns what changes during a fit."
+)
+
+
 def _goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
     """Resume from a checkpoint, and compare with the uninterrupted fit."""
     batch = int(path.name[2:])
@@ -293,8 +309,7 @@ def _goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
     where = f"{rehearsal.name}, resumed at batch {batch},"
     same(
         whole.after(batch, resumed), resumed.after(batch, resumed), "the fit",
-        f"{where} does not go on as the uninterrupted fit. Return from state_dict() whatever changes during a fit, take it "
-        "back in load_state_dict(), and build caches in attach(): FIT_START does not come again.",
+        f"{where} does not go on as the uninterrupted fit. {_FUNCTION if rehearsal.has_no_memory else _STATE}",
     )  # fmt: skip
     if new := [each for each in resumed.said if each not in whole.said]:
         fail(
@@ -325,6 +340,9 @@ def _some(items: list[Any], count: int, seed: int) -> list[Any]:
     return [items[index] for index in sorted(chosen)]
 
 
+_AFRESH = "The constructor runs again at its start: set all that changes there, and keep nothing on the class or in the module."
+
+
 @check
 def starts_afresh(rehearsal: Rehearsal) -> None:
     """The same instance in a second fit does what it did in the first; a third, of the fitted model, works."""
@@ -333,8 +351,8 @@ def starts_afresh(rehearsal: Rehearsal) -> None:
     second = rehearsal.fit(algorithms, model=model)
     same(
         rehearsal.whole.all, second.all, "the fit",
-        f"{rehearsal.name}: a second fit with the same instance is another one. The constructor runs again at its start: set "
-        "all that changes there, and keep nothing on the class or in the module.",
+        f"{rehearsal.name}: a second fit with the same instance is another one. "
+        + (_FUNCTION if rehearsal.has_no_memory else _AFRESH),
     )  # fmt: skip
     rehearsal.fit(algorithms, model=model)
 
@@ -350,6 +368,7 @@ def keeps_instances_apart(rehearsal: Rehearsal) -> None:
 
     outer = rehearsal.fit(probe=nest)
     mend = "State belongs to the instance: set it in the constructor, not on the class or in the module."
+    mend = _FUNCTION if rehearsal.has_no_memory else mend
     for which, outcome in (("the outer", outer), *(("the inner", each) for each in inner)):
         place = f"{which} fit"
         same(rehearsal.whole.all, outcome.all, place, f"{rehearsal.name}: two instances mix in nested fits. {mend}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .algorithm import Algorithm, Stage
 from .errors import ArgumentError, CheckpointError, LedgerError
-from .events import Event
+from .events import Event, nearest_event
 from .ledger import ParameterLedger
 from .log import get_logger
 from .state import State
@@ -308,7 +308,7 @@ def _check_acts(algorithm: Algorithm) -> None:
     events = tuple(given) if listed else (given,)
     if not listed or not all(isinstance(each, Event) for each in events):
         wrong = next((each for each in events if not isinstance(each, Event)), given)
-        example = f"events = frozenset({{Event.{_nearest_event(wrong)}}})"
+        example = f"events = frozenset({{Event.{nearest_event(wrong)}}})"
         raise ArgumentError(f"{name}.events", got=wrong, takes="a set of members of Event", example=example)
     acts = getattr(algorithm.apply, "__func__", algorithm.apply) is not Algorithm.apply
     if acts and not events:
@@ -319,11 +319,6 @@ def _check_acts(algorithm: Algorithm) -> None:
         found = next(iter(get_close_matches("apply", methods, n=1)), None)
         takes, example = "a method that says what to do at its events", "def apply(self, event, state): …"
         raise ArgumentError(f"{name}.apply", got=found, takes=takes, example=example)
-
-
-def _nearest_event(given: object) -> str:
-    names = [event.name for event in Event]
-    return (get_close_matches(str(given).upper(), names, n=1, cutoff=0.5) or ["BATCH_END"])[0]
 
 
 def _begin_batch(_: Event, state: State) -> None:

@@ -21,6 +21,7 @@ from .batches import batch_size_of
 from .checkpointing import Checkpointing
 from .errors import ArgumentError, ThawlineWarning, shorten
 from .events import Event
+from .functions import FunctionAlgorithm
 from .plan import Plan
 from .randomness import Randomness
 from .schedules import linear
@@ -156,6 +157,11 @@ class Rehearsal:
     def __attrs_post_init__(self) -> None:
         duration_of(self.duration)
         self.name = ", ".join(type(each).__name__ for each in self.make())
+
+    @property
+    def has_no_memory(self) -> bool:
+        """Whether all of it is functions, which have no place for state of their own."""
+        return all(isinstance(each, FunctionAlgorithm) for each in self.make())
 
     def make(self, factory: Callable[[], Any] | None = None) -> list[Algorithm]:
         """Build the algorithms anew, as a list."""
