@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from broken_algorithms import BROKEN, Clinging, Forgetful, Sneaky
 from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, TrainOnly
-from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, State, Time, Trainer, on
+from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, State, Time, Trainer, linear, on
 from thawline.engine.doubles import mlp
 from thawline.engine.rehearsal import Rehearsal
 from thawline.engine.testing import (
@@ -333,6 +333,32 @@ def test_the_machine_finds_a_ledger_that_disagrees() -> None:
 
     with pytest.raises(AssertionError):
         run_state_machine_as_test(Forgetful, settings=settings(max_examples=20, database=None, deadline=None))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (lambda ledger: ledger.set_lr("*", 0.5, owner="a"), "trains at 0.5"),
+        (lambda ledger: ledger.set_options("*", weight_decay=0.5, owner="b"), "trains with weight_decay=0.5, not 0"),
+        (lambda ledger: ledger.set_schedule("*", linear(end=0.5), span="7ba", owner="c"), r"trains at 0\.046"),
+    ],
+    ids=["rate", "option", "schedule"],
+)
+def test_the_machine_compares_what_was_set(setting: Callable[[Any], None], message: str) -> None:
+    """A rate, an option or a schedule that the oracle was not told is found by the second step."""
+    machine = EngineMachine()
+    machine.begin(model="mlp", optimizer="sgd")
+    machine.agrees_with_the_oracle()
+    setting(machine.ledger)
+
+    def go_on() -> None:
+        for _ in range(2):
+            machine.agrees_with_the_oracle()
+            machine.step()
+
+    with pytest.raises(AssertionError, match=message):
+        go_on()
+    machine.teardown()
 
 
 def test_the_machine_finds_an_edit_behind_the_ledger() -> None:
