@@ -185,7 +185,12 @@ def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
             "no batch of the loader can be cut into four. Give check_algorithm(loader=) batches of 4, 8 or 16 samples."
         )
     ends: list[dict[str, Any]] = []
-    for loader, cuts in ((wholes, {}), (parts, {"accumulate": 4}), (wholes, {"microbatch_size": 1})):
+    fits: list[tuple[list[Any], dict[str, Any]]] = [
+        (wholes, {}),
+        (parts, {"accumulate": 4}),
+        (wholes, {"microbatch_size": 1}),
+    ]
+    for loader, cuts in fits:
         model = _without_dropout(rehearsal.model().double())
         optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
         ends.append(rehearsal.fit(model=model, loader=loader, optimizer=optimizer, eval_every="1ep", **cuts).result)

@@ -276,7 +276,7 @@ def heard() -> Generator[list[str], None, None]:
                 show(message, category, *where)
 
         warnings.simplefilter("always", ThawlineWarning)
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]  # what else it is given goes on as it came
         yield said
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -81,7 +81,7 @@ def differing(arguments: Mapping[str, Any] | Specimen, given: Mapping[str, Any])
     return {name: value for name, value in there.items() if value != given[name]}
 
 
-def _made(build: type[Algorithm], arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+def _made(build: Callable[..., Algorithm], arguments: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the arguments as the class keeps them; None where it refuses them."""
     try:
         return build(**arguments)._bound()
@@ -92,7 +92,7 @@ def _made(build: type[Algorithm], arguments: Mapping[str, Any]) -> dict[str, Any
 def _corrected(build: type[Algorithm], given: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     """Return all arguments of the call that the error of a wrong one says to write; None where it says none."""
     try:
-        build(**(given | {name: Nothing()}))
+        build(**{**given, name: Nothing()})
     except ArgumentError as error:
         try:
             return _made(build, arguments_of(error.example, build))
