@@ -141,6 +141,10 @@ def _warmup(value: str | int | Time | None) -> Time | None:
     return None if value is None else check_time("LayerThaw(warmup=)", value, example=example, or_none=True)
 
 
+_RELEASING = ("LayerThaw", "ThawSchedule", "LISA", "BlockCycle")
+"""Whose holds end by themselves."""
+
+
 @register
 @attrs.define(slots=False, eq=False)
 class LayerThaw(Algorithm):
@@ -267,6 +271,12 @@ class LayerThaw(Algorithm):
             ledger.scale(names, self.lr_scale**number, owner=self.owner)
         waiting = [name for names in parts.values() for name in names]
         warn_of_left_out(ledger, waiting, "LayerThaw")
+        also = {owner for name in waiting for owner in ledger.owners(name) if owner.partition("#")[0] in _RELEASING[1:]}
+        if also:
+            warn(
+                f"{self.owner} and {', '.join(sorted(also))} each hold what the other releases: a layer trains only where "
+                "none of them holds it. Leave one out."
+            )
         if why := self._why_idle(state, waiting):
             warn(
                 f"LayerThaw(every='{self.every}', start={self.start!r}) releases nothing: {why}",
@@ -278,8 +288,8 @@ class LayerThaw(Algorithm):
             )
 
     def _can_train(self, ledger: ParameterLedger, name: str) -> bool:
-        """Return whether nobody else holds a parameter; another LayerThaw does not count, since it releases as well."""
-        return all(owner.partition("#")[0] == type(self).__name__ for owner in ledger.owners(name))
+        """Return whether nobody holds a parameter who never releases it."""
+        return all(owner.partition("#")[0] in _RELEASING for owner in ledger.owners(name))
 
     def _release(self, state: State) -> None:
         count = thawed_count(state.clock, self.every, len(self.steps))
@@ -303,8 +313,7 @@ class LayerThaw(Algorithm):
             if state.ledger.left_out.issuperset(waiting):
                 return f"{LEFT_OUT}."
             return "all of it was frozen before the fit, and stays so. Write model.requires_grad_(True) before the fit."
-        verb = "releases" if len(owners) == 1 else "release"
-        return f"all else is held by {', '.join(sorted(owners))}, which {verb} nothing. Write a larger start=, or leave one out."
+        return f"all else is held by {', '.join(sorted(owners))} as well. Write a larger start=, or leave one out."
 
     def _selector(self, layers: LayerMap) -> list[str]:
         """Return selectors of what trains from the beginning."""

@@ -280,12 +280,13 @@ def _whole(
 def _owning(model: nn.Module, parameters: set[int], targets: Sequence[str]) -> list[str]:
     """Return the outermost modules all of whose parameters are among ``parameters``, but for what gets adapters."""
     found: list[str] = []
+    parts = [each.split(".") for each in targets]
+    adapting = {".".join(each[:count]) for each in parts for count in range(1, len(each) + 1)}
     for name, module in model.named_modules():
         mine = [id(each) for each in module.parameters()]
         if not name or not mine or any(name.startswith(f"{other}.") for other in found):
             continue
-        adapted = any(f"{each}.".startswith(f"{name}.") for each in targets) or any(map(is_adapted, module.modules()))
-        if parameters.issuperset(mine) and not adapted:
+        if parameters.issuperset(mine) and name not in adapting and not any(map(is_adapted, module.modules())):
             found.append(name)
     return found
 

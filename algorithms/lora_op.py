@@ -97,7 +97,7 @@ def lora(
     if rows is not None:
         attributes |= {"lora_rows": [list(each) for each in rows]}
     made.append(Attachment(name, _adapter(inner, rank, site.generator, rows, dense), {}, attributes, kind))
-    return made + _switches(site.model, site.module)
+    return made + _switches(site)
 
 
 @surgery_op("lora_saved")
@@ -290,8 +290,8 @@ def _pair(
     return {f"lora_A{suffix}": nn.Parameter(down.to(weight.device)), f"lora_B{suffix}": nn.Parameter(up)}
 
 
-def _switches(model: nn.Module, module: nn.Module) -> list[Attachment]:
-    """Switch off the fast paths, in eval without gradients, of the torch encoders around ``module``.
+def _switches(site: Site) -> list[Attachment]:
+    """Switch off the fast paths, in eval without gradients, of the torch encoders around the module.
 
     ``TransformerEncoderLayer`` hands all its weights to one kernel where ``activation_relu_or_gelu`` is set, and
     ``TransformerEncoder`` makes padded batches nested tensors, which only that kernel takes. Neither attribute is read
@@ -301,12 +301,12 @@ def _switches(model: nn.Module, module: nn.Module) -> list[Attachment]:
         nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},
         nn.TransformerEncoder: {"use_nested_tensor": False},
     }
-    made: list[Attachment] = []
-    for name, parent in model.named_modules():
-        for kind, attributes in off.items():
-            if isinstance(parent, kind) and any(each is module for each in parent.modules()):
-                made.append(Attachment(name, attributes=attributes))
-    return made
+    return [
+        Attachment(name, attributes=attributes)
+        for name, each in site.around.items()
+        for kind, attributes in off.items()
+        if isinstance(each, kind)
+    ]
 
 
 __all__ = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, cast
 
 import attrs
 
@@ -170,8 +170,34 @@ class Phase:
             raise ArgumentError("Phase(restore_monitor=)", got=self.restore_monitor, takes=takes, example=example)
 
 
-def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> tuple[Phase, ...]:
-    """Return the phases with a name each.
+class Written(tuple[Phase, ...]):  # noqa: SLOT001 - it keeps two attributes beside its items
+    """Phases that were read, and where their selectors stand: what is wrong with those shows beside the model only.
+
+    Args:
+        phases: The phases.
+        source: How what was read is called in errors.
+        lines: For each phase its selectors, each with its line, such as ``"line 4"``; none of what is no text.
+    """
+
+    source: str
+    lines: Sequence[Mapping[str, str]]
+
+    def __new__(
+        cls, phases: Iterable[Phase], source: str = "the schedule", lines: Sequence[Mapping[str, str]] = ()
+    ) -> Self:
+        """Make the tuple, and keep the rest on it."""
+        self = super().__new__(cls, phases)
+        self.source, self.lines = source, lines or [{} for _ in self]
+        return self
+
+    @classmethod
+    def like(cls, phases: Sequence[Phase], named: Iterable[Phase]) -> Self:
+        """Return ``named`` standing where ``phases`` do."""
+        return cls(named, phases.source, phases.lines) if isinstance(phases, Written) else cls(named)
+
+
+def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> Written:
+    """Return the phases with a name each; where they stand in what was read is kept.
 
     Args:
         phases: In the order in which they run.
@@ -187,8 +213,9 @@ def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> tuple[Phase, .
     """
     if not phases:
         raise ArgumentError("phases", got=[], takes="at least one phase", example="[Phase(thaw='head')]")
-    named = tuple(
-        phase if phase.name else attrs.evolve(phase, name=f"phase {place}") for place, phase in enumerate(phases, 1)
+    named = Written.like(
+        phases,
+        (each if each.name else attrs.evolve(each, name=f"phase {place}") for place, each in enumerate(phases, 1)),
     )
     seen: set[str | None] = set()
     for place, phase in enumerate(named, 1):

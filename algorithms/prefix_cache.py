@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -102,7 +102,9 @@ class PrefixCache(Algorithm):
     barred: dict[int, str] = attrs.field(init=False, factory=dict, repr=False)
     """Why nothing is cached where that many layers are frozen: the model's structure."""
     misses: int = attrs.field(init=False, default=0, repr=False)
-    """Microbatches for which the frozen part ran."""
+    """Microbatches for which the frozen part ran, for all samples or for those that were not kept."""
+    computed: int = attrs.field(init=False, default=0, repr=False)
+    """Samples for which the frozen part ran."""
     _hits: int = attrs.field(init=False, default=0, repr=False)
     _at: Frontier | None = attrs.field(init=False, default=None, repr=False)
     _older: Frontier | None = attrs.field(init=False, default=None, repr=False)
@@ -302,7 +304,10 @@ class PrefixCache(Algorithm):
         try:
             if at.replay is None:
                 at.replay = self._replays[at.depth] = replay_at(state, at.depth, one)
-            kept = at.rows(one)
+            kept, places = at.rows(one), []
+            # On ranks some samples of every batch are away from home. Alone all shapes repeat, and with them all bits.
+            if kept is None and state.world > 1 and len(places := at.missing(one)) < len(one.ids):
+                kept = self._complete(at, at.replay, one, places)
             if kept is None:
                 return self._fill(state, at, at.replay, one)
             row = derive_seed(state.seed, "prefix", state.clock.epoch) % len(one.ids) if self._due else None
@@ -310,16 +315,28 @@ class PrefixCache(Algorithm):
             if why := at.fault(state, at.replay, one, kept, row=row):
                 self._turn_off(why)
                 return one()
-            self._hits += 1
+            self._hits += not places
             return at.replay.run(one, kept[: at.crossing])
         except UnskippableError as error:
             self.barred[at.depth], self._version = str(error), -1
             log.warning("prefix not cached", layers=at.depth, why=str(error))
             return one()
 
+    def _complete(self, at: Frontier, replay: Replay, one: Pass, places: Sequence[int]) -> list[Tensor] | None:
+        """Compute those samples of a batch that are not kept, alone; return None where there is no room for them."""
+        part = one.part(places)
+        self.misses += 1
+        self.computed += len(places)
+        self._mixed += 1
+        if not at.keep(part, replay.value(part)):
+            self._lacks = True
+            self._tell_full(at)
+        return at.rows(one)
+
     def _fill(self, state: State, at: Frontier, replay: Replay, one: Pass) -> Any:
         """Run the model, from the older frontier on where all is there, and keep what crosses the newer one."""
         self.misses += 1
+        self.computed += len(one.ids)
         self._mixed += any(at.store.has((each,)) for each in one.ids)
         if replay.chain and not len(at.store):
             at.label = label_of(state.microbatch, one.targets, len(one.ids))

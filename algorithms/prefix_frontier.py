@@ -46,12 +46,19 @@ class Frontier:
             one: The forward pass of the batch.
             alike: Neither trim nor pad.
         """
-        store, ids, signature = self.store, one.ids, one.signature
-        if not store.has(ids):
-            return None
-        if store.alike(ids, signature) or (not alike and store.fits(ids, signature) and one.right):
-            return store.rows(ids, signature)
-        return None
+        usable = self.store.has(one.ids) and self._serve(one.ids, one, alike=alike)
+        return self.store.rows(one.ids, one.signature) if usable else None
+
+    def missing(self, one: Pass) -> list[int]:
+        """Return the places in a batch of the samples that are not kept; of all where the others do not serve, or are fewer."""
+        lacking = [place for place, each in enumerate(one.ids) if not self.store.has((each,))]
+        kept = [each for each in one.ids if self.store.has((each,))]
+        serve = len(lacking) < len(kept) and self._serve(kept, one)
+        return lacking if serve else [*range(len(one.ids))]
+
+    def _serve(self, ids: Sequence[int], one: Pass, *, alike: bool = False) -> bool:
+        store, signature = self.store, one.signature
+        return store.alike(ids, signature) or (not alike and store.fits(ids, signature) and one.right)
 
     def keep(self, one: Pass, value: Sequence[Tensor]) -> bool:
         """Keep what crosses the frontier; return whether there was room.

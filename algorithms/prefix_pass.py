@@ -75,12 +75,16 @@ class Pass:
 
     def row(self, index: int) -> Pass:
         """Return the pass of one sample alone."""
+        return self.part([index])
+
+    def part(self, places: Sequence[int]) -> Pass:
+        """Return the pass of some of the samples, padded as all of them are."""
 
         def cut(each: Any) -> Any:
-            return each[index : index + 1] if is_batched(each, len(self.ids)) else each
+            return each[list(places)] if is_batched(each, len(self.ids)) else each
 
         args, kwargs = tree_map(cut, self.args), tree_map(cut, dict(self.kwargs))
-        return Pass(self.forward, args, kwargs, self.ids[index : index + 1])
+        return Pass(self.forward, args, kwargs, [self.ids[place] for place in places], cut(self.targets))
 
 
 def is_batched(each: Any, samples: int) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..engine import LayerMap, ParameterLedger, ScheduleError, SelectorError, State, Time
 from .layer_thaw import share_of_fit
-from .phases import Phase
+from .phases import Phase, Written
 
 
 def generate_phases(layers: LayerMap) -> tuple[Phase, ...]:
@@ -49,29 +49,38 @@ def check_phases(phases: Sequence[Phase], ledger: ParameterLedger) -> tuple[str,
         ('0.weight', '0.bias', '1.bias')
     """
     faults: list[tuple[str, str, str]] = []
+    written = Written.like(phases, phases)
     thawed: dict[str, str] = {}
     named: set[str] = set()
-    for number, phase in enumerate(phases, 1):
+    for number, (phase, lines) in enumerate(zip(phases, written.lines, strict=True), 1):
         place = phase.name or f"phase {number}"
-        frozen = [name for selector in phase.freeze for name in _names(selector, ledger, place, faults)]
+        frozen = [
+            name for selector in phase.freeze for name in _names(selector, ledger, lines.get(selector, place), faults)
+        ]
         for name in frozen:
             thawed.pop(name, None)
         fresh: dict[str, None] = {}
         for selector in phase.thaw:
-            names = _names(selector, ledger, place, faults)
+            names = _names(selector, ledger, lines.get(selector, place), faults)
             if twice := [name for name in names if name in thawed]:
                 problem = f"{selector!r} thaws {_few(twice)}, which {thawed[twice[0]]!r} thawed already"
-                faults.append((place, problem, f"freeze: {selector!r} in a phase between, or thaw without it"))
+                faults.append(
+                    (
+                        lines.get(selector, place),
+                        problem,
+                        f"freeze: {selector!r} in a phase between, or thaw without it",
+                    )
+                )
             fresh.update(dict.fromkeys(names))
         for selector in phase.lr if isinstance(phase.lr, Mapping) else ():
-            names = _names(selector, ledger, place, faults)
+            names = _names(selector, ledger, lines.get(selector, place), faults)
             if strange := [name for name in names if name not in fresh]:
                 problem = f"lr sets the rate of {_few(strange)}, which this phase does not thaw"
-                faults.append((place, problem, f"thaw: {selector!r}, or lr without it"))
+                faults.append((lines.get(selector, place), problem, f"thaw: {selector!r}, or lr without it"))
         thawed.update(dict.fromkeys(fresh, place))
         named.update(fresh, frozen)
     if faults:
-        raise ScheduleError("the schedule", faults)
+        raise ScheduleError(written.source, faults)
     return tuple(name for name in ledger.parameters if name not in named)
 
 

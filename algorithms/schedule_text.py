@@ -13,7 +13,7 @@ import yaml
 
 from ..engine import ArgumentError, Json, Time, nearest
 from .arguments import check_in_range, check_one_of, check_whole
-from .phases import Phase, Plateau
+from .phases import Phase, Plateau, Written
 from .schedule_tree import Faults, Item, read_tree
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
@@ -61,7 +61,7 @@ def read_phases(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> tuple
     if tree.kind == "list":
         tree = Item("map", {"phases": tree}, tree.place)
     options: dict[str, Any] = {}
-    phases: list[Phase] = []
+    phases: Any = []
     if tree.kind == "map":
         options = _fields(tree, _OPTIONS, faults)
         phases = options.pop("phases", [])
@@ -73,7 +73,17 @@ def read_phases(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> tuple
         faults.add(tree.place, f"a schedule is a list of phases, got {_shown(tree)}", "- {thaw: head, until: 2ep}")
     if len(faults):
         raise faults.error(name)
-    return options, tuple(phases)
+    return options, Written(phases, source=name, lines=[_lines(each) for each in tree.value["phases"].value])
+
+
+def _lines(phase: Item) -> dict[str, str]:
+    """Return the line of each selector of a phase that is text."""
+    listed = [phase.value[key] for key in ("thaw", "freeze") if key in phase.value]
+    each = [one for item in listed for one in (item.value if item.kind == "list" else (item,))]
+    rates = phase.value.get("lr")
+    named = dict(rates.value) if rates is not None and rates.kind == "map" else {}
+    named |= {one.value: one for one in each}
+    return {selector: one.where for selector, one in named.items() if isinstance(one.place, int)}
 
 
 def write_phases(options: Mapping[str, Json], phases: Sequence[Phase]) -> str:

@@ -30,7 +30,7 @@ from ..engine import (
 )
 from .arguments import flag, one_of, positive, whole
 from .phase_watch import PhaseWatch, monitors
-from .phases import SCHEDULES, Phase, Plateau, number_phases
+from .phases import SCHEDULES, Phase, Plateau, Written, number_phases
 from .schedule_check import check_phases, generate_phases, never_begin, never_warm
 from .schedule_fts import Callback, phases_from_fts
 from .schedule_text import as_data, read_phases, write_phases
@@ -98,7 +98,7 @@ class ThawSchedule(Algorithm):
     base_max_lr: float | None = attrs.field(default=None, kw_only=True, validator=positive(or_none=True, example=1e-5))
     end_with_last_phase: bool = attrs.field(default=True, kw_only=True, validator=flag())
 
-    phases: tuple[Phase, ...] = attrs.field(init=False, repr=False)
+    phases: Written = attrs.field(init=False, repr=False)
     """The phases of one round, all with a name."""
     events: frozenset[Event] = attrs.field(init=False, repr=False)
     _place: int = attrs.field(init=False, default=-1, repr=False)
@@ -404,7 +404,7 @@ def _warn(text: str) -> None:
 def _read(source: Any) -> tuple[dict[str, Any], tuple[Phase, ...]]:
     if isinstance(source, Sequence) and not isinstance(source, str) and source:
         if all(isinstance(each, Phase) for each in source):
-            return {}, tuple(source)
+            return {}, Written.like(source, source)
         strange = [each for each in source if not isinstance(each, (Phase, Mapping))]
         if strange or any(isinstance(each, Phase) for each in source):
             _refuse(strange[0] if strange else source)

@@ -28,6 +28,7 @@ from thawline.engine import Algorithm, Checkpointing, Event, Stage, State, Train
 from thawline.engine.buckets import GradientBuckets
 from thawline.engine.distributed import Team
 from thawline.engine.ranks import Ranks
+from thawline.engine.rundir import RunDir
 
 from .measure import Row
 
@@ -42,6 +43,7 @@ def distributed(rounds: int, device: torch.device) -> list[Row]:
     two = found[2]
     rows = [
         Row("step, 2 ranks, over bare DDP", two["ratio"], "x", 1.03, two["note"]),
+        Row("its time of the processor, over bare DDP's", two["cpu"], "x", None, "all threads of rank 0"),
         Row("reduced bytes over share that trains, worst", two["proportion"], "x", 1.05, two["bytes"]),
         Row("a thaw, in steps", two["thaw"], "steps", 2.0, "comparison and new buckets"),
         Row("looking whether the ledger moved, of a step", two["look"] * 100, "%", 0.1, "nothing moved"),
@@ -55,6 +57,9 @@ def distributed(rounds: int, device: torch.device) -> list[Row]:
             Row(f"comparing the ledger, {world} ranks", each["compare"] * 1e3, "ms", None, "when its version moves")
         )
         rows.append(Row(f"before a checkpoint, {world} ranks", each["checkpoint"] * 1e3, "ms", None, note))
+        rows.append(
+            Row(f"writing a checkpoint, {world} ranks", each["write"] * 1e3, "ms", None, "rank 0 writes, others wait")
+        )
     return rows
 
 
@@ -92,7 +97,7 @@ class _Stopwatch(Algorithm):
     stage = Stage.OBSERVE
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[tuple[float, float]] = []
 
     @override
     def reset(self) -> None:
@@ -100,7 +105,7 @@ class _Stopwatch(Algorithm):
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(_now())
 
 
 class _Moving(Algorithm):
@@ -117,9 +122,15 @@ class _Moving(Algorithm):
             ledger.thaw("*", owner=self.owner)
 
 
-def _per_step(ends: list[float]) -> float:
-    gaps = [after - before for before, after in pairwise(ends)]
-    return statistics.median(gaps[2:])
+def _now() -> tuple[float, float]:
+    """Return the time on the wall, and that which all threads of this process have had."""
+    return time.perf_counter(), time.process_time()
+
+
+def _per_step(ends: list[tuple[float, float]]) -> tuple[float, float]:
+    """Return the median time of a step on the wall, and the mean time of the processor, which is counted coarsely."""
+    gaps = [after[0] - before[0] for before, after in pairwise(ends[2:])]
+    return statistics.median(gaps), (ends[-1][1] - ends[2][1]) / len(gaps)
 
 
 def _worker(out: Path, rounds: int, device: torch.device) -> None:
@@ -129,12 +140,12 @@ def _worker(out: Path, rounds: int, device: torch.device) -> None:
     optimizer, loss_fn = partial(torch.optim.SGD, lr=0.01), nn.functional.cross_entropy
     settings: dict[str, Any] = {"optimizer": optimizer, "loss_fn": loss_fn, "device": device.type, "progress": False}
 
-    def ours(net: nn.Module, **given: Any) -> float:
+    def ours(net: nn.Module, **given: Any) -> tuple[float, float]:
         watch = _Stopwatch()
         Trainer(algorithms=[watch], **settings, **given).fit(net, [(x, y)] * _STEPS, duration=f"{_STEPS}ba")
         return _per_step(watch.ends)
 
-    def bare(net: nn.Module) -> float:
+    def bare(net: nn.Module) -> tuple[float, float]:
         wrapped = DistributedDataParallel(net.to(device))
         stepping = optimizer(wrapped.parameters())
         own = slice(rank * _BATCH, (rank + 1) * _BATCH)
@@ -146,20 +157,20 @@ def _worker(out: Path, rounds: int, device: torch.device) -> None:
             stepping.step()
             stepping.zero_grad()
             loss.item()
-            ends.append(time.perf_counter())
+            ends.append(_now())
         return _per_step(ends)
 
     ours(_Net())  # makes the groups
     pairs = [(ours(_Net()), bare(_Net())) for _ in range(rounds)]
-    step, reference = (statistics.median(each) for each in zip(*pairs, strict=True))
-    ratio = statistics.median(one / other for one, other in pairs)
+    step, reference = (statistics.median(each[0] for each in side) for side in zip(*pairs, strict=True))
+    ratio, cpu = (statistics.median(one[part] / other[part] for one, other in pairs) for part in (0, 1))
     note = f"medians of {rounds}: {step * 1e3:.3g} ms against {reference * 1e3:.3g} ms, 2.6 million parameters"
-    found = {"ratio": ratio, "note": note, **_bytes(ours), **_agreement(step, settings, (x, y))}
+    found = {"ratio": ratio, "cpu": cpu, "note": note, **_bytes(ours), **_agreement(step, settings, (x, y))}
     if rank == 0:
         out.write_text(json.dumps(found))
 
 
-def _bytes(ours: Callable[..., float]) -> dict[str, Any]:
+def _bytes(ours: Callable[..., Any]) -> dict[str, Any]:
     """Count what each rank hands to the reduction in a step, by how many blocks are frozen."""
     counted: list[int] = []
     start = Team.start_sum
@@ -188,7 +199,7 @@ def _bytes(ours: Callable[..., float]) -> dict[str, Any]:
 
 def _agreement(step: float, settings: dict[str, Any], batch: Any) -> dict[str, float]:
     """Time what ranks tell each other, apart from gradients."""
-    spent: dict[str, list[float]] = {"tell": [], "compare": [], "checkpoint": [], "follow": []}
+    spent: dict[str, list[float]] = {"tell": [], "compare": [], "checkpoint": [], "follow": [], "write": []}
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -205,6 +216,8 @@ def _agreement(step: float, settings: dict[str, Any], batch: Any) -> dict[str, f
     Ranks.compare = timed("compare", compare)  # type: ignore[method-assign]
     Ranks.before_save = timed("checkpoint", save)  # type: ignore[method-assign]
     GradientBuckets.follow = timed("follow", follow)  # type: ignore[method-assign]
+    write = RunDir.save
+    RunDir.save = timed("write", write)  # type: ignore[method-assign]
     try:
         Trainer(**settings).fit(_Net(), [batch] * _STEPS, duration=f"{_STEPS}ba")
         told = statistics.median(spent["tell"])
@@ -214,9 +227,11 @@ def _agreement(step: float, settings: dict[str, Any], batch: Any) -> dict[str, f
         shared = [tempfile.mkdtemp() if os.environ["RANK"] == "0" else None]
         dist.broadcast_object_list(shared)
         saving: dict[str, Any] = {"run_dir": Path(str(shared[0])) / "run", "checkpoint": Checkpointing(every="2ba")}
+        spent["write"].clear()
         Trainer(**settings, **saving).fit(_Net(), [batch] * _STEPS, duration=f"{_STEPS}ba")
     finally:
         Team.tell, Ranks.compare, Ranks.before_save, GradientBuckets.follow = tell, compare, save, follow  # type: ignore[method-assign]
+        RunDir.save = write  # type: ignore[method-assign]
     began = time.perf_counter()
     versions, same = (1.0, 1.0), 0
     for _ in range(1000):
@@ -226,6 +241,7 @@ def _agreement(step: float, settings: dict[str, Any], batch: Any) -> dict[str, f
         "agree": 2 * told,
         "compare": statistics.median(spent["compare"]),
         "checkpoint": statistics.median(spent["checkpoint"]),
+        "write": statistics.median(spent["write"]),
         "thaw": (statistics.median(spent["compare"]) + statistics.median(spent["follow"])) / step,
         "look": look / step,
     }

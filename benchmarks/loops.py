@@ -57,22 +57,25 @@ def by_hand(model: nn.Module, batches: Batches) -> None:
         total += loss.item()
 
 
-def by_trainer(model: nn.Module, batches: Batches, *, device: torch.device, algorithms: list[Algorithm]) -> None:
-    """Train one epoch by the Trainer."""
+def by_trainer(
+    model: nn.Module, batches: Batches, *, device: torch.device, algorithms: list[Algorithm], log_every: str = "1ep"
+) -> None:
+    """Train one epoch by the Trainer; as the peers' do here, it logs no losses before the end."""
     trainer = Trainer(
         algorithms=algorithms, optimizer=partial(torch.optim.SGD, lr=0.01), loss_fn=nn.functional.cross_entropy,
-        progress=False, device=str(device),
+        progress=False, device=str(device), log_every=log_every,
     )  # fmt: skip
     trainer.fit(model, batches, duration="1ep")
 
 
 def step(rounds: int, device: torch.device) -> list[Row]:
-    """Overhead of a step above a hand-written loop that adds up its losses: tiny MLP, SGD, ready batches."""
+    """Overhead of a step above a hand-written loop that adds up its losses: tiny MLP, SGD, ready batches, logs off."""
     x, y = torch.randn(8, 4, device=device), torch.randint(2, (8,), device=device)
     fits: dict[str, Callable[[nn.Module, Batches], None]] = {
         "by hand": by_hand,
         "thawline": partial(by_trainer, device=device, algorithms=[]),
         "thawline, six idle": partial(by_trainer, device=device, algorithms=idle()),
+        "thawline, a log line every ten": partial(by_trainer, device=device, algorithms=[], log_every="10ba"),
         **(present(FITS) if device.type == "cpu" else {}),
     }
 

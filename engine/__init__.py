@@ -8,6 +8,7 @@ from .distributed import Replicate
 from .engine import Engine, TraceEntry
 from .errors import (
     ArgumentError,
+    CallError,
     CheckpointError,
     DataError,
     DistributedError,
@@ -66,6 +67,7 @@ __all__ = [
     "Algorithm",
     "ArgumentError",
     "Attachment",
+    "CallError",
     "CheckpointError",
     "Checkpointing",
     "Clock",

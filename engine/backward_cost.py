@@ -39,6 +39,8 @@ class BackwardCost:
     loss: Tensor
     parameters: Mapping[str, Tensor]
     runs: int = field(init=False, default=0)
+    whole: int = field(init=False, default=0)
+    """The operations of a backward to all of the parameters, as they were counted."""
     _nodes: list[Node] = field(init=False, factory=list)
     _edges: list[tuple[int | None, ...]] = field(init=False, factory=list)
     _leaf: dict[int, int] = field(init=False, factory=dict)
@@ -57,7 +59,7 @@ class BackwardCost:
             variable = getattr(node, "variable", None)
             if variable is not None:
                 self._leaf[place[node]] = id(variable)
-        self._cost(list(self.parameters))  # the widest masks, from which those of products follow
+        self.whole = self._run(list(self.parameters))  # the widest masks, from which those of products follow
         self._free = frozenset(index for index, spent in self._spent.items() if not spent)  # also of narrower ones
 
     def of(self, trainable: frozenset[str] | set[str]) -> int:
@@ -72,7 +74,7 @@ class BackwardCost:
         masks = self._masks(names)
         known = [self._known(index, mask) for index, mask in masks.items()]
         if None in known:
-            self._run(names, masks)
+            self._run(names)
             known = [self._known(*each) for each in masks.items()]
         return sum(each for each in known if each is not None)
 
@@ -91,10 +93,11 @@ class BackwardCost:
     def _known(self, index: int, mask: Mask) -> int | None:
         return 0 if index in self._free else self._costs.get((index, mask))
 
-    def _run(self, names: list[str], masks: dict[int, Mask]) -> None:
-        """Run a backward, and write down what each node costs."""
+    def _run(self, names: list[str]) -> int:
+        """Run a backward, and write down what each node costs; return its operations."""
         from torch.utils.flop_counter import FlopCounterMode
 
+        masks = self._masks(names)
         self.runs += 1
         counter = FlopCounterMode(display=False)
         self._spent = dict.fromkeys(masks, 0)
@@ -113,6 +116,7 @@ class BackwardCost:
             if whole := _part(parts, mask):
                 for other in _masks_of(len(mask)):
                     self._costs[index, other] = spent * _part(parts, other) // whole
+        return int(counter.get_total_flops())
 
     def _watch(self, index: int, counter: Any) -> tuple[Any, Any]:
         node, spent = self._nodes[index], self._spent

@@ -64,7 +64,7 @@ def batch_size_of(batch: Any) -> int:
     """Return the number of samples in a batch: the first dimension of the first tensor found in it.
 
     Args:
-        batch: A tensor or array, or a mapping, tuple or list that holds some, nested as deep as you like; or a list
+        batch: A tensor or array, or a mapping, tuple, list or dataclass that holds some, nested as deep as you like; or a list
             of anything else, one a sample.
 
     Raises:
@@ -92,15 +92,11 @@ def batch_size_of(batch: Any) -> int:
 
 
 def samples_in(batch: Any) -> int:
-    """Return the samples in a batch; one that only the user's ``forward_fn`` understands counts as one.
-
-    A dataclass has as many as its fields.
-    """
+    """Return the samples in a batch; one that only the user's ``forward_fn`` understands counts as one."""
     try:
         return batch_size_of(batch)
     except DataError:
-        known = dataclasses.is_dataclass(batch) and not isinstance(batch, type)
-        return samples_in([getattr(batch, each.name) for each in dataclasses.fields(batch)]) if known else 1
+        return 1
 
 
 def split_batch(batch: Any, size: int) -> list[Any]:
@@ -153,7 +149,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on ``device``: the very object where all of them lie there already.
 
     Args:
-        batch: Tensors in mappings, tuples and lists, nested; or an object with a ``to`` method of its own. NumPy arrays
+        batch: Tensors in mappings, tuples, lists and dataclasses, nested; or an object with a ``to`` method of its own. NumPy arrays
             of numbers become tensors, as in torch's default collate function.
         device: Where to.
 
@@ -191,7 +187,16 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if callable(getattr(batch, "to", None)) and not isinstance(batch, type):
         # Some move in place, and the caller's loader may hold this very batch.
         return batch if getattr(batch, "device", None) == device else copy.copy(batch).to(device)
-    return batch
+    return _mapped(batch, lambda each: _moved(each, device)) if _is_record(batch) else batch
+
+
+def _is_record(batch: Any) -> bool:
+    """Return whether it is an instance of a dataclass, which is a container like a mapping."""
+    return dataclasses.is_dataclass(batch) and not isinstance(batch, type)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {each.name: getattr(record, each.name) for each in dataclasses.fields(record)}
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
@@ -287,10 +292,14 @@ def _arrays(batch: Any) -> Iterator[Tensor | np.ndarray]:
     elif isinstance(batch, (list, tuple, Mapping)):
         for each in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _arrays(each)
+    elif _is_record(batch):
+        yield from _arrays(_fields(batch))
 
 
 def _first_list(batch: Any) -> Sequence[Any]:
     """Return the first innermost list or tuple in ``batch``, which holds no tensors; an empty one where there is none."""
+    if _is_record(batch):
+        batch = _fields(batch)
     if isinstance(batch, Mapping):
         return next(filter(None, map(_first_list, batch.values())), ())
     if not isinstance(batch, (list, tuple)):
@@ -308,7 +317,7 @@ def _part(value: Any, whole: int, part: slice, *, outermost: bool = False) -> An
     if isinstance(value, (Tensor, np.ndarray)):
         return value[part] if value.ndim and value.shape[0] == whole else value
     if not isinstance(value, (list, tuple, Mapping)):
-        return value
+        return _mapped(value, lambda each: _part(each, whole, part)) if _is_record(value) else value
     if not outermost and not isinstance(value, Mapping) and len(value) == whole:
         # As many as samples: one each, unless they are tensors that hold all the samples themselves.
         batched = [isinstance(each, (Tensor, np.ndarray)) and each.shape[:1] == (whole,) for each in value]
@@ -319,6 +328,15 @@ def _part(value: Any, whole: int, part: slice, *, outermost: bool = False) -> An
 
 def _mapped(container: Any, function: Callable[[Any], Any]) -> Any:
     """Return a container of the same type with ``function`` of each item: itself where no item changed."""
+    if _is_record(container):
+        fields = _fields(container)
+        changed = _mapped(fields, function)
+        if changed is fields:
+            return container
+        record = copy.copy(container)
+        for name, each in changed.items():
+            object.__setattr__(record, name, each)  # also of a frozen one, and without its __post_init__
+        return record
     if isinstance(container, Mapping):
         old = list(container.values())
         new = [function(each) for each in old]

@@ -35,6 +35,7 @@ from .order import copied_sampler, epoch_order, order_limits, tell_epoch
 from .randomness import Randomness, Stream, derive_seed
 from .shares import Share, check_shares
 from .stateful import StatefulSource, is_stateful
+from .typing import Json
 from .workers import outliving
 
 __all__ = [
@@ -102,11 +103,14 @@ class ResumableLoader:
         self._length = _length(loader)
         if self._length == 0:
             raise self._empty()
+        if share is not None and argument == _TRAIN:
+            share = share.with_homes(seed)
         self._source = _source(loader, seed, self._name, accumulate, share)
         self._share = None if isinstance(self._source, _MapSource) and self._source.loads_a_share else share
+        self._first_size: int | None = None
         if share is not None:
-            size = next(iter(self._source.sizes(0) or ()), None)
-            check_shares(loader, size, share.world, self._name, even=argument == _TRAIN)
+            self._first_size = next(iter(self._source.sizes(0) or ()), None)
+            check_shares(loader, self._first_size, share.world, self._name, even=argument == _TRAIN)
 
     @property
     def length(self) -> int | None:
@@ -117,6 +121,13 @@ class ResumableLoader:
         if self._length is None:
             raise TypeError(f"{self._name} of type {type(self._loader).__name__} does not say how many batches it has")
         return self._length
+
+    @property
+    def facts(self) -> dict[str, Json]:
+        """What has to be the same on all ranks: batches of an epoch, samples, and those of the first batch; None where unknown."""
+        source = self._source
+        samples = source.samples if isinstance(source, _MapSource) else None
+        return {"batches": self._length, "samples": samples, "samples of the first batch": self._first_size}
 
     @property
     def exact(self) -> bool:
@@ -359,6 +370,11 @@ class _MapSource:
             else:
                 samples = samples_in(batch)
                 yield Fetched(batch, ids if ids is not None and len(ids) == samples else None, samples, samples)
+
+    @property
+    def samples(self) -> int | None:
+        """Samples of the dataset, where it says how many."""
+        return _length(self._loader.dataset)
 
     @property
     def loads_a_share(self) -> bool:

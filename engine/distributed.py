@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, and not in its __all__
 from torch.distributed.rendezvous import rendezvous
 
+from .differences import differing
 from .errors import ArgumentError, DistributedError, shorten
 from .events import Event
 from .log import get_logger
@@ -35,7 +36,8 @@ log = get_logger(__name__)
 # What a rank can be doing when it tells something; both sides of a disagreement are named by it.
 _PLACES = (*(event.name for event in Event), "exchange")
 _WIDTH = 8
-_SHOWN = 5
+_SHOWN = 8
+_MORE = ", and telling each other more"
 Rows = Sequence[Sequence[float]]
 
 
@@ -247,7 +249,10 @@ class Team:
         Raises:
             DistributedError: Another rank is somewhere else, has ended, or does not answer within the timeout.
         """
-        self._doing = f"at {place} of batch {batch}"
+        if place != "exchange":
+            self._doing = f"at {place} of batch {batch}"
+        elif not self._doing.endswith(_MORE):
+            self._doing += _MORE
         row = (float(_PLACES.index(place)), float(batch), *values)
         self._row[: len(row)] = torch.tensor(row, dtype=torch.float64)
         with self._waiting():
@@ -257,33 +262,33 @@ class Team:
             if (other[0], other[1]) != (row[0], row[1]):
                 raise DistributedError(
                     f"the ranks are not at the same point: rank {rank} is at {_PLACES[int(other[0])]} of batch "
-                    f"{int(other[1])}, rank {self.rank} is {self._doing}. Loaders of other lengths lead there, and algorithms "
+                    f"{int(other[1])}, rank {self.rank} is at {place} of batch {batch}. Loaders of other lengths lead there, and algorithms "
                     "that act on what only one rank sees."
                 )
         return [other[2:] for other in rows]
 
-    def exchange(self, value: object) -> list[Any]:
-        """Return what every rank gives, in order of rank: anything that JSON can hold."""
+    def exchange(self, value: object, *, batch: int = 0) -> list[Any]:
+        """Return what every rank gives, in order of rank: anything that JSON can hold; at which batch, where that may differ."""
         text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-        return [json.loads(each.tobytes()) for each in self._exchange_bytes(text)]
+        return [json.loads(each.tobytes()) for each in self._exchange_bytes(text, batch)]
 
     def share(self, value: object) -> Any:
         """Return what the first rank gives; the others' values are passed over."""
         return self.exchange(value if self.first else None)[0]
 
-    def exchange_tensor(self, tensor: Tensor) -> list[Tensor]:
+    def exchange_tensor(self, tensor: Tensor, *, batch: int = 0) -> list[Tensor]:
         """Return every rank's tensor, of whatever shapes, on the device of this one's."""
-        shapes = self.exchange([list(tensor.shape), str(tensor.dtype)])
+        shapes = self.exchange([list(tensor.shape), str(tensor.dtype)], batch=batch)
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         parts = []
-        for (shape, kind), data in zip(shapes, self._exchange_bytes(raw), strict=True):
+        for (shape, kind), data in zip(shapes, self._exchange_bytes(raw, batch), strict=True):
             dtype: torch.dtype = getattr(torch, str(kind).removeprefix("torch."))
             flat = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
             parts.append(flat.reshape(shape).to(tensor.device))
         return parts
 
-    def _exchange_bytes(self, data: Any) -> list[Any]:
-        sizes = [int(row[0]) for row in self.tell("exchange", 0, data.size)]
+    def _exchange_bytes(self, data: Any, batch: int) -> list[Any]:
+        sizes = [int(row[0]) for row in self.tell("exchange", batch, data.size)]
         mine = torch.zeros(max(sizes), dtype=torch.uint8)
         mine[: data.size] = torch.from_numpy(data.copy())
         everybody = [torch.empty_like(mine) for _ in sizes]
@@ -310,12 +315,12 @@ class Team:
         everybody = self.exchange(dict(facts()))
         rank = next(rank for rank, each in enumerate(digests) if each != digests[0])
         got, wanted = everybody[rank], everybody[0]
-        names = [name for name in {**wanted, **got} if got.get(name) != wanted.get(name)]
+        found = [*differing("", got, wanted)]
         shown = [
-            f"{name}: rank {rank} has {shorten(got.get(name), 80)}, rank 0 has {shorten(wanted.get(name), 80)}"
-            for name in names[:_SHOWN]
+            f"{name.removeprefix(', ')}: rank {rank} has {mine}, rank 0 has {first}"
+            for name, mine, first in found[:_SHOWN]
         ]
-        more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise DistributedError(f"the ranks disagree on {what}: {'; '.join([*shown, *more])}.")
 
     def all_or_none(self, doing: str, function: Callable[[], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from types import TracebackType
@@ -319,6 +320,16 @@ def _check_acts(algorithm: Algorithm) -> None:
         found = next(iter(get_close_matches("apply", methods, n=1)), None)
         takes, example = "a method that says what to do at its events", "def apply(self, event, state): …"
         raise ArgumentError(f"{name}.apply", got=found, takes=takes, example=example)
+    for method in ("match", "apply"):
+        signature = inspect.signature(getattr(algorithm, method))
+        try:
+            signature.bind(None, None)
+        except TypeError:
+            shown = f"{method}{signature}"
+            example = f"def {method}(self, event, state): …"
+            raise ArgumentError(
+                f"{name}.{method}", got=shown, takes="a method of an event and the state", example=example
+            ) from None
 
 
 def _begin_batch(_: Event, state: State) -> None:

@@ -111,6 +111,36 @@ def _unknown_argument_error(call: str, name: str, got: object, takes: Iterable[s
     return UnknownArgumentError(call, name, got=got, takes=takes, example=example)
 
 
+class CallError(ArgumentError, TypeError):
+    """An argument that is missing, or stands where only a keyword can: Python's TypeError, which says what to write instead.
+
+    Args:
+        argument: The argument with its call, such as ``"trainer.fit(duration=)"``.
+        problem: What is wrong with it, as a verb phrase.
+        example: What to write instead.
+
+    Example:
+        >>> raise CallError("trainer.fit(duration=)", "is missing", example="trainer.fit(model, train_loader, duration='3ep')")
+        Traceback (most recent call last):
+        thawline.engine.errors.CallError: trainer.fit(duration=) is missing. Write: trainer.fit(model, train_loader, duration='3ep')
+    """
+
+    def __init__(self, argument: str, problem: str, *, example: str) -> None:
+        super().__init__(argument, got=None, takes=problem, example=example)
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.argument} {self.takes}. Write: {self.example}"
+
+    @override
+    def __reduce__(self) -> tuple[object, ...]:
+        return _call_error, (self.argument, self.takes, self.example)
+
+
+def _call_error(argument: str, problem: str, example: str) -> CallError:
+    return CallError(argument, problem, example=example)
+
+
 class SelectorError(ThawlineError, LookupError):
     """A selector that matches nothing, or names what the model does not have."""
 

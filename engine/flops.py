@@ -35,18 +35,23 @@ class FlopCounter:
         model: A model on the meta device, in train mode.
         batch: A batch of the loader, or None.
         forward: How a batch goes through a model.
-        whole: The operations that train everything, as :func:`count_flops` gives them.
+        whole: The operations that are the whole of a share; None: those that train everything of the model as it is now.
     """
 
     model: nn.Module
     batch: Any
     forward: Forward
-    whole: int | None
+    whole: int | None = None
     _known: dict[frozenset[str], float | None] = field(init=False, factory=dict)
     _names: frozenset[str] = field(init=False, default=frozenset())
     _graph: _Graph | None = field(init=False, default=None)
     _counted: int = field(init=False, default=0)
     _compared: int = field(init=False, default=0)
+
+    def __attrs_post_init__(self) -> None:
+        if self.whole is None:
+            self._look()
+            self.whole = None if self._graph is None else self._graph.whole
 
     def share(self, trainable: frozenset[str]) -> float | None:
         """Return the share of what the model costs as it is now; ``trainable`` are the names of what trains."""
@@ -56,10 +61,7 @@ class FlopCounter:
         return self._known.get(trainable)
 
     def _count(self, trainable: frozenset[str]) -> int | None:
-        names = frozenset(name for name, _ in self.model.named_parameters())
-        if names != self._names:  # at first, and where something was attached since
-            self._names, self._compared = names, 0
-            self._graph = _Graph.of(self.model, self.batch, self.forward)
+        self._look()
         if self._graph is not None:
             count = self._graph.count(trainable)
             if self._compared >= _COMPARED:
@@ -71,6 +73,13 @@ class FlopCounter:
         self._counted += 1
         return count_flops(self.model, self.batch, self.forward) if self._counted <= MAX_COUNTED else None
 
+    def _look(self) -> None:
+        """Run the model at first, and where something was attached since."""
+        names = frozenset(name for name, _ in self.model.named_parameters())
+        if names != self._names:
+            self._names, self._compared = names, 0
+            self._graph = _Graph.of(self.model, self.batch, self.forward)
+
 
 @define(eq=False)
 class _Graph:
@@ -81,18 +90,25 @@ class _Graph:
 
     @classmethod
     def of(cls, model: nn.Module, batch: Any, forward: Forward) -> _Graph | None:
-        """Run a copy of the model; return None where that fails."""
+        """Run a copy of the model; return None where that fails, or where nothing depends on its parameters."""
         from torch.utils.flop_counter import FlopCounterMode
 
+        if batch is None:
+            return None
         try:
             twin = meta_twin(model, full=True)[0].train()
             counter, inputs = FlopCounterMode(display=False), to_device(batch, torch.device("meta"))
             with counter, _Affirms():  # type: ignore[no-untyped-call]  # torch does not annotate it
                 loss = forward.loss(forward.outputs(twin, inputs), inputs)
             trains = {name: each for name, each in twin.named_parameters() if each.requires_grad}
-            return cls(int(counter.get_total_flops()), BackwardCost(loss, trains))
+            return cls(int(counter.get_total_flops()), BackwardCost(loss, trains)) if loss.requires_grad else None
         except Exception:  # noqa: BLE001 - as in count_flops
             return None
+
+    @property
+    def whole(self) -> int:
+        """The operations of a step that trains everything."""
+        return self.forward + self.backward.whole
 
     def count(self, trainable: frozenset[str]) -> int | None:
         """Return the operations of a step that trains these; None where they cannot be counted."""

@@ -17,7 +17,7 @@ from .data import ResumableLoader
 from .engine import Engine, Handler
 from .errors import ArgumentError, DataError, with_article
 from .events import Event
-from .flops import FlopCounter, count_flops
+from .flops import FlopCounter
 from .forward import stop_frozen
 from .homes import OptimizerLike, over_twins
 from .layering import find_layers
@@ -86,8 +86,7 @@ class Foresight:
         self.state = _PlannedState(twin, ledger, duration, trainer.seed, clock, metrics=_Metrics())
         self.algorithms = [each.fresh() for each in trainer.algorithms]
         self.engine = _Engine([each for each in self.algorithms if each.stage in _ACTING], self.state)
-        batch, forward, whole = self.data.peek(), trainer.forward(), meta_twin(model, full=True)[0].train()
-        counter = FlopCounter(twin, batch, forward, count_flops(whole, batch, forward))
+        counter = FlopCounter(twin, self.data.peek(), trainer.forward())
         self.recorder = Recorder(ledger, total_batches(duration, clock), counter.share)
 
     def plan(self) -> Plan:

@@ -12,7 +12,7 @@ from attrs import Factory, define, frozen
 from torch import nn
 
 from .errors import SurgeryError, nearest
-from .surgery import Attachment, JournalEntry, Site, op_named
+from .surgery import Attachment, JournalEntry, Parents, Site, op_named
 from .typing import Json
 
 
@@ -79,7 +79,14 @@ def keep_record(model: nn.Module, record: Record) -> None:
 
 
 def build_grafts(
-    model: nn.Module, name: str, op: str, arguments: Mapping[str, Json], *, overrides: Overrides, seed: int
+    model: nn.Module,
+    name: str,
+    op: str,
+    arguments: Mapping[str, Json],
+    *,
+    overrides: Overrides,
+    seed: int,
+    parents: Parents,
 ) -> tuple[Graft, ...]:
     """Build what a surgery op attaches to the module called ``name``, and put it on.
 
@@ -90,6 +97,7 @@ def build_grafts(
         arguments: The op's.
         overrides: The model's record of attributes that were set.
         seed: Of the run: what is drawn depends on it, the module and the op alone.
+        parents: What holds each module of the model.
 
     Raises:
         SurgeryError: No such module or op, or the op refuses the module. The model is as before.
@@ -100,7 +108,9 @@ def build_grafts(
         known = nearest(str(name), [each for each, _ in model.named_modules() if each])
         raise SurgeryError(f"the model has no module {name!r}. Nearest: {known}.") from None
     drawn = int.from_bytes(hashlib.sha256(f"{seed}/{name}/{op}".encode()).digest()[:8]) >> 1
-    attachments = tuple(op_named(op)(Site(model, name, module, torch.Generator().manual_seed(drawn)), **arguments))
+    attachments = tuple(
+        op_named(op)(Site(model, name, module, torch.Generator().manual_seed(drawn), parents), **arguments)
+    )
     check_grafts(model, attachments, op)
     return tuple(apply_graft(model, each, overrides) for each in attachments)
 

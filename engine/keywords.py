@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import wraps
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar, cast
 
-from .errors import UnknownArgumentError, shorten
+from .errors import CallError, UnknownArgumentError, shorten
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -94,22 +95,57 @@ def _nearest(call: str, name: str, takes: Collection[str], instead: Mapping[str,
     return instead[close[0]] if (close := get_close_matches(name, instead, n=1)) else None
 
 
-def explained(call: str, instead: Mapping[str, str] = INSTEAD) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function say what to write instead of a keyword that it does not take; its signature stays.
+def refuse_misplaced(
+    call: str, signature: inspect.Signature, given: tuple[object, ...], keywords: Collection[str], example: str
+) -> None:
+    """Raise where a call leaves out an argument that it needs, or has more without a keyword than it takes so.
+
+    Args:
+        call: The call as it is written, such as ``"trainer.fit"``.
+        signature: Its signature.
+        given: What it is given without a keyword.
+        keywords: The keywords that it is given; all of them are known.
+        example: A correct call.
+
+    Raises:
+        CallError: There is one.
+
+    Example:
+        >>> signature = inspect.signature(lambda model, *, duration: None)
+        >>> refuse_misplaced("fit", signature, ("model",), (), "fit(model, duration='3ep')")
+        Traceback (most recent call last):
+        thawline.engine.errors.CallError: fit(duration=) is missing. Write: fit(model, duration='3ep')
+    """
+    parameters = signature.parameters.values()
+    placed = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    if len(given) > len(placed):
+        takes = f"takes keywords after {placed[-1]}" if placed else "takes keywords only"
+        raise CallError(call, f"{takes}, got {shorten(given[len(placed)])} without one", example=example)
+    there = {*placed[: len(given)], *keywords}
+    for each in parameters:
+        if each.default is each.empty and each.name not in there:
+            raise CallError(f"{call}({each.name}=)", "is missing", example=example)
+
+
+def explained(
+    call: str, example: str, instead: Mapping[str, str] = INSTEAD
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a method say what to write instead of a call that it does not take; its signature stays.
 
     Args:
         call: The call as it is written.
+        example: A correct one.
         instead: As for :func:`refuse_unknown`.
     """
 
     def explain(function: Callable[P, R]) -> Callable[P, R]:
-        code = cast("Any", function).__code__
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        takes = tuple(name for name in names if name != "self")
+        _, *parameters = inspect.signature(function).parameters.values()
+        signature = inspect.Signature(parameters)
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            refuse_unknown(call, kwargs, takes, instead)
+            refuse_unknown(call, kwargs, signature.parameters, instead)
+            refuse_misplaced(call, signature, args[1:], kwargs, example)
             return function(*args, **kwargs)
 
         return checked
@@ -117,11 +153,11 @@ def explained(call: str, instead: Mapping[str, str] = INSTEAD) -> Callable[[Call
     return explain
 
 
-def explained_constructor(call: str, instead: Mapping[str, str] = INSTEAD) -> Callable[[Kind], Kind]:
-    """Let a class say what to write instead of a keyword that its constructor does not take; its signature stays."""
+def explained_constructor(call: str, example: str, instead: Mapping[str, str] = INSTEAD) -> Callable[[Kind], Kind]:
+    """Let a class say what to write instead of a call that its constructor does not take; its signature stays."""
 
     def explain(kind: Kind) -> Kind:
-        cast("Any", kind).__init__ = explained(call, instead)(cast("Any", kind).__init__)
+        cast("Any", kind).__init__ = explained(call, example, instead)(cast("Any", kind).__init__)
         return kind
 
     return explain

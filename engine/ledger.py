@@ -21,7 +21,7 @@ from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_options, check_parameter, check_rates, check_slots
 from .rates import Rates
 from .selectors import Selector, covers
-from .surgery import JournalEntry
+from .surgery import JournalEntry, parents_of
 from .typing import Json
 
 
@@ -154,14 +154,15 @@ class ParameterLedger(Rates):
             LedgerClosedError: Called during forward, backward, step or evaluation.
         """
         self._check_open("attach", owner)
-        record = record_of(self.model)
+        record, parents = record_of(self.model), parents_of(self.model)
         made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
         try:
             for name in [module_name] if isinstance(module_name, str) else module_name:
                 entry = JournalEntry(name, op, owner, dict(arguments))
-                made.append(
-                    (entry, build_grafts(self.model, name, op, arguments, overrides=record.overrides, seed=self.seed))
+                grafts = build_grafts(
+                    self.model, name, op, arguments, overrides=record.overrides, seed=self.seed, parents=parents
                 )
+                made.append((entry, grafts))
         except BaseException:
             for graft in reversed([graft for _, grafts in made for graft in grafts]):
                 undo_graft(self.model, graft, record.overrides)
@@ -255,16 +256,29 @@ class ParameterLedger(Rates):
     def facts(self) -> dict[str, Json]:
         """Return by name what trains, in which groups, at which rates, who holds what, and what is attached: plain JSON."""
         facts: dict[str, Any] = {
-            name: [list(each.shape), str(each.dtype), each.requires_grad, name in self._trainable]
+            name: {
+                "shape": list(each.shape),
+                "dtype": str(each.dtype),
+                "requires_grad": each.requires_grad,
+                "trains": name in self._trainable,
+            }
             for name, each in self._parameters.items()
         }
         for number, (slot, group) in enumerate(self._live.items()):
             lr = None if slot.base_lr is None else float(group["lr"])
-            values = [slot.home.index, self._members[slot], lr, slot.scale, slot.set_options]
-            facts[f"group {number}"] = values
+            facts[f"group {number}"] = {
+                "optimizer group": slot.home.index,
+                "parameters": self._members[slot],
+                "lr": lr,
+                "scale": slot.scale,
+                "options": slot.set_options,
+            }
         for owner, mine in self._holds.held.items():
             facts[f"held by {owner}"] = sorted(mine)
-        facts["attached"] = [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal]
+        facts["attached"] = [
+            {"module": entry.module, "op": entry.op, "owner": entry.owner, "arguments": entry.arguments}
+            for entry in self.journal
+        ]
         return facts
 
     def digest(self) -> str:
@@ -425,9 +439,12 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[No
             f"{here[0].op!r} is attached to {here[0].module!r} already. Give the model as it was before the fit."
         )
     made: list[tuple[JournalEntry, tuple[Graft, ...]]] = []
+    parents = parents_of(model)
     try:
         for entry in () if here else wanted:
-            grafts = build_grafts(model, entry.module, entry.op, entry.arguments, overrides=record.overrides, seed=0)
+            grafts = build_grafts(
+                model, entry.module, entry.op, entry.arguments, overrides=record.overrides, seed=0, parents=parents
+            )
             made.append((entry, grafts))
         yield
     except BaseException:

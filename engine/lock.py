@@ -120,11 +120,39 @@ def _sign(descriptor: int) -> None:
         os.pwrite(descriptor, json.dumps(who).encode(), 0)
 
 
+def holder(folder: Path) -> str:
+    """Return who has signed the lock of a directory last, held or not; an empty text where there is none.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder, RunLock(folder):
+        ...     holder(Path(folder)).startswith("process ")
+        True
+    """
+    try:
+        descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        return _named(_signed(descriptor))
+    finally:
+        os.close(descriptor)
+
+
 def _holder(descriptor: int) -> str:
+    who = _signed(descriptor)
+    mine = who is not None and who[:2] == (os.getpid(), socket.gethostname())
+    return _named(who) + ", which is this process" * mine
+
+
+def _named(who: tuple[int, str, str] | None) -> str:
+    """Name who has signed; None: it has not signed yet."""
+    return "another process" if who is None else f"process {who[0]} on {who[1]!r} since {who[2]}"
+
+
+def _signed(descriptor: int) -> tuple[int, str, str] | None:
     try:
         who = json.loads(os.pread(descriptor, 4096, 0))
-        pid, host, since = int(who["pid"]), str(who["host"])[:64], str(who["since"])[:64]
-    except (OSError, ValueError, KeyError, TypeError):  # it has not signed yet
-        return "another process"
-    mine = ", which is this process" if (pid, host) == (os.getpid(), socket.gethostname()) else ""
-    return f"process {pid} on {host!r} since {since}{mine}"
+        return int(who["pid"]), str(who["host"])[:64], str(who["since"])[:64]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -89,6 +89,7 @@ class Meters:
     _loss: float = field(init=False, default=0.0)
     _weight: float = field(init=False, default=0.0)
     _samples: int = field(init=False, default=0)
+    _batches: int = field(init=False, default=0)
     _sums: dict[str, float] = field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
@@ -107,6 +108,7 @@ class Meters:
             self._loss += loss * weight
             self._weight += weight
         self._samples += samples
+        self._batches += 1
         for name, metric in self.metrics.items():
             try:
                 if self.team is None:
@@ -135,11 +137,12 @@ class Meters:
                 f"a metric without a sync() of its own is given the outputs and targets of all ranks, which have to be tensors: "
                 f"got {type(outputs).__name__} and {type(targets).__name__}. Write: a function (outputs, targets) -> number."
             )
-        whole = [_joined(team.exchange_tensor(each[:samples])) for each in (outputs, targets)]
+        whole = [_joined(team.exchange_tensor(each[:samples], batch=self._batches)) for each in (outputs, targets)]
         return metric.update(*whole)
 
     def _add_up(self, team: Team) -> None:
         """Make the sums those over all ranks, added in order of rank."""
+        team.tell("EVAL_END", self._batches)  # loaders of other lengths end here, if they have not before
         names = [name for name, metric in self.metrics.items() if not isinstance(metric, Accumulator)]
         own = [self._loss, self._weight, float(self._samples), *(self._sums.get(name, 0.0) for name in names)]
         loss, weight, samples, *sums = (reduce(add, each) for each in zip(*team.exchange(own), strict=True))

@@ -174,19 +174,24 @@ class Plan:
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         axes.set_facecolor("0.82")
+        rate = "at which learning rate"
         if (positive := grid[grid > 0]).size:
             low, high = float(positive.min()), float(positive.max())
-            low = low * 0.999 if low == high else max(low, high * 1e-4)
+            varies = low < high
+            low = max(low, high * 1e-4) if varies else low * 0.999
             norm = LogNorm(low, high, clip=True)
             grid = np.where(grid < low, low, grid)
             mesh = axes.pcolormesh(
                 edges, np.arange(len(names) + 1), grid, cmap="viridis", norm=norm, linewidth=0, rasterized=True
             )
-            figure.colorbar(mesh, ax=axes, label="learning rate")
+            if varies:
+                figure.colorbar(mesh, ax=axes, label="learning rate")
+            else:
+                rate = f"learning rate {high:g}"
         axes.set_yticks(np.arange(len(names)) + 0.5, names)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xlabel("epochs")
-        axes.set_title(title or "what trains, at which learning rate (gray: frozen)", fontsize="medium")
+        axes.set_title(title or f"what trains, {rate} (gray: frozen)", fontsize="medium")
         figure.savefig(target, dpi=150)
         return target
 

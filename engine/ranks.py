@@ -11,6 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from .checkpoint import plain_rng, rng_of, rng_state, seed_everything
 from .data import Fetched, ResumableLoader
 from .distributed import Rows, Team
 from .engine import Engine
-from .errors import DistributedError
+from .errors import DistributedError, OutOfMemoryError
 from .events import Event
+from .lock import holder
 from .memory import Microbatches
 from .randomness import derive_seed
 from .rundir import RunDir, load_checkpoint
@@ -57,6 +59,7 @@ class Ranks:
         make_room: Callable[[MemoryError], None],
     ) -> None:
         self.team = team
+        engine.state.world = team.world
         self._state, self._signals, self._make_room = engine.state, signals, make_room
         self._microbatches = microbatches
         self._buckets = GradientBuckets(team, engine.state.ledger)
@@ -135,7 +138,9 @@ class Ranks:
         if any(row[0] for row in rows):
             if total is not None:
                 rank = next(rank for rank, row in enumerate(rows) if row[0])
-                self._make_room(MemoryError(f"out of memory on rank {rank}"))
+                # A share that cannot be cut is repeated as it is: it is not this rank that ran out.
+                with suppress(OutOfMemoryError):
+                    self._make_room(MemoryError(f"out of memory on rank {rank}"))
             self._state.ledger.clear_gradients()
             return None
         if any(row[3] for row in rows):
@@ -230,13 +235,16 @@ def open_run_dir(team: Team, opened: Callable[..., RunDir], resume: bool | str |
     )
     try:
         found = None if first is None or first.loaded is None else str(first.loaded[0])
-        known = team.share([found, None if first is None else first.best_metric])
+        owner = None if first is None or first.folder is None else holder(first.folder)
+        known = team.share([found, None if first is None else first.best_metric, owner])
 
         def follow() -> RunDir:
             if first is not None:
                 return first
-            follower = opened(resume=False if known[0] is None else Path(known[0]), writes=False)
-            _await_folder(follower.folder, team)
+            follower = opened(resume=False, writes=False)
+            _await_folder(follower.folder, known[2], team)
+            if known[0] is not None:
+                follower.loaded = load_checkpoint(Path(known[0]))
             follower.best_metric = known[1]
             return follower
 
@@ -269,25 +277,48 @@ def start_alike(team: Team, model: nn.Module, settings: Mapping[str, Json], **lo
         DistributedError: Names what differs, on all ranks.
     """
     everything: dict[str, Json] = {
-        f"parameter {name}": [list(each.shape), str(each.dtype), each.requires_grad]
+        f"parameter {name}": {**_shape(each), "requires_grad": each.requires_grad}
         for name, each in model.named_parameters()
     }
-    everything |= {f"buffer {name}": [list(each.shape), str(each.dtype)] for name, each in model.named_buffers()}
+    everything |= {f"buffer {name}": _shape(each) for name, each in model.named_buffers()}
     everything |= {f"setting {name}": value for name, value in settings.items()}
-    everything |= {f"batches of {name}": None if each is None else each.length for name, each in loaders.items()}
-    digest = hashlib.sha256(repr(everything).encode()).hexdigest()
-    team.compare("what is trained, and with what", digest, lambda: everything)
+    everything |= {name: None if each is None else each.facts for name, each in loaders.items()}
+    _compare(team, "what is trained, and with what", everything)
     team.spread([*model.parameters(), *model.buffers()])
 
 
-def _await_folder(folder: Path | None, team: Team) -> None:
-    """Wait until a directory appears that the first rank has opened."""
+def same_data(team: Team, **loaders: ResumableLoader) -> None:
+    """Check that all ranks were given data of the same size.
+
+    Raises:
+        DistributedError: Names what differs, on all ranks.
+    """
+    _compare(team, "the data", {name: each.facts for name, each in loaders.items()})
+
+
+def _compare(team: Team, what: str, facts: Mapping[str, Json]) -> None:
+    team.compare(what, hashlib.sha256(repr(facts).encode()).hexdigest(), lambda: facts)
+
+
+def _shape(tensor: torch.Tensor) -> dict[str, Json]:
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+
+
+def _await_folder(folder: Path | None, owner: str | None, team: Team) -> None:
+    """Wait until the directory appears that the first rank has opened: the one whose lock says the same here as there."""
+    if (folder is None) != (owner is None):
+        mine, other = ("no run_dir", "one") if folder is None else (f"run_dir={str(folder)!r}", "none")
+        raise DistributedError(
+            f"rank {team.rank} has {mine}, and rank 0 has {other}. Write the same on all ranks: Trainer(run_dir='runs/first'); the "
+            "first one alone writes there."
+        )
     end = time.monotonic() + _PATIENCE
-    while folder is not None and not folder.is_dir():
+    while folder is not None and (not folder.is_dir() or holder(folder) != owner):
         if time.monotonic() > end:
+            got = "no such directory" if not folder.is_dir() else f"one that is held by {holder(folder) or 'nobody'}"
             raise DistributedError(
-                f"rank {team.rank} does not see {folder}, which rank 0 has opened: got no such directory, wanted one that all "
-                "machines share. Write: Trainer(run_dir=<a path on a shared file system>)."
+                f"rank {team.rank} does not see {folder}, which rank 0 has opened: got {got}, wanted one that all machines "
+                f"share, held by {owner}. Write: Trainer(run_dir=<a path on a shared file system>)."
             )
         time.sleep(0.05)
 

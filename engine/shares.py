@@ -1,45 +1,78 @@
-"""Which samples of a batch are a rank's: a function of the batch's size, the rank, and how many ranks there are."""
+"""Which samples of a batch are a rank's: a function of the batch, the seed, the rank, and how many ranks there are."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from attrs import frozen
+import numpy as np
+from attrs import evolve, frozen
 from torch.utils.data import DistributedSampler
 
 from .batches import Fetched, part_of_batch
 from .errors import DistributedError
+
+_WORD = 2**64 - 1
 
 
 @frozen
 class Share:
     """The share of one rank in every batch.
 
-    A loader's batch is that of all ranks together. Each rank takes a piece of it, in order of rank, the pieces being
-    equal up to one sample; so the order of an epoch, how many batches it has and where a checkpoint is cut do not depend
-    on how many ranks there are.
+    A loader's batch is that of all ranks together. Each rank takes a piece of it, the pieces being equal up to one
+    sample; so the order of an epoch, how many batches it has and where a checkpoint is cut do not depend on how many ranks
+    there are.
+
+    With a seed a sample goes to its home, the same rank in every epoch, as far as the sizes of the pieces allow: what a rank
+    keeps of its samples is there when they come again. Where a batch has more samples of a home than fit, those drawn to
+    stay last go to the rank after it, mostly the same ones each time.
 
     Args:
         rank: Number of the rank, from 0.
         world: How many ranks there are.
+        seed: Of the samples' homes; None cuts each batch in order of rank.
 
     Example:
         >>> [Share(rank, 3).of(range(8)) for rank in range(3)]
         [range(0, 2), range(2, 5), range(5, 8)]
+        >>> [Share(rank, 3, seed=0).of(range(8)) for rank in range(3)]
+        [[0, 6], [2, 3, 5], [1, 4, 7]]
     """
 
     rank: int
     world: int
+    seed: int | None = None
+
+    def with_homes(self, seed: int) -> Share:
+        """Return the share that sends samples home."""
+        return evolve(self, seed=seed)
 
     def limits(self, samples: int) -> tuple[int, int]:
         """Return where the rank's piece of so many samples begins and ends."""
         return samples * self.rank // self.world, samples * (self.rank + 1) // self.world
 
     def of(self, samples: Sequence[Any]) -> Sequence[Any]:
-        """Return the rank's piece; it is empty where there are more ranks than samples."""
-        start, end = self.limits(len(samples))
-        return samples[start:end]
+        """Return the rank's piece, in the batch's order; it is empty where there are more ranks than samples."""
+        keys = None if self.seed is None else _keys(samples, self.seed)
+        if keys is None:
+            start, end = self.limits(len(samples))
+            return samples[start:end]
+        return [samples[place] for place in self._places(keys)]
+
+    def _places(self, keys: np.ndarray[Any, Any]) -> list[int]:
+        """Return the places of the samples that are this rank's: each takes its home, or the next rank with room."""
+        shares = (Share(rank, self.world).limits(len(keys)) for rank in range(self.world))
+        room = [end - start for start, end in shares]
+        homes, mine = (keys % np.uint64(self.world)).tolist(), []
+        for place in np.argsort(keys, kind="stable").tolist():
+            rank = homes[place]
+            while not room[rank]:
+                rank = (rank + 1) % self.world
+            room[rank] -= 1
+            if rank == self.rank:
+                mine.append(place)
+        return sorted(mine)
 
     def taken(self, samples: Sequence[Any]) -> Sequence[Any]:
         """Return what the rank loads: its piece, or the first sample where that is empty.
@@ -81,3 +114,18 @@ def check_shares(loader: Any, size: int | None, world: int, name: str, *, even: 
             f"{name} has batches of {size} samples, which {world} ranks cannot share evenly: got {size}, wanted a multiple of "
             f"{world}. batch_size is that of all ranks together. Write: DataLoader(dataset, batch_size={nearby})."
         )
+
+
+def _keys(samples: Sequence[Any], seed: int) -> np.ndarray[Any, Any] | None:
+    """Return a number for each sample that depends on it and the seed alone; None where samples are no whole numbers.
+
+    The numbers are those of splitmix64 (Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators, 2014).
+    """
+    try:
+        numbers = np.array([operator.index(each) & _WORD for each in samples], dtype=np.uint64)
+    except TypeError:
+        return None
+    mixed = (numbers + np.uint64(seed & _WORD)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

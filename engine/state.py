@@ -40,6 +40,7 @@ class State:
         exception: What ended the fit, at FIT_ABORT.
         restored: Whether earlier weights were put back at the fit's last EPOCH_END: the loop then evaluates them anew.
         stop_reason: Why the fit is to stop, once somebody asked.
+        world: How many ranks train together, each with its share of every batch.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -68,6 +69,7 @@ class State:
     exception: BaseException | None = None
     restored: bool = False
     stop_reason: str | None = None
+    world: int = 1
     logged: dict[str, float] = field(factory=dict)
 
     @property

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 from torch import Tensor, nn
 
 from .errors import SurgeryError, nearest
@@ -28,12 +28,44 @@ class Site:
         module: The module itself; read only.
         generator: Source of all randomness of the op: seeded by run seed, module name and op, so
             that what is built does not depend on when or in which order it is attached.
+        parents: What holds each module, as :func:`parents_of` gives it for the model.
     """
 
     model: nn.Module
     name: str
     module: nn.Module
     generator: torch.Generator
+    parents: Parents = Factory(lambda self: parents_of(self.model), takes_self=True)
+
+    @property
+    def around(self) -> dict[str, nn.Module]:
+        """The modules that hold this one, directly or not, by name: outer ones first."""
+        found: dict[str, nn.Module] = {}
+        held = [self.module]
+        while held:
+            for name, parent in self.parents.get(id(held.pop()), ()):
+                if name not in found:
+                    found[name] = parent
+                    held.append(parent)
+        return dict(reversed(found.items()))
+
+
+Parents = Mapping[int, Sequence[tuple[str, nn.Module]]]
+
+
+def parents_of(model: nn.Module) -> Parents:
+    """Return the modules that hold each module directly, with their names, by the identity of what they hold.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(1, 1)))
+        >>> [name for name, _ in parents_of(model)[id(model[0][0])]]
+        ['0']
+    """
+    parents: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for child in module.children():
+            parents.setdefault(id(child), []).append((name, module))
+    return parents
 
 
 @frozen(eq=False)

@@ -24,6 +24,7 @@ from .layers import LayerMap, LayerSpec
 from .log import only_errors
 from .plan import Plan
 from .precision import Precision
+from .ranks import same_data
 from .recipe import Recipe, check_optimizer
 from .resume import OnChange
 from .run import Run
@@ -39,7 +40,8 @@ class FitResult:
         history: One dict an epoch: ``epoch``, ``batch``, ``train/loss``, evaluation metrics, ``lr`` (the highest
             learning rate), ``lr/<layer>`` (the highest in each layer, 0.0 while it is frozen), ``trainable`` (number of
             scalars) and what algorithms logged.
-        metrics: The latest value of everything logged.
+        metrics: The latest value of everything logged; ``train/loss`` is the mean since the log line before, in ``history``
+            that of the epoch.
         stop_reason: Why the fit ended: ``"duration"``, ``"signal"``, or what an algorithm gave to ``state.stop``.
         clock: Where it ended.
         timeline: What trained when, at which learning rate.
@@ -67,7 +69,7 @@ _AT_FIT = {
 _AT_CONSTRUCTION = elsewhere("Trainer(", (each.name for each in fields(Recipe)))
 
 
-@explained_constructor("Trainer", INSTEAD | _AT_FIT)
+@explained_constructor("Trainer", "Trainer(algorithms=[LayerThaw(every=2)])", INSTEAD | _AT_FIT)
 @define(kw_only=True, eq=False)
 class Trainer(Recipe):
     """Fine-tunes models by a list of algorithms.
@@ -116,7 +118,7 @@ class Trainer(Recipe):
         (8, 'duration')
     """
 
-    @explained("trainer.fit", INSTEAD | _AT_CONSTRUCTION)
+    @explained("trainer.fit", _START[:-2] + ")", INSTEAD | _AT_CONSTRUCTION)
     def fit(
         self,
         model: nn.Module,
@@ -182,8 +184,9 @@ class Trainer(Recipe):
             )
         chosen = self._chosen(optimizer)
         team = self.joined()
+        anew = restarted(team)  # asked by all ranks, whatever they were given
         if resume is False and self.run_dir is not None:
-            resume = restarted(team)
+            resume = anew
         with only_errors() if team is not None and not team.first else nullcontext(), Run(
             self, model, train_loader, eval_loader, duration=span, optimizer=chosen, layers=layers, resume=resume,
             on_change=on_change, team=team,
@@ -194,7 +197,9 @@ class Trainer(Recipe):
                 run.folder.best, run.folder.last,
             )  # fmt: skip
 
-    @explained("trainer.plan", INSTEAD | _AT_CONSTRUCTION | _AT_FIT)
+    @explained(
+        "trainer.plan", "trainer.plan(model, train_loader, duration='3ep')", INSTEAD | _AT_CONSTRUCTION | _AT_FIT
+    )
     def plan(
         self,
         model: nn.Module,
@@ -245,6 +250,7 @@ class Trainer(Recipe):
             )  # fmt: skip
         return self.optimizer if optimizer is None else check_optimizer(optimizer)
 
+    @explained("trainer.evaluate", "trainer.evaluate(model, loader)", INSTEAD | _AT_CONSTRUCTION)
     def evaluate(self, model: nn.Module, loader: Iterable[Any]) -> dict[str, float]:
         """Return ``"eval/loss"`` and ``"eval/<metric>"`` over a loader; the model's mode is put back.
 
@@ -255,9 +261,12 @@ class Trainer(Recipe):
         require_weights("evaluate", model, lazy=True)
         team = self.joined()
         share = None if team is None else Share(team.rank, team.world)
+        data = ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)", share=share)
+        if team is not None:
+            same_data(team, loader=data)
         return evaluate(
             model.to(self.device),
-            ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)", share=share),
+            data,
             forward=self.forward(),
             metrics=self.metrics,
             precision=Precision(self.precision, self.device),

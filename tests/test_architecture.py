@@ -49,7 +49,7 @@ TIERS: tuple[frozenset[str], ...] = (
         }
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
         | {"checkpointing", "pristine", "weights"}
-        | {"comet", "tracking", "signals", "workers", "shares", "buckets", "buffers"}
+        | {"comet", "tracking", "signals", "workers", "shares", "buckets", "buffers", "differences"}
     ),
     frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
     frozenset(

@@ -180,7 +180,7 @@ class Labeled:
     [
         (Labeled("a", torch.zeros(5, 2)), 5),
         (Pair(torch.zeros(4), torch.zeros(4)), 4),
-        (Labeled("a", Labeled("b", None)), 2),
+        (Labeled("a", Labeled("b", None)), 1),
         (3, 1),
     ],
 )
@@ -354,3 +354,32 @@ def test_weighted_microbatches_give_the_mean_of_the_batch(labels: list[int], siz
     losses = [torch.nn.functional.cross_entropy(x, y, reduction="sum") for x, y in parts]
     assert sum(weights) == count_weight((logits, targets), targets)
     assert float(sum(losses)) / sum(weights) == pytest.approx(float(whole), abs=1e-12)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A batch as a record; what it checks, it checks once."""
+
+    x: Any
+    y: Any
+    note: str = "kept"
+
+    def __post_init__(self) -> None:
+        assert len(self.x) == 5
+
+
+def test_a_dataclass_moves_and_is_cut_as_a_mapping_is() -> None:
+    """Also a frozen one; arrays become tensors, and the original stays as it is."""
+    batch = Checked(np.arange(10, dtype=np.float32).reshape(5, 2), torch.arange(5))
+    moved = to_device(batch, torch.device("cpu"))
+    assert isinstance(batch.x, np.ndarray)
+    assert torch.equal(moved.x, torch.arange(10.0).reshape(5, 2))
+    assert moved.y is batch.y
+    assert to_device(moved, torch.device("cpu")) is moved
+    parts = split_batch(moved, 2)
+    assert [(type(each), each.y.tolist(), len(each.x), each.note) for each in parts] == [
+        (Checked, [0, 1], 2, "kept"),
+        (Checked, [2, 3], 2, "kept"),
+        (Checked, [4], 1, "kept"),
+    ]
+    assert batch_size_of(batch) == 5

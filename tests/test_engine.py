@@ -353,6 +353,14 @@ def test_an_algorithm_that_does_not_act_is_refused() -> None:
         def attach(self, state: State) -> None:
             """Set up hooks."""
 
+    class Short(Algorithm):
+        events = frozenset({Event.BATCH_END})
+
+        def apply(self, state: State) -> None:  # type: ignore[override]
+            pass
+
+    with pytest.raises(ArgumentError, match=r"Short.apply takes a method of an event and the state, got .apply\(state"):
+        Trainer(algorithms=[Short()])
     with pytest.raises(ArgumentError, match=r"Misspelled.apply takes a method .*, got 'aply'. Write: def apply\(self,"):
         Engine([Misspelled()], state_of())
     with pytest.raises(ArgumentError, match=r"Empty.apply takes a method .*, got None"):

@@ -13,7 +13,7 @@ import torch
 
 from thawline import algorithms, engine
 from thawline.algorithms import GradClip, LayerThaw
-from thawline.engine import ArgumentError, Trainer, UnknownArgumentError
+from thawline.engine import ArgumentError, CallError, Trainer, UnknownArgumentError
 from thawline.engine.keywords import INSTEAD, explained
 
 fit: Callable[..., Any] = Trainer().fit
@@ -58,6 +58,34 @@ def test_an_unknown_keyword_is_answered_with_what_to_write(call: Callable[[], ob
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "problem", "write"),
+    [
+        (lambda: fit(1, 2), "trainer.fit(duration=) is missing", START + "duration='3ep')"),
+        (lambda: fit(1, duration=3), "trainer.fit(train_loader=) is missing", START + "duration='3ep')"),
+        (lambda: fit(train_loader=1), "trainer.fit(model=) is missing", START + "duration='3ep')"),
+        (
+            lambda: fit(1, 2, 3, "2ep"),
+            "trainer.fit takes keywords after eval_loader, got '2ep'",
+            START + "duration='3ep')",
+        ),
+        (lambda: plan(1, 2), "trainer.plan(duration=) is missing", "trainer.plan(model, train_loader, duration='3ep')"),
+        (lambda: make().evaluate(1), "trainer.evaluate(loader=) is missing", "trainer.evaluate(model, loader)"),
+        (lambda: make([]), "Trainer takes keywords only, got []", "Trainer(algorithms=[LayerThaw(every=2)])"),
+    ],
+)
+def test_an_argument_that_is_missing_or_out_of_place_is_answered_with_a_call(
+    call: Callable[[], object], problem: str, write: str
+) -> None:
+    """A typed error, before anything else is looked at; it is Python's TypeError as well."""
+    with pytest.raises(CallError) as caught:
+        call()
+    assert str(caught.value).startswith(problem)
+    assert caught.value.example == write
+    assert isinstance(caught.value, (TypeError, ArgumentError))
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
 @pytest.mark.parametrize("name", INSTEAD)
 def test_what_other_trainers_call_otherwise_is_no_argument_here_and_has_an_answer_that_works(name: str) -> None:
     """What is to be given to the Trainer can be, and what is to be given to fit is taken by its signature."""
@@ -91,14 +119,13 @@ def test_signatures_stay() -> None:
 
 
 def test_a_type_error_of_the_function_itself_is_its_own() -> None:
-    """Only keywords are looked at."""
+    """Only the call is looked at."""
 
-    @explained("double")
-    def double(x: Any) -> Any:
-        return 2 * x + "text"
+    class Doubler:
+        @explained("double", "double(2)")
+        def double(self, x: Any) -> Any:
+            return 2 * x + "text"
 
     with pytest.raises(TypeError, match="unsupported operand") as caught:
-        double(x=1)
-    assert not isinstance(caught.value, UnknownArgumentError)
-    with pytest.raises(TypeError, match="missing 1 required"):
-        fit(1, 2)
+        Doubler().double(x=1)
+    assert not isinstance(caught.value, ArgumentError)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from helpers import Tied, encoder, loader, mlp, same_weights, weights
-from thawline.algorithms import LayerFreeze, LayerThaw, LayerwiseLR, LoRAInject, thaw_order
+from thawline.algorithms import LayerFreeze, LayerThaw, LayerwiseLR, LoRAInject, Phase, ThawSchedule, thaw_order
 from thawline.algorithms.layer_thaw import thawed_count
 from thawline.engine import (
     Algorithm,
@@ -285,6 +285,23 @@ def test_all_held_by_others_warns_and_names_them() -> None:
     loop = Loop([LayerThaw(), HoldHead("stem", "blocks")])
     with pytest.warns(ThawlineWarning, match="releases nothing: all else is held by HoldHead"):
         loop.run()
+
+
+def test_beside_a_schedule_of_phases_a_layer_trains_once_both_have_released_it() -> None:
+    """In whichever order they stand, and a warning says that each holds what the other releases."""
+    phases = [
+        *(Phase(thaw=each, until="1ep") for each in ("head", "blocks[2]", "blocks[1]")),
+        Phase(thaw=("blocks[0]", "stem")),
+    ]
+    for step in (1, -1):
+        with pytest.warns(ThawlineWarning, match="each hold what the other releases"):
+            rows = Loop([LayerThaw(every=2), ThawSchedule(phases)][::step], duration="6ep").run()
+        assert [set(row) - {"head"} for row in rows] == [
+            set(),
+            set(),
+            *[{"blocks[2]"}] * 2,
+            *[{"blocks[1]", "blocks[2]"}] * 2,
+        ]
 
 
 def test_it_says_where_it_begins() -> None:

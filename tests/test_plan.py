@@ -23,6 +23,7 @@ from thawline.engine import (
     Stage,
     State,
     Trainer,
+    constant,
     cosine,
     linear,
 )
@@ -183,3 +184,24 @@ def test_a_picture_is_where_it_is_said_to_be(tmp_path: Path) -> None:
 def test_sizes_are_written_in_powers_of_1024(count: int, text: str) -> None:
     """The largest unit that is not above the size."""
     assert _size(count) == text
+
+
+def test_a_constant_rate_is_written_and_has_no_scale_of_colors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only rates that differ need one."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn: list[Any] = []
+    saved = figure.Figure.savefig
+
+    def save(self: Any, *args: Any, **options: Any) -> None:
+        drawn.append(self)
+        saved(self, *args, **options)
+
+    monkeypatch.setattr(figure.Figure, "savefig", save)
+    data, trainer = [(torch.zeros(2, 4), torch.zeros(2, 1))] * 3, partial(Trainer, loss_fn=nn.functional.mse_loss)
+    for schedule in (constant(), linear()):
+        trainer(schedule=schedule).plan(nn.Linear(4, 1), data, duration=2).save(tmp_path / "plan.png")
+    assert [len(each.axes) for each in drawn] == [1, 2]
+    assert [each.axes[0].get_title().split(" (")[0] for each in drawn] == [
+        "what trains, learning rate 0.0001",
+        "what trains, at which learning rate",
+    ]

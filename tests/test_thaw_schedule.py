@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -914,3 +915,25 @@ def test_an_option_that_the_optimizer_does_not_have_is_an_error() -> None:
             algorithms=[schedule(Phase(thaw=("head", "blocks"), weight_decay=0.1))], loss_fn=cross_entropy, progress=False,
             optimizer=torch.optim.Rprop,
         ).fit(model, loader(), duration="1ba")  # fmt: skip
+
+
+def test_a_selector_that_matches_nothing_is_shown_with_its_line_and_the_nearest_name(tmp_path: Path) -> None:
+    """Also once the file is gone and the fit has built the schedule anew from what was read."""
+    path = tmp_path / "thaw.yaml"
+    path.write_text("phases:\n- thaw: haed\n  until: 1ep\n- thaw:\n  - 2.weight\n  - blocs[0]\n  lr: {2.weigth: 0.1}\n")
+    schedule = ThawSchedule(path)
+    path.unlink()
+    for each in (schedule, schedule.fresh(), copy.deepcopy(schedule)):
+        with pytest.raises(ScheduleError) as caught:
+            Trainer(algorithms=[each], progress=False, loss_fn=cross_entropy).fit(mlp(), loader(), duration="2ep")
+        found = [
+            (place, problem.split("'")[1], problem.split("Nearest names: ")[1])
+            for place, problem, _ in caught.value.faults
+        ]
+        assert caught.value.source == str(path)
+        assert [(place, name) for place, name, _ in found] == [
+            ("line 2", "haed"), ("line 6", "blocs[0]"), ("line 7", "2.weigth")
+        ]  # fmt: skip
+        assert found[0][2].startswith("'head'")
+        assert found[1][2].startswith("'blocks[0]'")
+        assert found[2][2].startswith("'2.weight'")
