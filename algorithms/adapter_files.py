@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..engine import CheckpointError, Json, ParameterLedger, SurgeryError, ThawlineWarning, get_logger, nearest
 from .lora_forward import spread
-from .lora_merge import adapted, ledger_of
+from .lora_merge import adapted, check_adapted, ledger_of
 from .lora_modules import Adapted, is_adapted
 from .lora_op import CONVOLUTIONS, is_conv1d, output_width, scaling_of
 
@@ -78,11 +78,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         ...     sorted(each.name for each in save_adapter(model, folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    check_adapted(model, "save_adapter")
     modules = dict(adapted(model))
-    if not modules:
-        raise SurgeryError(
-            "save_adapter: the model has no adapters. Write Trainer(algorithms=[LoRAInject()]), or inject_lora(ledger)."
-        )
     _warn_of_convolutions(cast("dict[str, nn.Module]", modules))
     saved = {name: _written(name, cast("nn.Module", module)) for name, module in modules.items()}
     tensors: dict[str, Tensor] = {}
@@ -129,7 +126,7 @@ def load_adapter(
             (DoRA, PiSSA and the like). Nothing was attached or written then.
         SurgeryError: A module that takes no adapter.
     """
-    ledger, path = ledger_of(model), Path(folder)
+    ledger, path = ledger_of(model, "load_adapter(model=)"), Path(folder)
     config, tensors = _read(path)
     saved, rest = _sorted_out(ledger.model, config, tensors)
     targets = _targets(ledger.model, rest)

@@ -45,7 +45,10 @@ class BestWeights:
         live: dict[str, Tensor] = {**_live(state), **dict(state.model.named_buffers())}
         found = [name for name, each in self.tensors.items() if name in live and live[name].shape == each.shape]
         for name in found:
-            live[name].copy_(self.tensors[name])
+            if not torch.equal(
+                live[name], self.tensors[name]
+            ):  # torch does not write into expanded buffers, which stay as they are
+                live[name].copy_(self.tensors[name])
         return [name for name in found if name in state.ledger.parameters]
 
     def state_dict(self) -> dict[str, Any]:

@@ -82,6 +82,10 @@ def inject_lora(
         >>> sorted(ledger.trainable)
         ['0.lora_A', '0.lora_B', '2.bias', '2.weight']
     """
+    if not isinstance(ledger, ParameterLedger):
+        takes = "a ParameterLedger: state.ledger in a fit, else one over the model and its optimizer"
+        example = "inject_lora(ParameterLedger(model, torch.optim.AdamW))"
+        raise ArgumentError("inject_lora(ledger=)", got=type(ledger).__name__, takes=takes, example=example)
     _check_values("inject_lora(rank=)", rank, example="inject_lora(ledger, rank=8)", whole=True)
     _check_values("inject_lora(alpha=)", alpha, example="inject_lora(ledger, alpha=16)", whole=False)
     check_in_range("inject_lora(dropout=)", dropout, at_least=0, below=1, example="inject_lora(ledger, dropout=0.05)")

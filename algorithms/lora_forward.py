@@ -12,6 +12,9 @@ import torch.nn.functional as F  # noqa: N812  # torch's own name for it
 from torch import Tensor
 from typing_extensions import override
 
+# What is so exact that a small adapter is not lost when it is added to a weight.
+_WIDE = (torch.float32, torch.float64)
+_ALIGNED = 64
 Rows: TypeAlias = Sequence[Sequence[int]]
 """Slices of the output, each from and up to which row of the weight."""
 
@@ -65,11 +68,12 @@ def lora_forward(
         width = weight.shape[1 if transposed else 0]
         base = F.linear(x, weight.t() if transposed else weight, bias)
         return base + lora_branch(x, lora_A, lora_B, scaling=scaling, dropout=p, training=True, rows=rows, width=width)
-    dtype = working_dtype(x)
+    dtype = x.dtype
     if _autocasts(x):  # cast here, once, where autograd sees it
+        dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     plan = _Plan(scaling, p, new_seed() if p > 0 else 0, rows, transposed)
-    return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return, no-untyped-call]  # torch's are untyped
+    return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return]
 
 
 def lora_branch(
@@ -129,6 +133,8 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 def _autocasts(x: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():  # of all devices, in a tenth of the time
+        return False
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return False
@@ -171,17 +177,18 @@ def _dropped(size: int, p: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     expected = size * p
     count = int(expected + 6 * math.sqrt(expected * (1 - p))) + 8
-    rate = -1 / max(-math.log1p(-p), 1e-30)
-    found, last = list[Tensor](), -1.0
+    rate = -1 / max(-math.log1p(-p), 1e-15)  # places must be counted in 64 bits
+    found, last = list[Tensor](), -1
     while True:
-        # 1 - u lies in (0, 1], so its logarithm is finite. In float64 places are exact far beyond any tensor's size.
-        gaps = torch.rand(count, generator=generator).neg_().log1p_().mul_(rate).floor_().add_(1)
-        places = gaps.cumsum(0, dtype=torch.float64).add_(last)
+        # 1 - u lies in (0, 1], so its logarithm is finite.
+        gaps = torch.rand(count, generator=generator).neg_().log1p_().mul_(rate).long()
+        places = gaps.add_(1).cumsum_(0)
+        places = places.add_(last)
         end = int(torch.searchsorted(places, size))
-        found.append(places[:end].long())
+        found.append(places[:end])
         if end < count:
             return torch.cat(found) if len(found) > 1 else found[0]
-        last = float(places[-1])
+        last = int(places[-1])
 
 
 @attrs.frozen
@@ -239,6 +246,23 @@ class _Plan(Plan):
             return base
         return base.addmm_(back, down) if self.p == 0 else base.add_(self.dropped(back @ down))
 
+    def merges(self, x: Tensor, weight: Tensor) -> bool:
+        """Return whether one product of ``x`` and the sum of both weights is exact enough, and less work than adding twice.
+
+        The sum begins on a boundary of memory, and a kernel may round differently where the weight does not.
+        """
+        if self.p > 0 or self.rows is not None or x.dtype not in _WIDE or len(x) < 2 * x.shape[1]:
+            return False
+        try:
+            return weight.is_contiguous() and weight.data_ptr() % _ALIGNED == 0
+        except RuntimeError:  # a fake tensor, which has no memory
+            return False
+
+    def merged(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Return the weight with what the adapter adds to it."""
+        first, second = (down.t(), up.t()) if self.transposed else (up, down)
+        return torch.addmm(weight, first, second, alpha=self.alpha)
+
     def slices(self, rank: int) -> list[tuple[slice, slice, slice]]:
         """Return for each slice: its outputs, its part of the hidden features, its rows of B."""
         made, at = list[tuple[slice, slice, slice]](), 0
@@ -251,6 +275,14 @@ class _Plan(Plan):
 
 class LowRank(torch.autograd.Function):
     """A layer with its adapter, of ``(x, weight, bias, down, up, plan)``: the result and the hidden features, which are kept."""
+
+    @classmethod
+    @override
+    def apply(cls, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # no keywords
+        """Apply it, outside torch.func without torch's look at the signature, which takes as long as a small layer."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]  # torch's
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]  # torch's
 
     @staticmethod
     @override
@@ -270,6 +302,11 @@ class _LowRank(LowRank):
         x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor]:
         rows = x.flatten(0, -2)
+        merges = x.is_contiguous() and plan.merges(
+            rows, weight
+        )  # torch folds other layouts where a weight has a gradient
+        if merges:
+            weight = plan.merged(weight, down, up)
         if plan.transposed:
             y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
         elif x.is_contiguous():
@@ -278,8 +315,8 @@ class _LowRank(LowRank):
             # Other layouts take another kernel: there the shape must stay, or the last bits would differ from those of
             # the layer without its adapter.
             y = F.linear(x, weight, bias).flatten(0, -2)
-        hidden = F.linear(plan.dropped(rows), down)
-        if plan.rows is None:
+        hidden = (down @ plan.dropped(rows).t()).t()  # in this order: so few columns are slow to compute
+        if plan.rows is None and not merges:
             y.addmm_(hidden, up.t(), alpha=plan.alpha)
         for out, part, place in plan.slices(up.shape[1]):
             y[:, out].addmm_(hidden[:, part], up[place].t(), alpha=plan.alpha)
@@ -302,12 +339,14 @@ class _LowRank(LowRank):
         back = back * plan.alpha
         into_x = into_up = None
         if wants_x:
-            base = push @ (weight.t() if plan.transposed else weight)
-            into_x = plan.added(base, back, down, places)
-            into_x = into_x.view(x.shape)
+            merges = plan.merges(push, weight)
+            full = plan.merged(weight, down, up) if merges else weight
+            into_x = push @ (full.t() if plan.transposed else full)
+            into_x = (into_x if merges else plan.added(into_x, back, down, places)).view(x.shape)
         if wants_up:
             parts = [(push[:, out], hidden[:, part]) for out, part, _ in slices] or [(push, hidden)]
-            into_up = torch.cat([out.t() @ part for out, part in parts]) * plan.alpha
+            products = [(part.t() @ out).t() for out, part in parts]  # so few columns are slow to compute
+            into_up = (torch.cat(products) if slices else products[0]) * plan.alpha
         into_weight = None
         if wants_weight:
             into_weight = rows.t() @ push if plan.transposed else push.t() @ rows

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..engine import Attachment, ParameterLedger, Site, SurgeryError, get_logger, surgery_op
+from ..engine import ArgumentError, Attachment, ParameterLedger, Site, SurgeryError, get_logger, surgery_op
 from .lora_modules import Adapted, adapter_names, wide
 
 OPS = ("lora", "lora_saved", "lora_merged")
@@ -30,7 +30,7 @@ def merge_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
         Names of the modules whose adapters were merged now.
 
     Raises:
-        SurgeryError: A weight is shared with a module that has no such adapter, and would change there as well; or the
+        SurgeryError: The model has no adapters; a weight is shared with a module that has no such adapter, and would change there as well; or the
             adapter of a convolution with groups reads all channels, as peft's do. Nothing was merged then.
 
     Example:
@@ -42,7 +42,8 @@ def merge_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
         >>> unmerge_lora(model), model[0].lora_merged
         (('0',), False)
     """
-    ledger = ledger_of(model)
+    ledger = ledger_of(model, "merge_lora(model=)")
+    check_adapted(ledger.model, "merge_lora")
     found = {name: module for name, module in adapted(ledger.model) if not module.lora_merged}
     for name, module in found.items():
         _check(ledger.model, name, module)
@@ -69,8 +70,12 @@ def unmerge_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
 
     Returns:
         Names of the modules whose adapters were unmerged.
+
+    Raises:
+        SurgeryError: The model has no adapters.
     """
-    ledger = ledger_of(model)
+    ledger = ledger_of(model, "unmerge_lora(model=)")
+    check_adapted(ledger.model, "unmerge_lora")
     found = {name: module for name, module in adapted(ledger.model) if module.lora_merged}
     names = [entry.module for entry in ledger.journal if entry.op == "lora_merged"]
     with torch.no_grad():
@@ -103,7 +108,7 @@ def remove_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
         >>> remove_lora(model), type(model[0]).__name__
         (('0',), 'Linear')
     """
-    ledger = ledger_of(model)
+    ledger = ledger_of(model, "remove_lora(model=)")
     entries = [entry for entry in ledger.journal if entry.op in OPS]
     with ledger.at_once():
         for entry in reversed(entries):
@@ -122,10 +127,15 @@ def lora_merged(site: Site) -> list[Attachment]:
     return made
 
 
-def ledger_of(model: nn.Module | ParameterLedger) -> ParameterLedger:
-    """Return the ledger that is given, or one over the model for a change outside of a fit."""
+def ledger_of(model: nn.Module | ParameterLedger, argument: str) -> ParameterLedger:
+    """Return the ledger that is given, or one over the model for a change outside of a fit.
+
+    Raises:
+        ArgumentError: It is neither; the error names the argument.
+    """
     if isinstance(model, ParameterLedger):
         return model
+    _check_module(model, argument)
     return ParameterLedger(model, partial(torch.optim.SGD, lr=0.0))
 
 
@@ -134,6 +144,21 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, _Module]]:
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             yield name, cast("_Module", module)
+
+
+def check_adapted(model: nn.Module, function: str) -> None:
+    """Raise a SurgeryError where the model has no adapters, an ArgumentError where it is none."""
+    _check_module(model, f"{function}(model=)")
+    if next(adapted(model), None) is None:
+        raise SurgeryError(
+            f"{function}: the model has no adapters. Write Trainer(algorithms=[LoRAInject()]), or inject_lora(ledger)."
+        )
+
+
+def _check_module(model: object, argument: str) -> None:
+    if not isinstance(model, nn.Module):
+        takes, example = "a torch.nn.Module, or its ledger", f"{argument.partition('(')[0]}(model)"
+        raise ArgumentError(argument, got=model, takes=takes, example=example)
 
 
 class _Module(Adapted, nn.Module):
@@ -169,4 +194,4 @@ def _check(model: nn.Module, name: str, module: _Module) -> None:
             )
 
 
-__all__ = ["OPS", "adapted", "ledger_of", "lora_merged", "merge_lora", "remove_lora", "unmerge_lora"]
+__all__ = ["OPS", "adapted", "check_adapted", "ledger_of", "lora_merged", "merge_lora", "remove_lora", "unmerge_lora"]

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .algorithm import Algorithm
 from .clock import Clock
+from .codec import flatten, unflatten
 from .engine import Engine
 from .errors import CheckpointError, ThawlineError, warn, with_article
+from .expanded import can_hold, is_expanded, put
+from .ledger import journal_of, replayed
 from .precision import Precision
 from .pristine import Pristine
 from .resume import OnChange, changes_of, check_same_run, differences
 from .typing import Json
+from .unlisted import (
+    LOSS,
+    Shapes,
+    changed_constants,
+    check_loss,
+    generator_states,
+    generators_of,
+    loss_tensors,
+    passing_buffers,
+    replace_buffers,
+    reshaped,
+    restore_generators,
+)
 
 SCHEMA = 1
 
@@ -44,7 +59,9 @@ def capture(
     *,
     settings: Mapping[str, Any],
     extra: Mapping[str, Any],
+    found: Shapes,
     pristine: Pristine | None = None,
+    loss: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Return everything that the next batch depends on.
 
@@ -53,19 +70,23 @@ def capture(
         precision: Its gradient scaler is part of the fit.
         settings: The Trainer's description; compared on resume.
         extra: What the loop itself needs: history, running sums, timeline.
+        found: What :func:`buffer_shapes` returned when the fit began.
         pristine: The tensors as the fit found them, of which fingerprints are enough; None to hold every tensor.
+        loss: The loss, where it is a module.
     """
     state = engine.state
     known = {} if pristine is None else pristine.fingerprints(state.ledger)
     return {
         "schema": SCHEMA,
-        "clock": attrs.asdict(state.clock),
+        "clock": state.clock.to_json(),
         "duration": str(state.duration),
         "settings": dict(settings),
         "environment": environment(state.model),
         "ledger": state.ledger.state_dict(),
         "model": {name: each for name, each in weights_of(state.model).items() if name not in known},
-        "buffers": {name: each for name, each in _passing_buffers(state.model).items() if name not in known},
+        "buffers": {name: each for name, each in passing_buffers(state.model).items() if name not in known},
+        "reshaped": reshaped(state.model, found),
+        "loss": loss_tensors(loss),
         "fingerprints": known,
         "evaluated": dict(engine.evaluated_weights()),
         "algorithms": engine.state_dict(),
@@ -74,7 +95,7 @@ def capture(
         "logged": dict(state.logged),
         "stop_reason": state.stop_reason,
         "extra": dict(extra),
-        "rng": rng_state(state.model),
+        "rng": rng_state(state.model, loss),
     }
 
 
@@ -84,7 +105,9 @@ def restore(
     precision: Precision,
     *,
     settings: Mapping[str, Any],
+    found: Shapes,
     pristine: Pristine | None = None,
+    loss: nn.Module | None = None,
     on_change: OnChange = "refuse",
 ) -> dict[str, Any]:
     """Make a fresh fit what :func:`capture` saw, random number generators last; return its ``extra``.
@@ -94,7 +117,9 @@ def restore(
         engine: The fresh fit's engine.
         precision: Its precision.
         settings: The Trainer's description.
+        found: As for :func:`capture`.
         pristine: The fresh model's tensors, if they were looked at before.
+        loss: The loss, where it is a module. What another loss kept is left out.
         on_change: ``"migrate"`` lets algorithms, schedule and ``min_lr`` be others. Algorithms that are the same keep
             their state. Holds, factors, schedules and rates of those that are gone or changed are released. Those that
             are new or changed are given FIT_START at the clock of the checkpoint.
@@ -107,23 +132,33 @@ def restore(
         ThawlineWarning: For each setting that differs and may, and for each change of the environment.
     """
     state, migrate = engine.state, on_change == "migrate"
+    same_loss = tree["settings"].get("loss_fn") == settings.get("loss_fn")
     with well_formed():
         _check_fits(tree, engine, settings=settings, pristine=pristine, migrate=migrate)
+        moved = {*tree["reshaped"], *reshaped(state.model, found)}
+        _check_model(tree, state.model, moved)
+        if same_loss:
+            check_loss(tree["loss"], loss)
         changed = list(differences(tree["settings"], settings, tree["ledger"], state.ledger.state_dict()))
         if difference := engine.difference(tree["algorithms"]):
             changed.append(
                 f"resumed with other algorithms: {difference}. What is new starts here, what is gone lets go."
             )
         changed += changes_of(tree["environment"], environment(state.model))
+        changed += changed_constants(tree["loss"], loss) if same_loss else ()
+        changed += _lost_generators(tree["rng"], state.model, loss if same_loss else None)
     for each in changed:
         warn(each)
     with well_formed():
+        replace_buffers(state.model, moved, tree["model"] | tree["buffers"])
         new = _load(tree, engine, precision, migrate=migrate)
+        for name, own in loss_tensors(loss).items() if same_loss else ():
+            put(own, tree["loss"][name])
     if new:
         engine.begin(new)
     state.ledger.apply_lr(state.clock)
     with well_formed():
-        restore_rng(tree["rng"])
+        restore_rng(tree["rng"], state.model, loss if same_loss else None)
         return dict(tree["extra"])
 
 
@@ -132,9 +167,7 @@ def _load(tree: Mapping[str, Any], engine: Engine, precision: Precision, *, migr
     state = engine.state
     state.ledger.load_state_dict(tree["ledger"])
     put_weights(state.model, tree["model"], tree["fingerprints"])
-    for name, buffer in _passing_buffers(state.model).items():
-        if name in tree["buffers"] and tree["buffers"][name].shape == buffer.shape:
-            buffer.copy_(tree["buffers"][name])
+    put_buffers(state.model, tree["buffers"])
     new = engine.load_state_dict(tree["algorithms"], migrate=migrate)
     precision.load_state_dict(tree["precision"])
     state.clock = state.ledger.clock = Clock.from_json(tree["clock"])
@@ -169,6 +202,20 @@ def _check_fits(
         (Pristine(state.model) if pristine is None else pristine).check(tree["fingerprints"])
 
 
+def _check_model(tree: Mapping[str, Any], model: nn.Module, moved: Collection[str]) -> None:
+    """Raise where the model cannot take what was saved, with what the fit attached put on for the check and taken off again."""
+    attached = journal_of(model)
+    if attached and attached != tree["ledger"]["journal"]:  # the ledger takes it off first, as where a fit rolls back
+        return
+    with replayed(model, tree["ledger"]["journal"], keep=False):
+        saved, now = list(tree["ledger"]["parameters"]), [name for name, _ in model.named_parameters()]
+        if saved != now:
+            wrong = [f"{name!r} is missing" for name in saved if name not in now]
+            wrong += [f"{name!r} is not in the checkpoint" for name in now if name not in saved]
+            raise _other_model(wrong or ["its parameters come in another order"])
+        check_weights(model, tree["model"], tree["fingerprints"], moved, exact=True)
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name.
 
@@ -186,10 +233,61 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return weights
 
 
-def _passing_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers that are no part of the state dict, on which the next batch may depend all the same."""
-    persistent = model.state_dict()
-    return {name: each for name, each in model.named_buffers() if name not in persistent}
+def check_weights(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    present: Collection[str] = (),
+    moved: Collection[str] = (),
+    *,
+    exact: bool = False,
+) -> None:
+    """Raise a CheckpointError where :func:`put_weights` could not put them all, before any is.
+
+    Args:
+        model: The model.
+        weights: By name.
+        present: Names that the model has already as they shall be.
+        moved: Names of buffers that :func:`replace_buffers` makes fit before.
+        exact: Whether their dtypes have to be the model's, too.
+    """
+    here = model.state_dict()
+    wrong = [f"{name!r} is missing" for name in weights if name not in here and name not in moved]
+    wrong += [
+        f"{name!r} is not in the checkpoint"
+        for name in here
+        if not any(name in each for each in (weights, present, moved))
+    ]
+    plain = _loaded_plainly(model)
+    for name, each in weights.items():
+        if name in moved or name not in here or name.rpartition(".")[0] not in plain:
+            continue
+        now = here[name]
+        if now.shape != each.shape:
+            wrong.append(f"{name!r} has shape {tuple(now.shape)} instead of {tuple(each.shape)}")
+        elif exact and now.dtype != each.dtype:
+            wrong.append(f"{name!r} is of {now.dtype} instead of {each.dtype}")
+        elif not can_hold(now, each):
+            wrong.append(f"{name!r} is an expanded tensor, whose elements share memory, and the saved ones differ")
+    if wrong:
+        raise _other_model(wrong)
+
+
+def _loaded_plainly(model: nn.Module) -> frozenset[str]:
+    """Return the names of the modules that load tensors as torch does, and do not reshape or rename them on the way."""
+    if model._load_state_dict_pre_hooks:
+        return frozenset()
+    return frozenset(
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if type(module)._load_from_state_dict.__module__.startswith("torch.nn.")
+        and not module._load_state_dict_pre_hooks
+    )
+
+
+def _other_model(wrong: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint's weights are not this model's: {'; '.join(wrong[:3])}. Build the model as it was before the fit."
+    )
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor], present: Collection[str] = ()) -> None:
@@ -203,16 +301,39 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], present: Collec
     Raises:
         CheckpointError: Names or shapes differ.
     """
+    shared = {name: each for name, each in model.state_dict().items() if name in weights and is_expanded(each)}
+    for name, each in shared.items():
+        put(each, weights[name])
     try:
-        found = model.load_state_dict(dict(weights), strict=False)
+        found = model.load_state_dict(
+            {name: each for name, each in weights.items() if name not in shared}, strict=False
+        )
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint's weights are not this model's: {error}") from error
-    missing = [name for name in found.missing_keys if name not in present]
+    missing = [name for name in found.missing_keys if name not in present and name not in shared]
     if missing or found.unexpected_keys:
-        raise CheckpointError(
-            f"the checkpoint's weights are not this model's: it lacks {missing[:3]}, and the model has no "
-            f"{found.unexpected_keys[:3]}. Build the model as in the run that was saved."
+        raise _other_model(
+            [f"{name!r} is not in the checkpoint" for name in missing]
+            + [f"{name!r} is missing" for name in found.unexpected_keys]
         )
+
+
+def put_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Copy the buffers that are no part of the state dict into a model, where it has them in the same shape."""
+    for name, buffer in passing_buffers(model).items():
+        if name in saved and saved[name].shape == buffer.shape and can_hold(buffer, saved[name]):
+            put(buffer, saved[name])
+
+
+def _lost_generators(rng: Mapping[str, Any], model: nn.Module, loss: nn.Module | None) -> list[str]:
+    """Return what to say of generators that were saved and are not there."""
+    missing = rng.get("modules", {}).keys() - generators_of(model, loss).keys()
+    lost = sorted(name for name in missing if loss is not None or not name.startswith(LOSS))
+    said = (
+        f"resumed without the random generator {', '.join(map(repr, lost[:1]))}, of which the checkpoint holds the state: what it "
+        "draws is not what would have been. Make it where the module is made, in __init__."
+    )
+    return [said] if lost else []
 
 
 def environment(model: nn.Module) -> dict[str, Any]:
@@ -228,12 +349,13 @@ def environment(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def rng_state(model: nn.Module) -> dict[str, Any]:
-    """Return the state of every generator that a model may draw from: Python's, NumPy's, torch's, the device's."""
+def rng_state(model: nn.Module, loss: nn.Module | None = None) -> dict[str, Any]:
+    """Return the state of every generator that a fit may draw from: Python's, NumPy's, torch's, the device's, the modules' own."""
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),  # noqa: NPY002 - the global generator is what a model would draw from
         "torch": torch.get_rng_state(),
+        "modules": generator_states(model, loss),
     }
     if next(model.parameters()).device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -244,10 +366,12 @@ def plain_rng(state: Mapping[str, Any]) -> dict[str, Json]:
     """Return what :func:`rng_state` returned as JSON, to be sent to another process."""
     version, words, gauss = state["python"]
     kind, keys, *rest = state["numpy"]
+    own, tree = flatten(state["modules"])
     return {
         "python": [version, list(words), gauss],
         "numpy": [kind, keys.tolist(), *rest],
         "torch": state["torch"].tolist(),
+        "modules": [tree, {name: each.tolist() for name, each in own.items()}],
         **({"cuda": [each.tolist() for each in state["cuda"]]} if "cuda" in state else {}),
     }
 
@@ -256,17 +380,19 @@ def rng_of(plain: Mapping[str, Any]) -> dict[str, Any]:
     """Invert :func:`plain_rng`."""
     version, words, gauss = plain["python"]
     kind, keys, *rest = plain["numpy"]
+    tree, own = plain["modules"]
     state: dict[str, Any] = {
         "python": (version, tuple(words), gauss),
         "numpy": (kind, np.array(keys, dtype=np.uint32), *rest),
         "torch": torch.tensor(plain["torch"], dtype=torch.uint8),
+        "modules": unflatten({name: torch.tensor(each, dtype=torch.uint8) for name, each in own.items()}, tree),
     }
     if "cuda" in plain:
         state["cuda"] = [torch.tensor(each, dtype=torch.uint8) for each in plain["cuda"]]
     return state
 
 
-def restore_rng(state: Mapping[str, Any]) -> None:
+def restore_rng(state: Mapping[str, Any], model: nn.Module, loss: nn.Module | None = None) -> None:
     """Set the generators that :func:`rng_state` read; of an empty state none."""
     if not state:
         return
@@ -275,6 +401,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+    restore_generators(state["modules"], model, loss)
 
 
 def seed_everything(seed: int) -> None:

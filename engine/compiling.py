@@ -32,7 +32,7 @@ class CompiledBlocks:
 
     Blocks of one structure share their graphs, and sizes of batches and sequences are symbols in them, so a structure
     has at most :data:`GRAPHS`, whatever trains when. A structure is the classes of a block's modules and the shapes of
-    its parameters; where a part of a block is held, which part it is; where modules in it differ in mode, which do; and how its
+    its parameters; the numbers in its attributes as the fit begins, such as a rate of dropout; where a part of a block is held, which part it is; where modules in it differ in mode, which do; and how its
     input lies in memory. So a block with adapters is another structure than one without. Within the context the number
     of recompilations is limited by that alone, and where torch would fall back to eager there is an error.
 
@@ -72,11 +72,12 @@ class CompiledBlocks:
         import torch.fx.experimental._config as symbols
         from torch._guards import CompileContext
 
+        numbers = {each: _numbers(each) for each in self.modules}
         compile_with: Any = torch._dynamo.lookup_backend(self._backend)
 
         def backend(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
             assert self._called is not None, "only blocks are compiled"
-            graphs = self.graphs.setdefault(structure(*self._called), set())
+            graphs = self.graphs.setdefault((structure(*self._called), numbers[self._called[0]]), set())
             graphs.add(str(CompileContext.current_compile_id()))  # the same where torch begins anew
             if len(graphs) > GRAPHS:
                 raise RecompileError(
@@ -158,6 +159,15 @@ def structure(block: nn.Module, inputs: Sequence[Any] = ()) -> Hashable:
         _mixed(each.requires_grad for _, each in parameters),
         _mixed(each.training for _, each in modules),
         tuple(_layout(each) for each in inputs),
+    )
+
+
+def _numbers(block: nn.Module) -> Hashable:
+    """Return the numbers and words in the attributes of a block's modules: the compiler takes them for constants."""
+    plain = (bool, int, float, str)
+    return tuple(
+        tuple((name, each) for name, each in vars(module).items() if isinstance(each, plain) and name != "training")
+        for module in block.modules()
     )
 
 

@@ -28,7 +28,7 @@ from .batches import (
     split_batch,
     to_device,
 )
-from .errors import ArgumentError, CheckpointError, DataError, with_article
+from .errors import ArgumentError, CheckpointError, DataError, warn, with_article
 from .keyed import Key, KeyedDataset, Keys, copied_dataset, keyed_loader
 from .log import get_logger
 from .order import copied_sampler, epoch_order, order_limits, tell_epoch
@@ -52,6 +52,8 @@ __all__ = [
 
 log = get_logger(__name__)
 _TRAIN = "Trainer.fit(train_loader=)"
+# In a third of the time of Fetched(…), once a batch.
+_new = tuple.__new__
 # Batches whose samples are drawn at once where none of them is loaded.
 _AHEAD = 64
 _EXAMPLE = "trainer.fit(model, DataLoader(dataset, batch_size=32, shuffle=True), duration='3ep')"
@@ -116,6 +118,14 @@ class ResumableLoader:
     def length(self) -> int | None:
         """Batches of an epoch, or None where the loader does not say."""
         return self._length
+
+    def say_limits(self, *, resumable: bool) -> None:
+        """Say what a resumed run cannot continue exactly: a warning where somebody may resume it, else a line of the log."""
+        for limit in self.limits:
+            if resumable:
+                warn(limit)
+            else:
+                log.warning("data order", limit=limit)
 
     def __len__(self) -> int:
         if self._length is None:
@@ -260,7 +270,7 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             samples = samples_in(batch)
-            yield Fetched(batch, None, samples, samples)
+            yield _new(Fetched, (batch, None, samples, samples))
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         return map(samples_in, self._batches) if self._lie_ready else None

@@ -29,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from .differences import differing
 from .errors import ArgumentError, DistributedError, shorten
 from .events import Event
+from .expanded import put
 from .log import get_logger
 from .typing import Json
 
@@ -376,7 +377,7 @@ class Team:
             with self._waiting():
                 dist.broadcast(sent.reshape(-1).view(torch.uint8), 0, group=self._data)
             if not self.first and sent.data_ptr() != tensor.data_ptr():
-                tensor.copy_(sent)
+                put(tensor, sent)
 
     @contextmanager
     def _waiting(self) -> Generator[None]:

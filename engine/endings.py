@@ -77,6 +77,17 @@ class _Boom(Exception):  # noqa: N818 - no error of anybody's
     """Raised on purpose."""
 
 
+def _look(then: dict[str, Any]) -> None:
+    """Look at the ledger when a fit closes; one that ended before the exception says by itself why."""
+    if not then:
+        return
+    try:
+        then["ledger"].verify()
+        then["moved"] = then["ledger"].digest() != then["digest"]
+    except LedgerError as error:
+        then["broken"] = error
+
+
 def _explode(rehearsal: Rehearsal, at: Event, times: int, before: Mapping[str, Any]) -> None:
     """Let a fit end with an exception at the ``times``-th event of a kind, and look at what it leaves."""
     model, left = rehearsal.model(), times
@@ -95,20 +106,17 @@ def _explode(rehearsal: Rehearsal, at: Event, times: int, before: Mapping[str, A
             then.update(ledger=state.ledger, digest=state.ledger.digest())
             raise _Boom
 
-    def closing() -> None:
-        try:
-            then["ledger"].verify()
-            then["moved"] = then["ledger"].digest() != then["digest"]
-        except LedgerError as error:
-            then["broken"] = error
-
     where = f"{rehearsal.name}: after an exception at {at.name}"
     try:
-        rehearsal.fit(model=model, probe=explode, closing=closing)
+        rehearsal.fit(model=model, probe=explode, closing=partial(_look, then))
     except _Boom as error:
         if failed := [note for note in getattr(error, "__notes__", ()) if "failed as well" in note]:
             then["failed"] = failed[0]
     else:
+        if not then:
+            fail(
+                f"{rehearsal.name}: {at.name} comes at other times in a second fit. Draw from the given generators alone."
+            )
         fail(f"{where}, the fit goes on. Do not catch what is not yours.")
     if "broken" in then:
         fail(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from .clock import Time
@@ -327,7 +327,7 @@ class ParameterLedger(Rates):
                 {"home": slot.home.index, "parameters": self._members[slot], "options": _but_rate(options_of(group))}
                 for slot, group in self._live.items()
             ],
-            "journal": [[entry.module, entry.op, entry.owner, entry.arguments] for entry in self.journal],
+            "journal": journal_of(self.model),
             "optimizers": optimizers,
         }
 
@@ -420,13 +420,19 @@ class ParameterLedger(Rates):
             )
 
 
+def journal_of(model: nn.Module) -> list[Any]:
+    """Return module, op, owner and arguments of each attachment to a model, as JSON."""
+    return [[entry.module, entry.op, entry.owner, entry.arguments] for entry, _ in record_of(model).entries]
+
+
 @contextmanager
-def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[None]:
+def replayed(model: nn.Module, journal: Sequence[Sequence[Any]], *, keep: bool = True) -> Generator[None]:
     """Attach what a saved journal says to a model that has nothing attached, and take it off again where the block fails.
 
     Args:
         model: The model; one with the same journal already is left as it is.
         journal: Module, op, owner and arguments of each attachment, as the ledger saves them.
+        keep: False to take it off also where the block does not fail.
 
     Raises:
         SurgeryError: Something else is attached to the model, or an op refuses it.
@@ -448,11 +454,15 @@ def replayed(model: nn.Module, journal: Sequence[Sequence[Any]]) -> Generator[No
             made.append((entry, grafts))
         yield
     except BaseException:
-        for graft in reversed([graft for _, grafts in made for graft in grafts]):
-            undo_graft(model, graft, record.overrides)
+        keep = False
         raise
-    record.entries += made
-    keep_record(model, record)
+    finally:
+        if keep:
+            record.entries += made
+            keep_record(model, record)
+        else:
+            for graft in reversed([graft for _, grafts in made for graft in grafts]):
+                undo_graft(model, graft, record.overrides)
 
 
 @contextmanager
@@ -475,6 +485,12 @@ def at_rest(parameters: Iterable[nn.Parameter]) -> Generator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad = True
+
+
+def replace_buffer(module: nn.Module, name: str, buffer: Tensor | None) -> None:
+    """Put another tensor in the place of a buffer that the module replaces itself; nothing new is attached."""
+    assert name in module._buffers
+    module._buffers[name] = buffer
 
 
 def _but_rate(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from .batches import batch_size_of, samples_in, split_batch
 from .errors import DataError, OutOfMemoryError, warn
+from .expanded import put
 from .forward import Forward
+from .ledger import replace_buffer
 from .log import get_logger
+from .randomness import restore_generator, state_of
 from .state import State
+from .unlisted import generators_of
 
 log = get_logger(__name__)
 # A part of a batch, what it counts, and the ids of its samples where all are known.
@@ -149,13 +153,16 @@ class Microbatches:
 class BatchStart:
     """Random number generators and buffers as they were when a batch began, to repeat it from.
 
-    torch's generators are copied each batch, in 0.6 microseconds on the CPU, and so are the buffers of a model that has
-    some. Copies of NumPy's and Python's generators cost 40 microseconds, and few models draw from them: they are copied
-    in the first batch, and after it only where :meth:`look` has seen them move; until then they are as at the last look.
+    The buffers of a model that has some are copied each batch, and so is a GPU's generator. The global generators of the
+    CPU are copied in the first batch, and after it only where :meth:`look` has seen them move; until then they are as at the
+    last look. A copy of torch's costs 3 microseconds among the rest of a step: what trains may decide whether a model draws
+    from it, so it is copied again from each change of the ledger to the next look. Copies of NumPy's and Python's
+    cost 40 microseconds, and few models draw from them.
 
     Args:
         state: Model and ledger.
         device: Where the model lies.
+        loss: The loss, where it is a module; its buffers and the generators that it and the model keep are copied as well.
 
     Example:
         >>> from thawline.engine import ParameterLedger
@@ -169,43 +176,57 @@ class BatchStart:
         [0.0, 0.0]
     """
 
-    def __init__(self, state: State, device: torch.device) -> None:
-        self._model, self._ledger = state.model, state.ledger
+    def __init__(self, state: State, device: torch.device, loss: nn.Module | None = None) -> None:
+        self._model, self._ledger, self._loss = state.model, state.ledger, loss
         self._generator = torch.default_generator
         self._on_device: torch.Generator | None = None
         if device.type == "cuda":
             index = torch.cuda.current_device() if device.index is None else device.index
             self._on_device = torch.cuda.default_generators[index]
-        self._drawn = self.unsure = True
+        self._own_states: list[Any] = []
+        self._drawn = self._unsure = True
+        self._torch_drawn = self._torch_unsure = True
         self._version = -1
         self.keep()
 
     def keep(self) -> None:
         """Remember the present as the beginning of a batch."""
-        self._torch = self._generator.get_state()
+        if self._version != self._ledger.version:
+            self._find_buffers()
+            self._torch_drawn = self._torch_unsure = True
+        if self._torch_drawn:
+            self._torch = self._generator.get_state()
         if self._on_device is not None:
             self._device_state = self._on_device.get_state()
         if self._drawn:
             self._host = _host_states()
-        if self._version != self._ledger.version:
-            self._find_buffers()
+        if self._own:
+            self._own_states = [state_of(each) for each in self._own]
         try:
             for places, copies in self._buffers:
                 torch._foreach_copy_(copies, [module._buffers[name] for module, name in places])  # type: ignore[misc]  # None raises
         except (RuntimeError, TypeError, KeyError):  # one has another shape now, or is gone
             self._find_buffers()
 
-    def look(self) -> None:
-        """See whether the model draws from NumPy or Python: after the first batch, and seldom after that."""
-        now = _host_states()
-        moved = not _equal(now, self._host)
-        self._drawn = moved if self.unsure else self._drawn or moved
-        self.unsure = False
-        self._host = now
+    def look(self, *, closely: bool) -> None:
+        """See whether the model draws from torch's generator, and closely: from NumPy or Python, after the first batch as well."""
+        state = self._generator.get_state()
+        moved = not torch.equal(state, self._torch)
+        self._torch_drawn = moved if self._torch_unsure else self._torch_drawn or moved
+        self._torch_unsure, self._torch = False, state
+        if closely or self._unsure:
+            now = _host_states()
+            moved = not _equal(now, self._host)
+            self._drawn = moved if self._unsure else self._drawn or moved
+            self._unsure, self._host = False, now
 
     def restore(self) -> None:
         """Put everything back as it was at :meth:`keep`."""
-        self._generator.set_state(self._torch)
+        if self._torch_drawn:
+            self._generator.set_state(self._torch)
+        elif not torch.equal(self._generator.get_state(), self._torch):
+            self._torch_drawn = True
+            self._warn("torch")
         if self._on_device is not None:
             self._on_device.set_state(self._device_state)
         if self._drawn:
@@ -214,8 +235,13 @@ class BatchStart:
             np.random.set_state(numpy)  # noqa: NPY002 - the global generator is what a model would draw from
         elif not _equal(_host_states(), self._host):
             self._drawn = True
-            log.warning("the model has begun to draw from NumPy or Python: the repeated batch draws other numbers")
+            self._warn("NumPy or Python")
+        for generator, kept in zip(self._own, self._own_states, strict=True):
+            restore_generator(generator, kept)
         self.restore_buffers()
+
+    def _warn(self, source: str) -> None:
+        log.warning("the model has begun to draw: the repeated batch draws other numbers", source=source)
 
     def restore_buffers(self) -> None:
         """Put the buffers alone back: a step that is skipped leaves no trace in running statistics."""
@@ -224,14 +250,17 @@ class BatchStart:
                 for (module, name), copied in zip(places, copies, strict=True):
                     buffer = module._buffers.get(name)
                     if buffer is not None and buffer.shape == copied.shape:
-                        buffer.copy_(copied)
+                        put(buffer, copied)
+                    elif name in module._buffers:  # the model has put one of another shape in its place
+                        replace_buffer(module, name, copied.clone())
 
     def _find_buffers(self) -> None:
-        """List the buffers by device and dtype, each once; surgery may have brought some."""
+        """List the modules' generators, and the buffers by device and dtype, each once; surgery may have brought some."""
         self._version = self._ledger.version
         alike: dict[object, tuple[list[tuple[nn.Module, str]], list[Tensor]]] = {}
         seen: set[int] = set()
-        for module in self._model.modules():
+        self._own = list(generators_of(self._model, self._loss).values())
+        for module in chain(self._model.modules(), () if self._loss is None else self._loss.modules()):
             for name, buffer in module._buffers.items():
                 if buffer is not None and id(buffer) not in seen:
                     seen.add(id(buffer))

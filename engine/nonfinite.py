@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from attrs import define, field
+from torch import nn
 
 from .errors import NonFiniteError
 from .forward import GradientCheck, is_finite
 from .log import get_logger
+from .pristine import Pristine
 from .state import State
 
 log = get_logger(__name__)
@@ -50,7 +54,7 @@ class StepGuard:
     _rolled_back_from: set[int] = field(factory=set, init=False)
     _rolled_back_to: int | None = field(default=None, init=False)
     _rollbacks: int = field(default=0, init=False)
-    _gradients_finite: GradientCheck = field(factory=GradientCheck, init=False)
+    _gradients: GradientCheck = field(factory=GradientCheck, init=False)
 
     def may_step(self, state: State, loss: float) -> bool:
         """Return whether to step.
@@ -62,7 +66,7 @@ class StepGuard:
         if self.scaled:
             return True
         norm = state.grad_norm
-        finite = self._gradients_finite(state.ledger.trainable_parameters) if norm is None else is_finite(norm)
+        finite = self._gradients.finite(state.ledger.trainable_parameters) if norm is None else is_finite(norm)
         if finite and isfinite(loss):
             self.skipped = 0
             return True
@@ -86,12 +90,18 @@ class StepGuard:
             raise Setback(state.clock.batch, what)
         log.warning("step skipped", why=what)
 
-    def count_rollback(self, setback: Setback, step: int) -> None:
-        """Note that the fit goes back to the checkpoint of ``step``; the batch that led to it is skipped from now on.
+    def count_rollback(self, setback: Setback, path: Path, tree: Mapping[str, Any], model: nn.Module) -> None:
+        """Note that the fit goes back to a checkpoint; the batch that led to it is skipped from now on.
 
         Raises:
-            NonFiniteError: It has gone back there too often.
+            NonFiniteError: It has gone back there too often, or the checkpoint holds fingerprints of what has trained since.
         """
+        step, fingerprints = tree["clock"]["batch"], tree["fingerprints"]
+        if wrong := Pristine(model).differing(fingerprints) if fingerprints else "":
+            raise NonFiniteError(
+                f"{setback.what}, and the fit cannot go back to {path}, which holds only fingerprints of what had not trained by "
+                f"then: {wrong}. Write Checkpointing(frozen='store'), or an every= at which a checkpoint is cut after each thaw."
+            ) from None
         self._rolled_back_from.add(setback.batch)
         self._rollbacks = self._rollbacks + 1 if step == self._rolled_back_to else 1
         self._rolled_back_to = step

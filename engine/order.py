@@ -40,12 +40,13 @@ def epoch_order(indices: Iterable[Any], seed: int, epoch: int, start: int = 0) -
     stream = Stream(Randomness(*samplers), derive_seed(seed, "order", epoch))
     with stream:
         iterator = _from(indices, start)
+        chunk = list(islice(iterator, _DRAWN))
     while True:
-        with stream:
-            chunk = list(islice(iterator, _DRAWN))
         yield from chunk
         if len(chunk) < _DRAWN:
             return
+        with stream:
+            chunk = list(islice(iterator, _DRAWN))
 
 
 def _from(indices: Iterable[Any], start: int) -> Iterator[Any]:
@@ -53,9 +54,9 @@ def _from(indices: Iterable[Any], start: int) -> Iterator[Any]:
     if type(indices) is not BatchSampler:
         return islice(indices, start, None)
     size, drop_last = indices.batch_size, indices.drop_last
-    samples = islice(indices.sampler, start * size, None)
+    samples = islice(indices.sampler, start * size, None) if start else iter(indices.sampler)
     batches = iter(lambda: list(islice(samples, size)), [])
-    return (batch for batch in batches if len(batch) == size or not drop_last)
+    return (batch for batch in batches if len(batch) == size) if drop_last else batches
 
 
 def tell_epoch(things: Iterable[object], epoch: int) -> None:

@@ -83,7 +83,13 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the whole timeline as JSON."""
         spans = [
-            {**attrs.asdict(span), "layers": list(span.layers), "groups": [list(g) for g in span.groups]}
+            {
+                **attrs.asdict(span),
+                "start": span.start.to_json(),
+                "end": span.end.to_json(),
+                "layers": list(span.layers),
+                "groups": [list(g) for g in span.groups],
+            }
             for span in self.spans
         ]
         samples = [[each.batch, each.epoch, dict(each.rates)] for each in self.samples]
@@ -106,7 +112,10 @@ class Plan:
             )
             for each in saved["spans"]
         )
-        samples = tuple(Sample(batch, epoch, dict(rates)) for batch, epoch, rates in saved["samples"])
+        samples = tuple(
+            Sample(int(batch), float(epoch), {name: float(rate) for name, rate in rates.items()})
+            for batch, epoch, rates in saved["samples"]
+        )
         return cls(spans, samples, tuple(saved["layers"]), tuple(saved["notes"]))
 
     @override

@@ -82,6 +82,15 @@ class Pristine:
         Raises:
             CheckpointError: A tensor is missing or another one; the message names the first ones that are.
         """
+        if wrong := self.differing(saved):
+            raise CheckpointError(
+                f"the checkpoint holds only fingerprints of {len(saved)} tensors that had not trained, and the model does "
+                f"not bring the same ones: {wrong}. Build the model from the weights that the run began with, or write "
+                "Checkpointing(frozen='store') in the next run."
+            )
+
+    def differing(self, saved: Mapping[str, str]) -> str:
+        """Return in words which tensors are not those of the fingerprints; empty where all are."""
         here = named_tensors(self.model)
         wrong = []
         for name, before in saved.items():
@@ -93,13 +102,7 @@ class Pristine:
             if now != before:
                 kinds = " and ".join(dict.fromkeys(each.rpartition(" ")[0] for each in (before, now)))
                 wrong.append(f"{name!r} has other values or another kind ({kinds})")
-        if wrong:
-            shown = "; ".join(wrong[:_MOST]) + (f"; and {len(wrong) - _MOST} more" if len(wrong) > _MOST else "")
-            raise CheckpointError(
-                f"the checkpoint holds only fingerprints of {len(saved)} tensors that had not trained, and the model does "
-                f"not bring the same ones: {shown}. Build the model from the weights that the run began with, or write "
-                "Checkpointing(frozen='store') in the next run."
-            )
+        return "; ".join(wrong[:_MOST]) + (f"; and {len(wrong) - _MOST} more" if len(wrong) > _MOST else "")
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import BuiltinMethodType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Randomness:
             torch.default_generator.get_state(),
             np.random.get_state(),  # noqa: NPY002 - the legacy generator is the one that users' datasets draw from
             random.getstate(),
-            *(_state(each) for each in self._generators),
+            *(state_of(each) for each in self._generators),
         ]
 
     def restore(self, states: Sequence[Any]) -> None:
@@ -91,7 +91,7 @@ class Randomness:
         np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
         for generator, state in zip(self._generators, states[3:], strict=True):
-            _restore(generator, state)
+            restore_generator(generator, state)
 
     def seed(self, seed: int) -> None:
         """Seed every generator."""
@@ -165,10 +165,9 @@ def _collect(holders: Sequence[object]) -> list[AnyGenerator]:
         if holder is None or isinstance(holder, _CLOSED) or id(holder) in seen:
             continue
         seen[id(holder)] = holder
-        if isinstance(holder, _GENERATORS):
-            if not isinstance(holder, random.SystemRandom):  # the operating system's numbers, which have no seed
-                found.append(holder)
-        elif depth:
+        if is_generator(holder):
+            found.append(holder)
+        elif depth and not isinstance(holder, _GENERATORS):
             queue.extend((each, depth - 1) for each in _inside(holder))
     return found
 
@@ -221,7 +220,13 @@ def _is_users(thing: type | FunctionType) -> bool:
     return (thing.__module__ or "").partition(".")[0] not in _LIBRARIES
 
 
-def _state(generator: AnyGenerator) -> Any:
+def is_generator(value: object) -> TypeGuard[AnyGenerator]:
+    """Return whether a value is a generator with a state: of torch, NumPy or Python, and not the operating system's."""
+    return isinstance(value, _GENERATORS) and not isinstance(value, random.SystemRandom)
+
+
+def state_of(generator: AnyGenerator) -> Any:
+    """Return the state of a generator of any kind."""
     if isinstance(generator, random.Random):
         return generator.getstate()
     if isinstance(generator, np.random.Generator):
@@ -229,7 +234,8 @@ def _state(generator: AnyGenerator) -> Any:
     return generator.get_state()
 
 
-def _restore(generator: AnyGenerator, state: Any) -> None:
+def restore_generator(generator: AnyGenerator, state: Any) -> None:
+    """Put back what :func:`state_of` returned for a generator of the same kind."""
     if isinstance(generator, random.Random):
         generator.setstate(state)
     elif isinstance(generator, np.random.Generator):

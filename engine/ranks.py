@@ -181,7 +181,7 @@ class Ranks:
         bits = {name: _bits(each) for name, each in self._state.ledger.parameters.items()}
         digest = hashlib.sha256(repr(bits).encode()).hexdigest()
         self.team.compare("the weights (sums of their bits)", digest, lambda: bits)
-        plain = self.team.exchange(plain_rng(rng_state(self._state.model)))
+        plain = self.team.exchange(plain_rng(rng_state(self._state.model, self._microbatches.forward.module)))
         self._generators = [rng_of(each) for each in plain]
 
     def saved(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _run_dir(value: object) -> Path | None:
         return None
     example = "Trainer(run_dir='runs/first')"
     if isinstance(value, (str, Path)):
-        return path_of("Trainer(run_dir=)", value, example)
+        return path_of("Trainer(run_dir=)", value, example).absolute()  # wherever the fit is called from, or goes to
     raise ArgumentError("Trainer(run_dir=)", got=value, takes="a directory or None", example=example)
 
 

@@ -94,7 +94,11 @@ def differences(
         if settings.get(key) != now.get(key):
             used = "The given one is used" + (f": {meaning}." if meaning else ".")
             yield f"resumed with another {key}: saved {_show(settings.get(key))}, given {_show(now.get(key))}. {used}"
-    kept = f"The saved one is kept, as Optimizer.load_state_dict keeps it. To change it, use the ledger's set_lr or scale, {_ANEW}."
+    kept = (
+        "The saved one is kept, as Optimizer.load_state_dict keeps it. To use the given one, begin another run from the weights: "
+        "load_weights(<checkpoint>, model), and Trainer(run_dir=<another directory>). A rate alone an algorithm can change: "
+        "state.ledger.set_lr('*', <rate>, owner=self.owner), with fit(on_change='migrate')."
+    )
     for number, (saved, given) in enumerate(zip(ledger["homes"], ledger_now["homes"], strict=False)):
         before, after = _options(saved), _options(given)
         group = f" of group {number}" if len(ledger["homes"]) > 1 else ""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .checkpoint import SCHEMA, put_weights, well_formed
+from .checkpoint import SCHEMA, check_weights, put_buffers, put_weights, well_formed
 from .errors import ArgumentError, CheckpointError
 from .ledger import replayed
 from .pristine import Pristine
@@ -19,6 +19,7 @@ from .rundir import load_checkpoint
 from .settings import path_of
 from .snapshot import sync_directory
 from .tensorfile import pieces_of
+from .unlisted import replace_buffers
 
 Which = Literal["evaluated", "live"]
 
@@ -58,16 +59,21 @@ def load_weights(path: str | Path, model: nn.Module, weights: Which = "evaluated
             Pristine(model).check(tree["fingerprints"])
         chosen = _chosen(tree, weights)
         with replayed(model, tree["ledger"]["journal"]):
-            _check_shapes(model, chosen, tree["fingerprints"])
+            check_weights(model, chosen, tree["fingerprints"], tree["reshaped"])
+        replace_buffers(model, tree["reshaped"], chosen | tree["buffers"])
         put_weights(model, chosen, tree["fingerprints"])
+        put_buffers(model, tree["buffers"])
 
 
 def export(path: str | Path, file: str | Path, *, weights: Which = "evaluated", model: nn.Module | None = None) -> Path:
     """Write the weights of a checkpoint as a plain state dict in one safetensors file.
 
+    It holds the names of the fitted model's state dict: where adapters were attached, the weights they stand beside
+    as they are without them, and the adapters' own.
+
     Args:
         path: A checkpoint such as ``result.best``, or a run's directory, which means its newest one.
-        file: The new file; an existing one is not overwritten.
+        file: The new file, which ends in ``.safetensors``; its folders are made, and an existing one is not overwritten.
         weights: As for :func:`load_weights`.
         model: The model that the run began with, for a checkpoint that holds fingerprints of what did not train.
 
@@ -92,12 +98,23 @@ def export(path: str | Path, file: str | Path, *, weights: Which = "evaluated", 
         ['bias', 'weight']
     """
     tree = _tree(path, weights, f"export({{!r}}, {str(file)!r}, weights={weights!r})")
+    target = _target(file)
     with well_formed():
         chosen = _chosen(tree, weights)
         if tree["fingerprints"]:
             chosen |= _brought(tree["fingerprints"], model, call=f"export({str(path)!r}, {str(file)!r}, model=model)")
-    target = path_of("export(file=)", file, "export(result.best, 'model.safetensors')")
     _write_new(target, {name: each.contiguous() for name, each in chosen.items()})
+    return target
+
+
+def _target(file: str | Path) -> Path:
+    target = path_of("export(file=)", file, "export(result.best, 'model.safetensors')")
+    if target.suffix.lower() != ".safetensors":
+        example = (
+            f"export(result.best, {str(target.with_suffix('.safetensors') if target.name else 'model.safetensors')!r})"
+        )
+        takes = "a file that ends in '.safetensors', the format it writes"
+        raise ArgumentError("export(file=)", got=str(file), takes=takes, example=example)
     return target
 
 
@@ -135,24 +152,13 @@ def _brought(fingerprints: Mapping[str, str], model: nn.Module | None, *, call: 
     return {name: each.detach().cpu() for name, each in model.state_dict().items() if name in fingerprints}
 
 
-def _check_shapes(model: nn.Module, weights: Mapping[str, Tensor], present: Mapping[str, str]) -> None:
-    here = model.state_dict()
-    wrong = [f"{name!r} is missing" for name in weights if name not in here]
-    wrong += [f"{name!r} is not in the checkpoint" for name in here if name not in weights and name not in present]
-    wrong += [
-        f"{name!r} has shape {tuple(here[name].shape)} instead of {tuple(each.shape)}"
-        for name, each in weights.items()
-        if name in here and here[name].shape != each.shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"the checkpoint's weights are not this model's: {'; '.join(wrong[:3])}. Build the model as it was before the fit."
-        )
-
-
 def _write_new(target: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a file that is there whole or not at all; link, unlike rename, never replaces one."""
     temporary = target.with_name(f".tmp-{target.name}-{secrets.token_hex(6)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot make {target.parent}: {error}. Give another file.") from error
     try:
         with temporary.open("xb") as opened:
             for piece in pieces_of(tensors):

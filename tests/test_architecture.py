@@ -48,10 +48,12 @@ TIERS: tuple[frozenset[str], ...] = (
             "criterion",
         }
         | {"jsontext", "tensorfile", "codec", "snapshot", "lock", "store", "rundir", "checkpoint", "resume"}
-        | {"checkpointing", "pristine", "weights"}
+        | {"checkpointing", "expanded", "pristine", "unlisted", "weights"}
         | {"comet", "tracking", "signals", "workers", "shares", "buckets", "buffers", "differences"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
+    frozenset(
+        {"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "step", "trainer"}
+    ),
     frozenset(
         {
             "doubles",

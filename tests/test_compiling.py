@@ -208,3 +208,15 @@ def test_compiled_to_machine_code_the_numbers_stay(monkeypatch: pytest.MonkeyPat
     plain, _ = fitted(SCHEDULES["adapters from the top"](), compiled=False)
     model, _ = fitted(SCHEDULES["adapters from the top"](), compiled=True)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_differ_in_a_number_are_structures_of_their_own() -> None:
+    """As with a rate of dropout that grows with depth: each has its graphs."""
+    model = nn.Sequential(
+        *[nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1 * place)) for place in range(7)], nn.Linear(4, 4)
+    )
+    layers = LayerMap(model)
+    with CompiledBlocks(model, layers, backend="aot_eager") as blocks:
+        model(torch.ones(2, 4)).sum().backward()
+    assert len(blocks.graphs) >= 7
+    assert all(len(each) <= GRAPHS for each in blocks.graphs.values())

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -679,3 +680,12 @@ class TestPeft:
         ids = torch.arange(12).view(2, 6)
         theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
         torch.testing.assert_close(theirs(ids).logits, model.eval()(ids).logits, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("call", [merge_lora, unmerge_lora, inject_lora, partial(save_adapter, folder="adapter")])
+def test_what_is_no_model_or_has_no_adapter_is_refused(call: Callable[[Any], Any]) -> None:
+    """With an error that says what to write instead."""
+    with pytest.raises(ArgumentError, match=r"got 'model'|got 'str'"):
+        call("model")
+    with pytest.raises((ArgumentError, SurgeryError), match=r"inject_lora\("):
+        call(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))

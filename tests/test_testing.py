@@ -159,6 +159,42 @@ class Vague(Refusing):
     names_it = False
 
 
+class Moody(Algorithm):
+    """Fails at the start of every fit but the first."""
+
+    events = frozenset({Event.FIT_START})
+    fits: ClassVar[int] = 0
+
+    def apply(self, event: Event, state: State) -> None:
+        Moody.fits += 1
+        if Moody.fits > 1:
+            raise ArithmeticError("in a bad mood")
+
+
+class Fickle(Algorithm):
+    """Stops every fit but the first after its first batch."""
+
+    events = frozenset({Event.FIT_START, Event.BATCH_END})
+    fits: ClassVar[int] = 0
+
+    def apply(self, event: Event, state: State) -> None:
+        Fickle.fits += event is Event.FIT_START
+        if event is Event.BATCH_END and Fickle.fits > 1:
+            state.stop("enough")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Moody, "in a bad mood"), (Fickle, "comes at other times in a second fit")]
+)
+def test_a_fit_that_ends_before_the_exception_says_why(kind: type[Algorithm], message: str) -> None:
+    """The error of the fit, or that its events come otherwise; not that the check found no ledger."""
+    kind.fits = 0  # type: ignore[attr-defined]
+    with pytest.raises(ConformanceError) as caught:
+        check_algorithm(kind, partners=[], checks=["survives_an_exception"])
+    assert message in str(caught.value)
+    assert "KeyError" not in str(caught.value)
+
+
 def test_a_plain_error_that_names_the_argument_will_do() -> None:
     """ValueError is enough, but not one from which nobody learns what was wrong."""
     check_algorithm(Refusing, checks=["refuses_bad_arguments"])

@@ -115,7 +115,8 @@ def test_an_iterable_of_unknown_length_trains_evaluates_and_saves_each_epoch(tmp
 
     seen: list[str] = []
     trainer = Trainer_(algorithms=[Watch(seen)], run_dir=tmp_path, checkpoint=Checkpointing(every="1ep", keep=9))
-    result = trainer.fit(mlp(), DataLoader(Stream(), batch_size=8), loader(), duration="3ep")
+    with pytest.warns(ThawlineWarning, match="train_loader is a DataLoader over Stream, which can only be read"):
+        result = trainer.fit(mlp(), DataLoader(Stream(), batch_size=8), loader(), duration="3ep")
     assert (seen.count("EVAL_END"), seen.count("EPOCH_END"), result.clock.batch, result.clock.epoch) == (3, 3, 6, 3)
     assert sorted(path.name for path in tmp_path.glob("ba*")) == ["ba00000002", "ba00000004", "ba00000006"]
 
@@ -392,7 +393,7 @@ def test_resume_with_other_settings_says_what_differs(tmp_path: Path) -> None:
     Trainer_(run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
     with pytest.raises(CheckpointError, match="schedule: saved .*constant.*given .*cosine"):
         Trainer_(run_dir=tmp_path, schedule=cosine()).fit(mlp(), loader(), duration="2ep", resume=True)
-    with pytest.raises(LedgerError, match="not the one that was saved"):
+    with pytest.raises(CheckpointError, match="'6.weight' is not in the checkpoint"):
         Trainer_(run_dir=tmp_path).fit(mlp(depth=4), loader(), duration="2ep", resume=True)
 
 
@@ -997,7 +998,7 @@ def test_a_monitor_that_comes_with_the_first_evaluation_does_not_warn(tmp_path: 
 def test_the_last_losses_of_a_short_fit_are_logged(tmp_path: Path) -> None:
     """A fit shorter than log_every still leaves its loss with the trackers."""
     tracker = MemoryTracker()
-    Trainer_(trackers=[tracker], log_every="10ba", run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
+    Trainer_(trackers=[tracker], run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
     assert [step for step, metrics in tracker.metrics if "train/loss" in metrics] == [4]
 
 

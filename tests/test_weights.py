@@ -116,22 +116,35 @@ def test_an_export_is_the_plain_state_dict(tmp_path: Path) -> None:
 
 
 def test_an_export_without_what_it_needs_says_so(tmp_path: Path) -> None:
-    """No model for fingerprints; a file that is there; a directory that is not; nothing is left behind."""
+    """No model for fingerprints; a file that is there; a folder that is a file; nothing is left behind."""
     policy = Checkpointing(frozen="fingerprint")
     Trainer_(algorithms=[TrainOnly("head")], run_dir=tmp_path / "run", checkpoint=policy).fit(
         seeded(), loader(), duration="1ep"
     )
     with pytest.raises(CheckpointError, match="only fingerprints of 4 tensors.*model=model"):
-        export(tmp_path / "run", tmp_path / "a")
+        export(tmp_path / "run", tmp_path / "a.safetensors")
     with pytest.raises(CheckpointError, match="does not bring the same ones"):
-        export(tmp_path / "run", tmp_path / "a", model=seeded(seed=4))
-    (tmp_path / "there").write_text("mine")
-    with pytest.raises(CheckpointError, match="There is a .*there already"):
-        export(tmp_path / "run", tmp_path / "there", model=seeded())
-    with pytest.raises(CheckpointError, match="Cannot write .*No such file"):
-        export(tmp_path / "run", tmp_path / "none" / "a", model=seeded())
-    assert (tmp_path / "there").read_text() == "mine"
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["run", "there"]
+        export(tmp_path / "run", tmp_path / "a.safetensors", model=seeded(seed=4))
+    there = tmp_path / "there.safetensors"
+    there.write_text("mine")
+    with pytest.raises(CheckpointError, match="There is a .*there.safetensors already"):
+        export(tmp_path / "run", there, model=seeded())
+    with pytest.raises(CheckpointError, match="Cannot make .*there.safetensors: "):
+        export(tmp_path / "run", there / "a.safetensors", model=seeded())
+    assert there.read_text() == "mine"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["run", "there.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model", "model.bin", "runs/best.ckpt"])
+def test_an_export_writes_one_format_and_makes_folders(tmp_path: Path, name: str) -> None:
+    """Another suffix is refused with the name to write; folders that are missing are made."""
+    Trainer_(run_dir=tmp_path / "run").fit(seeded(), loader(), duration="1ep")
+    meant = (tmp_path / "new" / name).with_suffix(".safetensors")
+    with pytest.raises(ArgumentError, match=rf"ends in '.safetensors'.*Write: export\(result.best, '{meant}'\)"):
+        export(tmp_path / "run", tmp_path / "new" / name)
+    assert not (tmp_path / "new").exists()
+    assert export(tmp_path / "run", meant) == meant
+    assert meant.is_file()
 
 
 def test_another_model_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
@@ -158,7 +171,7 @@ def test_another_model_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
 def test_wrong_arguments_are_named(tmp_path: Path, call: Any) -> None:
     """Which weights, which path, what a checkpoint is."""
     Trainer_(run_dir=tmp_path).fit(seeded(), loader(), duration="1ep")
-    target = seeded() if call is load_weights else tmp_path / "x"
+    target = seeded() if call is load_weights else tmp_path / "x.safetensors"
     with pytest.raises(ArgumentError, match=rf"{call.__name__}\(weights=\) takes 'evaluated' or 'live', got 'ema'"):
         call(tmp_path, target, weights="ema")
     with pytest.raises(ArgumentError, match=rf"{call.__name__}\(path=\) takes the path"):
