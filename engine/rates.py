@@ -156,7 +156,8 @@ class Rates(Books):
                 "still whole, or train with Trainer(distributed=Replicate())."
             )
         if not isinstance(owner, str) or not owner:
-            raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
+            takes = "a name: self.owner in an algorithm's methods, the second parameter in a function of @on"
+            raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes=takes, example="owner=self.owner")
         self._acting = owner
 
 

@@ -67,8 +67,20 @@ TIERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset(
-        {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "ranked", "conformance"}
-        | {"oracle", "machine", "strategies", "testing"}
+        {
+            "doubles",
+            "neighbor",
+            "trace",
+            "specimens",
+            "variants",
+            "rehearsal",
+            "promises",
+            "checks",
+            "records",
+            "endings",
+            "ranked",
+        }
+        | {"conformance", "oracle", "machine", "strategies", "testing"}
     ),
     frozenset({"__init__"}),
 )
