@@ -65,7 +65,7 @@ def lora_convolution(
     if dtype != x.dtype or dtype != weight.dtype:  # autocast: cast here, once, where autograd sees it
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     plan = _Plan(scaling, p, new_seed() if p > 0 else 0, base, down_groups)
-    return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return, no-untyped-call]  # torch's are untyped
+    return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return]  # torch's are untyped
 
 
 @attrs.frozen

@@ -302,7 +302,9 @@ class _LowRank(LowRank):
         x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor]:
         rows = x.flatten(0, -2)
-        merges = x.is_contiguous() and plan.merges(rows, weight)  # torch folds other layouts where a weight has a gradient
+        merges = x.is_contiguous() and plan.merges(
+            rows, weight
+        )  # torch folds other layouts where a weight has a gradient
         if merges:
             weight = plan.merged(weight, down, up)
         if plan.transposed:

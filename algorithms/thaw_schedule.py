@@ -253,7 +253,7 @@ class ThawSchedule(Algorithm):
     def state_dict(self) -> dict[str, Any]:
         return {
             "place": self._place,
-            "begun": attrs.asdict(self._begun),
+            "begun": self._begun.to_json(),
             "late": self._late,
             "watch": self._watch.state_dict(),
         }

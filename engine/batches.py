@@ -17,6 +17,7 @@ from .errors import ArgumentError, DataError, shorten, with_article
 IGNORED_LABEL = -100
 """The label that torch's losses leave out."""
 _TARGETS = ("labels", "targets")
+_CPU = torch.device("cpu")
 
 
 class Fetched(NamedTuple):
@@ -75,8 +76,8 @@ def batch_size_of(batch: Any) -> int:
         4
     """
     first = batch[0] if type(batch) in (tuple, list) and batch else batch
-    if isinstance(first, Tensor) and first.ndim:  # the commonest batches, in a fraction of the time
-        return first.shape[0]
+    if isinstance(first, Tensor) and (shape := first.shape):  # the commonest batches, in a fraction of the time
+        return shape[0]
     try:
         for array in _arrays(batch):
             return int(array.shape[0])
@@ -161,7 +162,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         >>> to_device(batch, torch.device("cpu")) is batch
         True
     """
-    if device.type == "cpu" and (type(batch) is tuple or type(batch) is list):
+    if device == _CPU and (type(batch) is tuple or type(batch) is list):
         for each in batch:
             if type(each) is not Tensor or not each.is_cpu:
                 break

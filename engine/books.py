@@ -36,6 +36,9 @@ class Books:
     rates, modes. Everything is keyed by parameter name.
     """
 
+    trainable_parameters: tuple[nn.Parameter, ...]
+    """The parameters that train, in the order of the groups; the same object until ``version`` moves. Not to be set."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -49,6 +52,7 @@ class Books:
         self.model = model
         self.layers = layers if isinstance(layers, LayerMap) else LayerMap(model, layers)
         self.schedule = constant() if schedule is None else schedule
+        self._steady = self.schedule.steady
         self.min_lr = min_lr
         self.seed = seed
         self.clock = Clock()
@@ -108,11 +112,6 @@ class Books:
     def frozen(self) -> frozenset[str]:
         """Names of the parameters that do not train."""
         return frozenset(self._parameters) - self._trainable
-
-    @property
-    def trainable_parameters(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that train, in the order of the groups; the same object until :attr:`version` moves."""
-        return self._flat
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -195,7 +194,7 @@ class Books:
     def apply_lr(self, clock: Clock) -> None:
         """Write each group's learning rate for ``clock``: ``max(base_lr * scales * schedules(progress), min_lr)``."""
         self.clock = clock
-        factor = self.schedule(clock.progress)
+        factor = self.schedule(clock.progress) if self._steady is None else self._steady
         if factor != self._factor or self._moving:
             self._factor = factor
             self._write_lr()
@@ -227,7 +226,7 @@ class Books:
 
     def clear_gradients(self) -> None:
         """Set the gradient of every trainable parameter to None."""
-        for parameter in self._flat:
+        for parameter in self.trainable_parameters:
             parameter.grad = None
 
     def put_gradients(self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
@@ -384,7 +383,7 @@ class Books:
                 group.update(slot.set_options)
         for index, optimizer in enumerate(self.optimizers):
             optimizer.param_groups[:] = [group for slot, group in self._live.items() if slot.home.optimizer == index]
-        self._flat = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
+        self.trainable_parameters = tuple(chain.from_iterable(group["params"] for group in self._live.values()))
         self._moving = any(slot.moves for slot in self._live)
         self._write_lr()
         self._modes.refresh(self._trainable, self._holds)

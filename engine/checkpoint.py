@@ -8,7 +8,6 @@ from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import attrs
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -79,7 +78,7 @@ def capture(
     known = {} if pristine is None else pristine.fingerprints(state.ledger)
     return {
         "schema": SCHEMA,
-        "clock": attrs.asdict(state.clock),
+        "clock": state.clock.to_json(),
         "duration": str(state.duration),
         "settings": dict(settings),
         "environment": environment(state.model),

@@ -11,17 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from .algorithm import Algorithm, as_json
-from .errors import LedgerError, ThawlineError, shorten
+from .errors import ArgumentError, LayerError, LedgerError, SelectorError, SurgeryError, ThawlineError, shorten
 from .events import Event
+from .log import jsonable
+from .neighbor import Neighbor
 from .promises import check, fail, same
 from .randomness import Randomness, derive_seed
 from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, copied, difference, weights_of
+from .specimens import Nothing, Specimen
 from .state import State
+from .variants import halves, other_calls, together
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
@@ -30,47 +34,38 @@ from .state import State
 def comes_back_from_its_description(rehearsal: Rehearsal) -> None:
     """describe() is JSON that names every argument; from_description() builds an equal algorithm."""
     for algorithm in rehearsal.make():
-        name, description = type(algorithm).__name__, algorithm.describe()
-        arguments, bound = description.get("arguments"), algorithm._bound()
-        if json.loads(json.dumps(description)) != description:
-            fail(
-                f"{name}.describe() is no plain JSON: {shorten(description)}. Return str, numbers, lists and dicts only."
-            )
-        if description.get("name") != name or not isinstance(arguments, dict):
-            fail(f"{name}.describe() gives {shorten(description)}; it needs 'name': {name!r} and 'arguments'.")
-        if lost := sorted(bound.keys() - arguments.keys()):
-            fail(
-                f"{name}.describe() leaves out {', '.join(lost)}: two recipes that differ there look alike, and a resumed run "
-                "cannot tell them apart. Leave describe() to Algorithm, or add them to 'arguments'."
-            )
-        if any(isinstance(each, dict) and "callable" in each for each in arguments.values()):
-            continue  # named, not rebuilt: see Algorithm.describe
-        again = Algorithm.from_description(description)
-        if type(again) is not type(algorithm) or as_json(again._bound()) != as_json(_bound_as_json(bound, again)):
-            fail(
-                f"{name} came back from its description as {shorten(again.describe())}, from {shorten(description)}. Take the "
-                "arguments in the form that describe() gives them: converters accept text for a Time, a list for a tuple."
-            )
-        same(again.describe(), description, "description", f"{name} describes itself otherwise when it is built again.")
-        same(
-            again.state_dict(),
-            algorithm.state_dict(),
-            "state",
-            f"{name} starts with another state when it is built again.",
+        _comes_back(algorithm)
+
+
+def _comes_back(algorithm: Algorithm) -> None:
+    name, description = type(algorithm).__name__, algorithm.describe()
+    arguments, bound = description.get("arguments"), algorithm._bound()
+    if json.loads(json.dumps(description)) != description:
+        fail(f"{name}.describe() is no plain JSON: {shorten(description)}. Return str, numbers, lists and dicts only.")
+    if description.get("name") != name or not isinstance(arguments, dict):
+        fail(f"{name}.describe() gives {shorten(description)}; it needs 'name': {name!r} and 'arguments'.")
+    if lost := sorted(bound.keys() - arguments.keys()):
+        fail(
+            f"{name}.describe() leaves out {', '.join(lost)}: two recipes that differ there look alike, and a resumed run "
+            "cannot tell them apart. Leave describe() to Algorithm, or add them to 'arguments'."
         )
+    if any(isinstance(each, dict) and "callable" in each for each in arguments.values()):
+        return  # named, not rebuilt: see Algorithm.describe
+    again = Algorithm.from_description(description)
+    if type(again) is not type(algorithm) or as_json(again._bound()) != as_json(_bound_as_json(bound, again)):
+        fail(
+            f"{name} came back from its description as {shorten(again.describe())}, from {shorten(description)}. Take the "
+            "arguments in the form that describe() gives them: converters accept text for a Time, a list for a tuple."
+        )
+    same(again.describe(), description, "description", f"{name} describes itself otherwise when it is built again.")
+    same(
+        again.state_dict(), algorithm.state_dict(), "state", f"{name} starts with another state when it is built again."
+    )
 
 
 def _bound_as_json(bound: Mapping[str, Any], again: Algorithm) -> dict[str, Any]:
     """Return arguments in the order of another's, to compare them."""
     return {key: bound[key] for key in again._bound()}
-
-
-class _Nothing:
-    """What no argument takes."""
-
-    @override
-    def __repr__(self) -> str:
-        return "object()"
 
 
 @check
@@ -95,7 +90,7 @@ def _forbids_none(parameter: inspect.Parameter) -> bool:
 
 
 def _wrong_values(value: object) -> Iterator[object]:
-    yield _Nothing()
+    yield Nothing()
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         yield from (float("nan"), "a word", [value])
 
@@ -117,6 +112,49 @@ def _refuses(build: type[Algorithm], arguments: Mapping[str, Any], name: str, wr
     fail(f"{call} is accepted, and would break in the middle of a fit. {mend}")
 
 
+@check
+def works_with_other_arguments(rehearsal: Rehearsal) -> None:
+    """With other arguments, of its types and of its errors' corrected calls, it fits, describes itself and resumes as well."""
+    calls = [(place, each) for place, algorithm in enumerate(rehearsal.make()) for each in _calls(rehearsal, algorithm)]
+    for place, call in calls if rehearsal.thorough else _some(calls, 3, rehearsal.seed):
+        _try_call(rehearsal, place, call)
+
+
+def _calls(rehearsal: Rehearsal, algorithm: Algorithm) -> list[Specimen]:
+    calls = other_calls(algorithm)
+    return calls if rehearsal.thorough else together(calls, algorithm)
+
+
+def _try_call(rehearsal: Rehearsal, place: int, call: Specimen) -> None:
+    """Fit with another call in the place of an algorithm; where this model refuses it, with half of the other arguments."""
+
+    def build() -> list[Algorithm]:
+        made = rehearsal.make()
+        made[place] = call()
+        return made
+
+    other = attrs.evolve(rehearsal, factory=build)
+    other.name = repr(call)
+    _comes_back(call())
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            whole, paths = other.saved(Path(folder) / "run", every="4ba", probe=_verify)
+        except (ArgumentError, LayerError, SelectorError, SurgeryError):
+            for half in halves(call, rehearsal.make()[place]):
+                _try_call(rehearsal, place, half)
+            return
+        except Exception as error:
+            error.add_note(f"with the arguments {call!r}, which its constructor takes")
+            raise
+        for path in paths[:1]:
+            _goes_on(other, whole, path)
+
+
+def _verify(event: Event, state: State) -> None:
+    if event.opens_ledger:
+        state.ledger.verify()
+
+
 # -- at events ---------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +162,8 @@ def _refuses(build: type[Algorithm], arguments: Mapping[str, Any], name: str, wr
 def match_is_pure(rehearsal: Rehearsal) -> None:
     """match() gives the same answer twice and changes neither the algorithm nor the fit."""
     algorithms = rehearsal.make()
+    if all(type(each).match is Algorithm.match for each in algorithms):
+        return
 
     def spied(algorithm: Algorithm) -> Callable[[Event, State], bool]:
         match = algorithm.match
@@ -142,7 +182,10 @@ def match_is_pure(rehearsal: Rehearsal) -> None:
 
     for each in algorithms:
         object.__setattr__(each, "match", spied(each))
-    same(rehearsal.whole.result, rehearsal.fit(algorithms).result, "the fit", "Asking match() twice changes the fit.")
+    same(
+        rehearsal.whole.result, rehearsal.fit(algorithms).result, "the fit",
+        f"{rehearsal.name}: a fit in which match() is asked twice is another one. match() only looks, and keeps nothing anywhere.",
+    )  # fmt: skip
 
 
 def _everything(algorithm: Algorithm, state: State) -> dict[str, Any]:
@@ -154,7 +197,7 @@ def _everything(algorithm: Algorithm, state: State) -> dict[str, Any]:
 
 @check
 def keeps_the_ledger_whole(rehearsal: Rehearsal) -> None:
-    """The ledger's invariants hold at every event, it moves at open events only, and frozen weights stand still."""
+    """While another freezes and attaches, the ledger stays whole and moves at open events only, and frozen weights stand still."""
     frozen: dict[str, Tensor] = {}
 
     def look(event: Event, state: State) -> None:
@@ -165,13 +208,22 @@ def keeps_the_ledger_whole(rehearsal: Rehearsal) -> None:
         for name in sorted(now.keys() & frozen.keys()):
             if not torch.equal(now[name], frozen[name]):
                 fail(
-                    f"{rehearsal.name}: the frozen {name!r} changed by {event.name}, batch {state.clock.batch}. Write to "
-                    "parameters that train (state.ledger.trainable), or thaw it first."
+                    f"{rehearsal.name}: the frozen {name!r} changed by {event.name}, batch {state.clock.batch}. What trains changes "
+                    "during a fit, by others too: keep no list of parameters, and write to state.ledger.trainable of the moment, "
+                    "or thaw it first."
                 )
         frozen.clear()
         frozen.update((name, each.detach().clone()) for name, each in now.items())
 
-    rehearsal.fit(probe=look, debug=True)
+    def beside() -> list[Algorithm]:
+        return [*rehearsal.make(), Neighbor()]
+
+    other = attrs.evolve(rehearsal, factory=beside)
+    other.name = f"{rehearsal.name} beside another that freezes and attaches"
+    with tempfile.TemporaryDirectory() as folder:
+        whole, paths = other.saved(Path(folder) / "run", every="4ba", probe=look, debug=True)
+        for path in paths[:1]:
+            _goes_on(other, whole, path)
 
 
 _GRAMMAR = re.compile(
@@ -208,11 +260,12 @@ def leaves_the_global_generators_alone(rehearsal: Rehearsal) -> None:
             before = Randomness().states()
             result = call(*arguments)
             if difference(before, Randomness().states()):
+                owner = "owner" if rehearsal.has_no_memory else "self.owner"  # a function's second parameter
                 at = f" at {arguments[0].name}" if arguments and isinstance(arguments[0], Event) else ""
                 fail(
                     f"{type(algorithm).__name__}.{method}{at} draws from a global generator, so beside another algorithm, or "
                     "resumed, dropout and the rest of the model see other numbers. Use a generator of your own: "
-                    "torch.Generator().manual_seed(derive_seed(state.seed, self.owner, state.clock.batch))."
+                    f"torch.Generator().manual_seed(derive_seed(state.seed, {owner}, state.clock.batch))."
                 )
             return result
 
@@ -231,22 +284,63 @@ def leaves_the_global_generators_alone(rehearsal: Rehearsal) -> None:
 def resumes(rehearsal: Rehearsal) -> None:
     """Resumed from a checkpoint of any batch, the fit ends bit for bit as the uninterrupted one."""
     with tempfile.TemporaryDirectory() as folder:
-        whole, paths = rehearsal.saved(Path(folder) / "run")
-        same(rehearsal.whole.result, whole.result, "the fit", f"{rehearsal.name}: saving checkpoints changes the fit.")
+        run = Path(folder) / "run"
+        whole, paths = rehearsal.saved(run)
+        same(rehearsal.whole.all, whole.all, "the fit", f"{rehearsal.name}: saving checkpoints changes the fit.")
+        _is_saved_at_each_batch(rehearsal, whole, run, paths)
         for path in paths if rehearsal.thorough else _some(paths, 3, rehearsal.seed):
-            resumed = rehearsal.fit(resume=path)
-            same(
-                whole.result, resumed.result, "the fit",
-                f"{rehearsal.name}, resumed at batch {int(path.name[2:])}, does not go on as the uninterrupted fit. Return from "
-                "state_dict() whatever changes during a fit, take it back in load_state_dict(), and build caches in attach(): "
-                "FIT_START does not come again.",
-            )  # fmt: skip
+            _goes_on(rehearsal, whole, path)
+
+
+_STATE = (
+    "Return from state_dict() whatever changes during a fit, take it back in load_state_dict(), and build caches in attach(): "
+    "FIT_START does not come again."
+)
+_FUNCTION = (
+    "A function of @on remembers nothing from call to call: let it follow from the state it is given, or write a class, whose "
+    "state_dict() returns what changes during a fit."
+)
+
+
+def _goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
+    """Resume from a checkpoint, and compare with the uninterrupted fit."""
+    batch = int(path.name[2:])
+    resumed = rehearsal.fit(resume=path)
+    where = f"{rehearsal.name}, resumed at batch {batch},"
+    same(
+        whole.after(batch, resumed), resumed.after(batch, resumed), "the fit",
+        f"{where} does not go on as the uninterrupted fit. {_FUNCTION if rehearsal.has_no_memory else _STATE}",
+    )  # fmt: skip
+    if new := [each for each in resumed.said if each not in whole.said]:
+        fail(
+            f"{where} warns of what the uninterrupted fit does not: {new[0]} Warn at FIT_START of what concerns the whole fit; "
+            "attach() and load_state_dict() run on every resumed one."
+        )
+
+
+def _is_saved_at_each_batch(rehearsal: Rehearsal, whole: Outcome, run: Path, paths: list[Path]) -> None:
+    """Hold the checkpoints against the batches, and the metrics that were written against those that were told."""
+    batches = {batch for event, _, batch, _ in whole.events if event is Event.BATCH_END}
+    if missing := sorted(batches - {int(path.name[2:]) for path in paths}):
+        fail(
+            f"{rehearsal.name}: no checkpoint was written after batch {missing[0]}. state_dict() returns tensors, numbers, "
+            "text, None, and lists and dicts of these, at every batch."
+        )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    written = [(each.pop("step"), each) for each in lines if each.pop("time") and "artifact" not in each]
+    same(
+        jsonable(whole.told), jsonable(written), "metrics.jsonl",
+        f"{rehearsal.name}: the metrics on disk are not those that were logged. Log numbers, by state.log().",
+    )  # fmt: skip
 
 
 def _some(items: list[Any], count: int, seed: int) -> list[Any]:
     """Return a few items, drawn by the seed, in their order."""
     chosen = sorted(range(len(items)), key=lambda index: derive_seed(seed, "conformance", index))[:count]
     return [items[index] for index in sorted(chosen)]
+
+
+_AFRESH = "The constructor runs again at its start: set all that changes there, and keep nothing on the class or in the module."
 
 
 @check
@@ -256,9 +350,9 @@ def starts_afresh(rehearsal: Rehearsal) -> None:
     rehearsal.fit(algorithms)
     second = rehearsal.fit(algorithms, model=model)
     same(
-        rehearsal.whole.result, second.result, "the fit",
-        f"{rehearsal.name}: a second fit with the same instance is another one. The constructor runs again at its start: set "
-        "all that changes there, and keep nothing on the class or in the module.",
+        rehearsal.whole.all, second.all, "the fit",
+        f"{rehearsal.name}: a second fit with the same instance is another one. "
+        + (_FUNCTION if rehearsal.has_no_memory else _AFRESH),
     )  # fmt: skip
     rehearsal.fit(algorithms, model=model)
 
@@ -274,11 +368,10 @@ def keeps_instances_apart(rehearsal: Rehearsal) -> None:
 
     outer = rehearsal.fit(probe=nest)
     mend = "State belongs to the instance: set it in the constructor, not on the class or in the module."
+    mend = _FUNCTION if rehearsal.has_no_memory else mend
     for which, outcome in (("the outer", outer), *(("the inner", each) for each in inner)):
         place = f"{which} fit"
-        same(
-            rehearsal.whole.result, outcome.result, place, f"{rehearsal.name}: two instances mix in nested fits. {mend}"
-        )
+        same(rehearsal.whole.all, outcome.all, place, f"{rehearsal.name}: two instances mix in nested fits. {mend}")
     _or_refusal(partial(rehearsal.fit, [*rehearsal.make(), *rehearsal.make()], debug=True))
 
 

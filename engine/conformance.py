@@ -20,6 +20,7 @@ from .checks import (
     refuses_bad_arguments,
     resumes,
     starts_afresh,
+    works_with_other_arguments,
 )
 from .doubles import tiny_loader, tiny_models
 from .endings import (
@@ -32,6 +33,7 @@ from .endings import (
 from .errors import ArgumentError, nearest
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
+from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
 from .rehearsal import Rehearsal
 from .specimens import installed, specimen
 
@@ -40,10 +42,14 @@ CHECKS: dict[str, Check] = {
     for each in (
         comes_back_from_its_description,
         refuses_bad_arguments,
+        works_with_other_arguments,
         match_is_pure,
         keeps_the_ledger_whole,
         leaves_the_loop_alone,
         leaves_the_global_generators_alone,
+        is_recorded_as_it_happened,
+        keeps_to_its_plan,
+        puts_live_weights_back,
         resumes,
         starts_afresh,
         keeps_instances_apart,

@@ -52,6 +52,8 @@ __all__ = [
 
 log = get_logger(__name__)
 _TRAIN = "Trainer.fit(train_loader=)"
+# In a third of the time of Fetched(…), once a batch.
+_new = tuple.__new__
 # Batches whose samples are drawn at once where none of them is loaded.
 _AHEAD = 64
 _EXAMPLE = "trainer.fit(model, DataLoader(dataset, batch_size=32, shuffle=True), duration='3ep')"
@@ -268,7 +270,7 @@ class _ListSource:
         for number in range(start, len(self._batches)):
             batch = self._batches[number]
             samples = samples_in(batch)
-            yield Fetched(batch, None, samples, samples)
+            yield _new(Fetched, (batch, None, samples, samples))
 
     def sizes(self, epoch: int) -> Iterator[int] | None:  # noqa: ARG002 - the same in every epoch
         return map(samples_in, self._batches) if self._lie_ready else None

@@ -160,7 +160,7 @@ def trains_in_bf16(rehearsal: Rehearsal) -> None:
     kinds = {name: each.dtype for name, each in rehearsal.model().named_parameters()}
     model = rehearsal.model()
     with tempfile.TemporaryDirectory() as folder:
-        whole, paths = rehearsal.saved(Path(folder) / "run", model=model, precision="bf16", debug=True)
+        whole, paths = rehearsal.saved(Path(folder) / "run", every="2ba", model=model, precision="bf16", debug=True)
         resumed = rehearsal.fit(resume=paths[len(paths) // 2], precision="bf16")
     same(
         whole.result,
@@ -181,7 +181,7 @@ def trains_in_bf16(rehearsal: Rehearsal) -> None:
 
 @check
 def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
-    """One batch, and the same in four parts with accumulate=4, give the same updates (float64, up to rounding)."""
+    """One batch, the same in four parts with accumulate=4, and sample by sample give the same updates (float64, up to rounding)."""
     if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
         return  # statistics of a batch are not those of its parts
     with Randomness().kept():  # a loader draws its order from the global generator
@@ -193,19 +193,22 @@ def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
             "no batch of the loader can be cut into four. Give check_algorithm(loader=) batches of 4, 8 or 16 samples."
         )
     ends: list[dict[str, Any]] = []
-    for loader, accumulate in ((wholes, 1), (parts, 4)):
+    fits: list[tuple[list[Any], dict[str, Any]]] = [
+        (wholes, {}),
+        (parts, {"accumulate": 4}),
+        (wholes, {"microbatch_size": 1}),
+    ]
+    for loader, cuts in fits:
         model = _without_dropout(rehearsal.model().double())
         optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-        outcome = rehearsal.fit(
-            model=model, loader=loader, accumulate=accumulate, optimizer=optimizer, eval_every="1ep"
-        )
-        ends.append(outcome.result)
-    same(
-        ends[0], ends[1], "the fit",
-        f"{rehearsal.name}: a batch in four parts gives other updates than the batch at once. Microbatch events come several "
-        "times a step: count steps at BATCH_END or with state.clock, and read gradients at BEFORE_STEP, where they are whole.",
-        tolerance=1e-7,
-    )  # fmt: skip
+        ends.append(rehearsal.fit(model=model, loader=loader, optimizer=optimizer, eval_every="1ep", **cuts).result)
+    for cut_into, end in (("in four parts", ends[1]), ("sample by sample", ends[2])):
+        same(
+            ends[0], end, "the fit",
+            f"{rehearsal.name}: a batch {cut_into} gives other updates than the batch at once. Microbatch events come several "
+            "times a step: count steps at BATCH_END or with state.clock, and read gradients at BEFORE_STEP, where they are whole.",
+            tolerance=1e-7,
+        )  # fmt: skip
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:

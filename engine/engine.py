@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .algorithm import Algorithm, Stage
 from .errors import ArgumentError, CheckpointError, LedgerError
-from .events import Event
+from .events import Event, nearest_event
 from .ledger import ParameterLedger
 from .log import get_logger
 from .state import State
@@ -309,7 +309,7 @@ def _check_acts(algorithm: Algorithm) -> None:
     events = tuple(given) if listed else (given,)
     if not listed or not all(isinstance(each, Event) for each in events):
         wrong = next((each for each in events if not isinstance(each, Event)), given)
-        example = f"events = frozenset({{Event.{_nearest_event(wrong)}}})"
+        example = f"events = frozenset({{Event.{nearest_event(wrong)}}})"
         raise ArgumentError(f"{name}.events", got=wrong, takes="a set of members of Event", example=example)
     acts = getattr(algorithm.apply, "__func__", algorithm.apply) is not Algorithm.apply
     if acts and not events:
@@ -330,11 +330,6 @@ def _check_acts(algorithm: Algorithm) -> None:
             raise ArgumentError(
                 f"{name}.{method}", got=shown, takes="a method of an event and the state", example=example
             ) from None
-
-
-def _nearest_event(given: object) -> str:
-    names = [event.name for event in Event]
-    return (get_close_matches(str(given).upper(), names, n=1, cutoff=0.5) or ["BATCH_END"])[0]
 
 
 def _begin_batch(_: Event, state: State) -> None:

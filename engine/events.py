@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from enum import StrEnum
 
 
@@ -58,3 +59,14 @@ class Event(StrEnum):
 
 
 LEDGER_EVENTS = frozenset({Event.FIT_START, Event.EPOCH_START, Event.BATCH_START, Event.BATCH_END, Event.EPOCH_END})
+
+
+def nearest_event(given: object) -> str:
+    """Return the name of the event most like what was given, for an error message.
+
+    Example:
+        >>> nearest_event("epoch_ends")
+        'EPOCH_END'
+    """
+    names = [event.name for event in Event]
+    return (get_close_matches(str(given).upper(), names, n=1, cutoff=0.5) or ["BATCH_END"])[0]

@@ -20,6 +20,8 @@ from .unlisted import loss_module, untrained
 
 # The commonest batches: read here in a fraction of the time that `forward_arguments` takes.
 _PAIRS = frozenset({tuple, list})
+# Once a batch: torch, a module with a __getattr__, is searched anew each time.
+_check_and_unscale = torch._amp_foreach_non_finite_check_and_unscale_
 # What others call the labels of a mapping.
 _LABELS = ("label", "label_ids", "target", "y")
 
@@ -85,10 +87,11 @@ class Forward:
                 labels.
         """
         loss: Any
-        if self.loss_fn is not None:
+        loss_fn = self.loss_fn
+        if loss_fn is not None:
             targets = batch[-1] if type(batch) in _PAIRS and len(batch) > 1 else targets_of(batch)
             try:
-                loss = self.loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
+                loss = loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
             except Exception as error:
                 if targets is not None:
                     error.add_note(f"in loss_fn(outputs {_look(predictions(outputs))}, targets {_look(targets)})")
@@ -229,29 +232,30 @@ def targets_of(batch: Any) -> Any:
 class GradientCheck:
     """Tells whether all gradients are finite, with one kernel and one host synchronization for each device and dtype.
 
-    The kernel is that of ``torch.amp.GradScaler``. It multiplies by 1 in place, which leaves every number as it is.
+    The kernel is that of ``torch.amp.GradScaler``. It multiplies by 1 in place, which leaves every number as it is. On the
+    CPU its answer is read through NumPy's view of it, in a tenth of the time.
 
     Example:
         >>> weight = nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([1.0, float("inf")])
-        >>> GradientCheck()((weight,))
+        >>> GradientCheck().finite((weight,))
         False
     """
 
     _parameters: Sequence[nn.Parameter] = field(default=(), init=False)
-    _alike: list[tuple[list[nn.Parameter], Tensor, Tensor]] = field(factory=list, init=False)
+    _alike: list[tuple[list[nn.Parameter], Tensor, Tensor, Callable[[], float]]] = field(factory=list, init=False)
 
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> bool:
+    def finite(self, parameters: Sequence[nn.Parameter]) -> bool:
         """Return whether no gradient holds a NaN or an infinity; parameters without a gradient are passed over."""
         if parameters is not self._parameters:
             self._sort(parameters)
-        for alike, found, one in self._alike:
+        for alike, found, one, read in self._alike:
             gradients = [grad for each in alike if (grad := each.grad) is not None]
             try:
-                torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, one)
+                _check_and_unscale(gradients, found, one)
             except RuntimeError:  # none at all, sparse or complex ones among them, or a device without the kernel
                 found.fill_(not all(torch.isfinite(_numbers(each)).all() for each in gradients))
-            if found.item():
+            if read():
                 found.zero_()
                 return False
         return True
@@ -260,8 +264,11 @@ class GradientCheck:
         kinds: dict[object, list[nn.Parameter]] = {}
         for each in parameters:
             kinds.setdefault((each.device, each.dtype), []).append(each)
-        scalars = (torch.zeros((), device=alike[0].device) for alike in kinds.values())
-        self._alike = [(alike, found, found + 1) for alike, found in zip(kinds.values(), scalars, strict=True)]
+        self._alike = []
+        for alike in kinds.values():
+            found = torch.zeros((), device=alike[0].device)
+            read = found.numpy().item if found.is_cpu else found.item
+            self._alike.append((alike, found, found + 1, read))
         self._parameters = parameters
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 from typing_extensions import override
 
 from .algorithm import Algorithm, Stage, register
 from .clock import Time
 from .errors import ArgumentError
-from .events import Event
+from .events import Event, nearest_event
 from .state import State
 
 Function: TypeAlias = Callable[..., object]
@@ -23,7 +23,16 @@ class FunctionAlgorithm(Algorithm):
 
     function: ClassVar[Function]
     every: ClassVar[Time | None] = None
+    __signature__: ClassVar[inspect.Signature] = inspect.Signature()  # that of __new__ takes what is to be refused
     done: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Say that there are no arguments, where some are given."""
+        if args:
+            name = cls.__name__
+            takes = "no arguments: the engine calls the function, and what needs some is a class"
+            raise ArgumentError(f"{name}()", got=args[0], takes=takes, example=f"Trainer(algorithms=[{name}()])")
+        return super().__new__(cls, **kwargs)
 
     def __init__(self) -> None:
         self.done = 0
@@ -66,7 +75,8 @@ def on(
         stage: Its place among the other algorithms.
 
     Raises:
-        ArgumentError: No event, an interval that is none, or a function of other parameters.
+        ArgumentError: No event, one that is none or twice there, an interval that is none, or a function of other
+            parameters, that is asynchronous, or that yields.
 
     Example:
         >>> @on(Event.EPOCH_END, every="2ep")
@@ -75,8 +85,7 @@ def on(
         >>> note_trainable().describe(), sorted(note_trainable.events)
         ({'name': 'note_trainable', 'arguments': {}}, [<Event.EPOCH_END: 'epoch_end'>])
     """
-    if not events or not all(isinstance(each, Event) for each in events):
-        raise ArgumentError("on()", got=events, takes="one or more members of Event", example=_EXAMPLE)
+    _check_events(events)
     if not isinstance(stage, Stage):
         raise ArgumentError(
             "on(stage=)", got=stage, takes="a Stage", example="@on(Event.BATCH_END, stage=Stage.OBSERVE)"
@@ -99,6 +108,19 @@ def on(
     return make
 
 
+def _check_events(events: tuple[object, ...]) -> None:
+    """Raise an ArgumentError that shows the first which is no event, or is there twice."""
+    wrong = next((each for each in events if not isinstance(each, Event)), None)
+    if wrong is not None or not events:
+        example = f"@on(Event.{nearest_event(wrong)})" if isinstance(wrong, str) else _EXAMPLE
+        raise ArgumentError(
+            "on()", got=wrong if events else "none", takes="one or more members of Event", example=example
+        )
+    if len(set(events)) < len(events):
+        twice = next(each for each in events if events.count(each) > 1)
+        raise ArgumentError("on()", got=twice, takes="each Event once", example=f"@on(Event.{twice.name})")  # type: ignore[attr-defined]  # an Event, as just checked
+
+
 def _span(every: Time | str | int) -> Time:
     try:
         span = Time(every)
@@ -114,6 +136,14 @@ def _with_owner(function: Function) -> Function:
     example = f"{_EXAMPLE} above def log_norm(state): …"
     if not inspect.isfunction(function):
         raise ArgumentError("on()", got=function, takes="a function of state, or of state and owner", example=example)
+    if (
+        inspect.iscoroutinefunction(function)
+        or inspect.isgeneratorfunction(function)
+        or inspect.isasyncgenfunction(function)
+    ):
+        kind = "a generator" if inspect.isgeneratorfunction(function) else "an async function"
+        takes = "a plain function: nobody would await it or take what it yields, so nothing in it would run"
+        raise ArgumentError("on()", got=f"{kind}, {function.__name__}", takes=takes, example=example)
     parameters = list(inspect.signature(function).parameters.values())
     plain = all(each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) for each in parameters)
     if not plain or len(parameters) not in (1, 2):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -21,15 +20,16 @@ from .errors import LedgerClosedError, SurgeryError
 from .events import Event
 from .homes import OptimizerLike
 from .ledger import ParameterLedger
+from .neighbor import GAIN
 from .oracle import OWNERS, LedgerOracle, selectors_of
 from .randomness import Randomness
 from .rehearsal import copied, difference, quiet, snapshot, weights_of
 from .schedules import linear
 from .state import State
-from .surgery import Attachment, Site, surgery_op
 
 DURATION = Time("40ba")
 EPOCH = 5
+COURSE = 7  # batches of a schedule of a parameter's own
 _OPTIMIZERS: dict[str, OptimizerLike] = {
     "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
     "adamw": partial(torch.optim.AdamW, lr=0.01),
@@ -38,11 +38,14 @@ _OPTIMIZERS: dict[str, OptimizerLike] = {
 owners = st.sampled_from(OWNERS)
 
 
-@surgery_op("testing_gain")
-def gain(site: Site) -> list[Attachment]:
-    """Attach a learned number beside the weight: the least that surgery can do."""
-    values = torch.empty(1).uniform_(-1, 1, generator=site.generator)
-    return [Attachment(site.name, parameters={"gain": nn.Parameter(values)})]
+def _line(end: float, start: int, batch: int) -> float:
+    """Return the factor of a straight line over a few batches, after which the last stays."""
+    return 1 + (end - 1) * min(1.0, (batch - start) / COURSE)
+
+
+def _alone(machine: EngineMachine) -> bool:
+    """Return whether no algorithm acts beside the rules."""
+    return not machine.engine.algorithms[:-1]
 
 
 class Saboteur(Algorithm):
@@ -65,9 +68,9 @@ class EngineMachine(RuleBasedStateMachine):
     """Random operations on an engine in a loop of its own, the ledger held against a :class:`LedgerOracle`.
 
     The rules: step, a step in microbatches, a step with NaN gradients, an exception at an event, freeze, thaw, scale,
-    set_lr, inject (surgery) and merge (its undoing), a call where the ledger is closed, save, and load into a fresh model.
-    After each, the invariants hold, what trains and at which rate is what the oracle says, parameters are the same objects,
-    and frozen ones have the same values.
+    set_lr, set_options, set_schedule, inject (surgery) and merge (its undoing), a call where the ledger is closed, save, and
+    load into a fresh model. After each, the invariants hold, what trains, with which options and at which rate is what the
+    oracle says, parameters are the same objects, and frozen ones have the same values.
 
     Subclass it to add rules, or algorithms of your own through :meth:`algorithms`; run it as a test by
     ``TestMine = MyMachine.TestCase``.
@@ -152,6 +155,8 @@ class EngineMachine(RuleBasedStateMachine):
         state.batch, state.step_skipped = (x, y), spoil
         emit(Event.BATCH_START)
         self.rated = state.clock.progress
+        self._compare_rates(state.clock.batch)
+        done = state.clock.batch
         frozen = {name: self.ledger.parameters[name].detach().clone() for name in self.ledger.frozen}
         for part in zip(x.chunk(parts), y.chunk(parts), strict=True):
             state.microbatch = part
@@ -173,6 +178,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(torch.equal(value, self.ledger.parameters[name]) for name, value in frozen.items())
         state.tick(samples=len(x))
         emit(Event.BATCH_END)
+        assert state.clock.batch == done + 1, f"a step of {parts} parts counts as {state.clock.batch - done}"
         if state.clock.batch_in_epoch == EPOCH:
             state.tick_epoch()
             emit(Event.EPOCH_END)
@@ -183,11 +189,9 @@ class EngineMachine(RuleBasedStateMachine):
                 each.grad.fill_(float("nan"))
 
     @rule(event=st.sampled_from([event for event in Event if event not in (Event.FIT_START, Event.BATCH_START)]))
+    @precondition(_alone)  # others would be told of an event out of its turn
     def raising_hook(self, event: Event) -> None:
         """Let an algorithm raise: the exception arrives, the ledger is as before."""
-        others = self.engine.algorithms[:-1]
-        if others:  # they would be told of an event out of its turn
-            return
         phase, digest = self.ledger.phase, self.ledger.digest()
         self.saboteur.armed = event
         try:
@@ -226,13 +230,30 @@ class EngineMachine(RuleBasedStateMachine):
         self.ledger.scale(selector, factor, owner=owner)
         self.oracle.scale(names, factor, owner)
 
-    @rule(data=st.data(), lr=st.sampled_from([0.1, 0.01]))
-    @precondition(lambda self: not self.engine.algorithms[:-1])
-    def set_lr(self, data: st.DataObject, lr: float) -> None:
-        """Set a rate."""
+    @rule(data=st.data(), lr=st.sampled_from([0.1, 0.01, None]))
+    @precondition(_alone)
+    def set_lr(self, data: st.DataObject, lr: float | None) -> None:
+        """Set a rate, or take it back."""
         selector, names = self._draw(data)
         self.ledger.set_lr(selector, lr, owner=OWNERS[0])
         self.oracle.set_lr(names, lr)
+
+    @rule(data=st.data(), decay=st.sampled_from([0.1, 0.0, None]))
+    @precondition(_alone)
+    def set_options(self, data: st.DataObject, decay: float | None) -> None:
+        """Set an option of the optimizer, or take it back."""
+        selector, names = self._draw(data)
+        self.ledger.set_options(selector, weight_decay=decay, owner=OWNERS[1])
+        self.oracle.set_options(names, weight_decay=decay)
+
+    @rule(data=st.data(), end=st.sampled_from([0.5, 0.0, None]))
+    @precondition(_alone)
+    def set_schedule(self, data: st.DataObject, end: float | None) -> None:
+        """Set a schedule of their own, a straight line from here on, or take it back."""
+        selector, names = self._draw(data)
+        given = None if end is None else linear(end=end)
+        self.ledger.set_schedule(selector, given, span=f"{COURSE}ba", owner=OWNERS[2])
+        self.oracle.set_schedule(names, None if end is None else partial(_line, end, self.state.clock.batch))
 
     @rule(data=st.data(), owner=owners)
     def inject(self, data: st.DataObject, owner: str) -> None:
@@ -241,7 +262,7 @@ class EngineMachine(RuleBasedStateMachine):
         module = data.draw(st.sampled_from(weights), label="weight").rpartition(".")[0]
         digest = self.ledger.digest()
         try:
-            self.ledger.attach(module, "testing_gain", owner=owner)
+            self.ledger.attach(module, GAIN, owner=owner)
         except SurgeryError:
             assert module in self.oracle.attached
             assert self.ledger.digest() == digest
@@ -255,7 +276,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Take off what was attached."""
         module = data.draw(st.sampled_from(sorted(self.oracle.attached)), label="module")
         (name,) = self.ledger.select(f"{module}.gain")
-        self.ledger.detach(module, "testing_gain", owner=self.oracle.attached.pop(module))
+        self.ledger.detach(module, GAIN, owner=self.oracle.attached.pop(module))
         self.oracle.detach(self.ledger, name)
 
     @rule(event=st.sampled_from([event for event in Event if not event.opens_ledger]), owner=owners)
@@ -283,7 +304,6 @@ class EngineMachine(RuleBasedStateMachine):
             "engine": copied(self.engine.state_dict()),
             "weights": weights_of(self.state.model),
             "clock": self.state.clock,
-            "digest": self.ledger.digest(),
             "snapshot": snapshot(self.state, ()),
             "oracle": copy.deepcopy(self.oracle),
         }
@@ -322,16 +342,21 @@ class EngineMachine(RuleBasedStateMachine):
         assert {name: each for name, each in now.items() if name in self.identities} == {
             name: each for name, each in self.identities.items() if name in now
         }
-        if not self.engine.algorithms[:-1]:
-            for name, lr, expected in self._rates():
-                assert abs(lr - expected) <= 1e-12 * expected, f"{name} trains at {lr}, not {expected}"
+        self._compare_rates()
 
-    def _rates(self) -> Iterator[tuple[str, float, float]]:
+    def _compare_rates(self, batch: int | None = None) -> None:
+        """Hold rates and options against the oracle; those of a schedule of their own at the batch for which they were written."""
+        if not _alone(self):
+            return
         factor = linear()(self.rated)
         for group in self.ledger.groups:
             for name in group.parameters:
-                assert group.lr is not None
-                yield name, group.lr, self.oracle.lr(name, factor)
+                decay, asked = group.options["weight_decay"], self.oracle.option(name, "weight_decay")
+                assert decay == asked, f"{name} trains with weight_decay={decay}, not {asked}"
+                if batch is not None or name not in self.oracle.courses:
+                    expected, lr = self.oracle.lr(name, factor, batch or 0), group.lr
+                    assert lr is not None
+                    assert abs(lr - expected) <= 1e-12 * expected, f"{name} trains at {lr}, not {expected}"
 
     @override
     def teardown(self) -> None:

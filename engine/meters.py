@@ -192,8 +192,13 @@ class RunningLoss:
 
     def since_log(self) -> float:
         """Return the mean since the last call; NaN where nothing was added."""
+        mean, self._log = self.so_far(), (0.0, 0)
+        return mean
+
+    def so_far(self) -> float:
+        """Return the mean since the last :meth:`since_log`; NaN where nothing was added."""
         self._fold()
-        (total, count), self._log = self._log, (0.0, 0)
+        total, count = self._log
         return total / count if count else math.nan
 
     def of_epoch(self) -> float:

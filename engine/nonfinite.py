@@ -54,7 +54,7 @@ class StepGuard:
     _rolled_back_from: set[int] = field(factory=set, init=False)
     _rolled_back_to: int | None = field(default=None, init=False)
     _rollbacks: int = field(default=0, init=False)
-    _gradients_finite: GradientCheck = field(factory=GradientCheck, init=False)
+    _gradients: GradientCheck = field(factory=GradientCheck, init=False)
 
     def may_step(self, state: State, loss: float) -> bool:
         """Return whether to step.
@@ -66,7 +66,7 @@ class StepGuard:
         if self.scaled:
             return True
         norm = state.grad_norm
-        finite = self._gradients_finite(state.ledger.trainable_parameters) if norm is None else is_finite(norm)
+        finite = self._gradients.finite(state.ledger.trainable_parameters) if norm is None else is_finite(norm)
         if finite and isfinite(loss):
             self.skipped = 0
             return True

@@ -83,7 +83,13 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the whole timeline as JSON."""
         spans = [
-            {**attrs.asdict(span), "layers": list(span.layers), "groups": [list(g) for g in span.groups]}
+            {
+                **attrs.asdict(span),
+                "start": span.start.to_json(),
+                "end": span.end.to_json(),
+                "layers": list(span.layers),
+                "groups": [list(g) for g in span.groups],
+            }
             for span in self.spans
         ]
         samples = [[each.batch, each.epoch, dict(each.rates)] for each in self.samples]

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import IO, TYPE_CHECKING, Literal, NoReturn, Protocol
+from typing import IO, TYPE_CHECKING, Literal, NoReturn, Protocol, TypeAlias
 
 from attrs import define, field
 from typing_extensions import override
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 _SECONDS_BETWEEN_DRAWS = 0.2
 
 
+Metrics: TypeAlias = Callable[[], Mapping[str, float]]
+"""Returns what is to be shown now."""
+
+
 class Progress(Protocol):
     """What shows how far a fit is. Every method is safe to call at any time, and none ever raises."""
 
@@ -33,8 +37,8 @@ class Progress(Protocol):
         A message follows the end of each ``epoch`` batches, and of the fit, where that is given.
         """
 
-    def update(self, batch: int, metrics: Mapping[str, float]) -> None:
-        """Say that ``batch`` batches are done. Cheap enough to be called for each."""
+    def update(self, batch: int, metrics: Metrics) -> None:
+        """Say that ``batch`` batches are done. Cheap enough to be called for each: ``metrics`` is asked where they are drawn."""
 
     def message(self, text: str) -> None:
         """Show a line that stays, such as an epoch's metrics."""
@@ -89,7 +93,7 @@ class NoProgress:
     def start(self, total_batches: int | None, description: str, *, done: int = 0, epoch: int = 0) -> None:
         """Do nothing."""
 
-    def update(self, batch: int, metrics: Mapping[str, float]) -> None:
+    def update(self, batch: int, metrics: Metrics) -> None:
         """Do nothing."""
 
     def message(self, text: str) -> None:
@@ -118,7 +122,7 @@ class LineProgress:
         >>> progress = LineProgress(sys.stdout, clock=lambda: next(seconds))
         >>> progress.start(100, "fit")
         >>> for batch in range(1, 11):
-        ...     progress.update(batch, {"loss": 0.7, "lr": 1e-3})
+        ...     progress.update(batch, lambda: {"loss": 0.7, "lr": 1e-3})
         fit: 10/100 (10%), loss 0.7, lr 0.001, 5 batches/s, 18 s left
     """
 
@@ -135,7 +139,7 @@ class LineProgress:
         self._next = self._run.next_line(done)
         self._epoch, self._held = epoch, ""
 
-    def update(self, batch: int, metrics: Mapping[str, float]) -> None:
+    def update(self, batch: int, metrics: Metrics) -> None:
         """Write a line where one is due; at an epoch's end its message is that line."""
         if batch < self._next or self._run is None:
             return
@@ -143,7 +147,7 @@ class LineProgress:
         if self._epoch and (batch % self._epoch == 0 or batch == self._run.total):
             self._held = f"  {self._run.summary(batch, {}, self.clock())}"
             return
-        self.message(f"{self._run.description}: {self._run.summary(batch, metrics, self.clock())}")
+        self.message(f"{self._run.description}: {self._run.summary(batch, metrics(), self.clock())}")
 
     def message(self, text: str) -> None:
         """Write a line."""
@@ -181,17 +185,17 @@ class BarProgress:
     _task: TaskID | None = field(default=None, init=False, repr=False)
     _eval_task: TaskID | None = field(default=None, init=False, repr=False)
     _batch: int = field(default=0, init=False, repr=False)
-    _metrics: Mapping[str, float] = field(factory=dict, init=False, repr=False)
+    _metrics: Metrics = field(default=dict, init=False, repr=False)
     _next_draw: float = field(default=0.0, init=False, repr=False)
 
     def start(self, total_batches: int | None, description: str, *, done: int = 0, epoch: int = 0) -> None:  # noqa: ARG002 - the bar has no lines
         """Begin a fit and show its bar."""
         self.close()
         self._run = _Run(total_batches, description, done, self.clock())
-        self._batch, self._metrics, self._next_draw = done, {}, 0.0
+        self._batch, self._metrics, self._next_draw = done, dict, 0.0
         self._safely(self._show)
 
-    def update(self, batch: int, metrics: Mapping[str, float]) -> None:
+    def update(self, batch: int, metrics: Metrics) -> None:
         """Move the bar; redraw it where that is due."""
         self._batch, self._metrics = batch, metrics
         if self.clock() >= self._next_draw:
@@ -249,7 +253,7 @@ class BarProgress:
             self._eval_task = None
         if message is not None:
             bar.console.print(message, markup=False, highlight=False)
-        bar.update(self._task, completed=self._batch, text=self._run.summary(self._batch, self._metrics, now))
+        bar.update(self._task, completed=self._batch, text=self._run.summary(self._batch, self._metrics(), now))
         bar.refresh()
         self._next_draw = now + _SECONDS_BETWEEN_DRAWS
 

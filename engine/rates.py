@@ -150,7 +150,8 @@ class Rates(Books):
                 f"step. Keep the decision in the algorithm's state and call it at Event.{later.name}."
             )
         if not isinstance(owner, str) or not owner:
-            raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes="a name", example="owner=self.owner")
+            takes = "a name: self.owner in an algorithm's methods, the second parameter in a function of @on"
+            raise ArgumentError(f"ledger.{call}(owner=)", got=owner, takes=takes, example="owner=self.owner")
         self._acting = owner
 
 

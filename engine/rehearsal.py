@@ -21,16 +21,20 @@ from .batches import batch_size_of
 from .checkpointing import Checkpointing
 from .errors import ArgumentError, ThawlineWarning, shorten
 from .events import Event
+from .functions import FunctionAlgorithm
+from .plan import Plan
 from .randomness import Randomness
 from .schedules import linear
 from .settings import duration_of
 from .state import State
+from .tracking import MemoryTracker
 from .trainer import Trainer
 
 LIVE_EVENTS = frozenset(Event) - {Event.EVAL_START, Event.EVAL_BATCH_START, Event.EVAL_BATCH_END}
 
 # The one thing that goes by turns: of two who hold the same, the first to release it ends no span of the timeline.
 BY_TURNS = "timeline"
+LAST_LOSS = "loss of the last batch"
 
 
 class Probe(Algorithm):
@@ -62,6 +66,34 @@ class Probe(Algorithm):
         return {"name": "Probe", "arguments": {}}
 
 
+@frozen
+class Step:
+    """What the optimizers were to change in a step, as their groups said after it.
+
+    Args:
+        batch: Batches done before it.
+        trainable: Number of scalars.
+        rates: The highest rate in each layer.
+    """
+
+    batch: int
+    trainable: int
+    rates: dict[str, float]
+
+    @classmethod
+    def of(cls, state: State) -> Step:
+        """Read the groups of a state's optimizers."""
+        ledger = state.ledger
+        rates: dict[str, float] = {}
+        trainable = 0
+        for group in ledger.groups:
+            for name in group.parameters:
+                layer = ledger.layers.of(name).name
+                rates[layer] = max(rates.get(layer, 0.0), group.lr or 0.0)
+                trainable += ledger.parameters[name].numel()
+        return cls(state.clock.batch, trainable, rates)
+
+
 @frozen(eq=False)
 class Outcome:
     """What a fit came to.
@@ -70,11 +102,29 @@ class Outcome:
         result: Weights, ledger, optimizer and algorithms at FIT_END, history and metrics: what is compared.
         events: The events, each with epoch, batch and samples done.
         journal: Names of the modules to which something was attached.
+        steps: What the optimizers were to change at each step.
+        timeline: What the fit says that it did.
+        told: What trackers were told, by the batches done then.
+        said: The warnings of what is allowed and probably not meant.
     """
 
     result: dict[str, Any]
     events: list[tuple[Event, int, int, int]]
     journal: frozenset[str]
+    steps: list[Step]
+    timeline: Plan
+    told: list[tuple[int, dict[str, float]]]
+    said: list[str]
+
+    @property
+    def all(self) -> dict[str, Any]:
+        """All that another fit of the same comes to, tells and says."""
+        return {"result": self.result, "told to trackers": self.told, "warnings": self.said}
+
+    def after(self, batch: int, resumed: Outcome) -> dict[str, Any]:
+        """Return what a fit comes to that was resumed after this many batches, and what it tells."""
+        known = {key: value for key, value in self.result.items() if key in resumed.result}
+        return {"result": known, "told to trackers": [each for each in self.told if each[0] > batch]}
 
 
 @define(eq=False, slots=False)
@@ -107,6 +157,11 @@ class Rehearsal:
     def __attrs_post_init__(self) -> None:
         duration_of(self.duration)
         self.name = ", ".join(type(each).__name__ for each in self.make())
+
+    @property
+    def has_no_memory(self) -> bool:
+        """Whether all of it is functions, which have no place for state of their own."""
+        return all(isinstance(each, FunctionAlgorithm) for each in self.make())
 
     def make(self, factory: Callable[[], Any] | None = None) -> list[Algorithm]:
         """Build the algorithms anew, as a list."""
@@ -159,21 +214,25 @@ class Rehearsal:
         events: list[tuple[Event, int, int, int]] = []
         seen: dict[str, Any] = {}
         journal: set[str] = set()
+        steps: list[Step] = []
+        tracker = MemoryTracker()
 
         def watch(event: Event, state: State) -> None:
             clock = state.clock
             events.append((event, clock.epoch, clock.batch, clock.sample))
             if probe is not None:
                 probe(event, state)
+            if event is Event.AFTER_STEP:
+                steps.append(Step.of(state))
             if event is Event.BATCH_END:
-                seen["loss of the last batch"] = None if state.loss is None else state.loss.item()
+                seen[LAST_LOSS] = None if state.loss is None else state.loss.item()
             if event is Event.FIT_END:
                 seen.update(snapshot(state, subjects))
                 journal.update(entry.module for entry in state.ledger.journal)
 
-        trainer = self.trainer([*subjects, Probe(watch, closing=closing)], **settings)
+        trainer = self.trainer([*subjects, Probe(watch, closing=closing)], trackers=[tracker], **settings)
         span = self.duration if duration is None else duration
-        with Randomness().kept(), quiet():
+        with Randomness().kept(), heard() as said:
             result = trainer.fit(model, loader, loader, duration=span, resume=resume)
         after = {
             "weights after the fit": weights_of(model),
@@ -182,17 +241,16 @@ class Rehearsal:
             "stop reason": result.stop_reason,
             BY_TURNS: list(result.timeline.spans),
         }
-        return Outcome(seen | after, events, frozenset(journal))
+        return Outcome(seen | after, events, frozenset(journal), steps, result.timeline, tracker.metrics, said)
 
     @cached_property
     def whole(self) -> Outcome:
         """The uninterrupted fit, which others are compared with."""
         return self.fit()
 
-    def saved(self, folder: Path, **settings: Any) -> tuple[Outcome, list[Path]]:
-        """Fit with a checkpoint before every batch; return what it came to, and the checkpoints in order."""
-        every = Checkpointing(every="1ba", keep=10_000)
-        outcome = self.fit(run_dir=folder, checkpoint=every, **settings)
+    def saved(self, folder: Path, *, every: str = "1ba", **settings: Any) -> tuple[Outcome, list[Path]]:
+        """Fit with checkpoints; return what it came to, and the checkpoints in order."""
+        outcome = self.fit(run_dir=folder, checkpoint=Checkpointing(every=every, keep=10_000), **settings)
         return outcome, sorted(path for path in folder.iterdir() if path.is_dir() and path.name.startswith("ba"))
 
 
@@ -202,6 +260,24 @@ def quiet() -> Generator[None, None, None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ThawlineWarning)
         yield
+
+
+@contextmanager
+def heard() -> Generator[list[str], None, None]:
+    """List those warnings instead of showing them; others go their way."""
+    said: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def note(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, ThawlineWarning):
+                said.append(str(message))
+            else:
+                show(message, category, *where)
+
+        warnings.simplefilter("always", ThawlineWarning)
+        warnings.showwarning = note  # type: ignore[assignment]  # what else it is given goes on as it came
+        yield said
 
 
 def snapshot(state: State, algorithms: Iterable[Algorithm]) -> dict[str, Any]:

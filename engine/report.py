@@ -9,7 +9,7 @@ from attrs import define, field
 
 from .log import get_logger
 from .meters import RunningLoss
-from .progress import NoProgress, Progress
+from .progress import Progress
 from .rundir import RunDir
 from .state import State
 
@@ -31,7 +31,6 @@ class Report:
     progress: Progress
     history: list[dict[str, float]] = field(factory=list, init=False)
     losses: RunningLoss = field(factory=RunningLoss, init=False)
-    shown: dict[str, float] = field(factory=dict, init=False)
     _saved_rates: tuple[int, dict[str, float]] = field(default=(-1, {}), init=False)
 
     def log_loss(self) -> None:
@@ -40,13 +39,16 @@ class Report:
             self.log({"train/loss": self.losses.since_log(), **self.rates()})
 
     def log(self, values: Mapping[str, float]) -> None:
-        """Give the trackers what was logged since the last time, and the bar what it shows."""
+        """Give the trackers what was logged since the last time."""
         self.state.metrics.update(values)
         self.state.logged.update(values)
-        if not isinstance(self.progress, NoProgress):
-            self.shown = _of_interest(self.state.metrics) | {"lr": self.state.metrics.get("lr", 0.0)}
         if self.state.logged:
             self.folder.trackers.log_metrics(self.state.take_logged(), step=self.state.clock.batch)
+
+    def glance(self) -> dict[str, float]:
+        """Return what a progress display shows: the latest metrics, the loss and the rate as they are now."""
+        loss = {"train/loss": self.losses.so_far()} if self.losses.count else {}
+        return _of_interest(self.state.metrics | loss) | {"lr": self.rates().get("lr", 0.0)}
 
     def rates(self) -> dict[str, float]:
         """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
-from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,19 +15,19 @@ from torch import nn
 from .checkpoint import capture, restore, seed_everything, well_formed
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
-from .data import Fetched, ResumableLoader, gathered
+from .data import Fetched, ResumableLoader
 from .distributed import Team
 from .engine import Engine
 from .errors import NonFiniteError
 from .evaluation import evaluate
 from .events import Event
-from .forward import stop_frozen, warn_of_late_parameters, without_gradient
+from .forward import warn_of_late_parameters
 from .homes import OptimizerLike
 from .layering import find_layers
 from .layers import LayerMap, LayerSpec
 from .ledger import ParameterLedger
 from .log import get_logger
-from .memory import BatchStart, Microbatches, is_out_of_memory
+from .memory import BatchStart, Microbatches
 from .monitor import Monitors
 from .nonfinite import Setback, StepGuard
 from .plan import Plan, Recorder
@@ -43,14 +42,10 @@ from .settings import bound_schedule, total_batches
 from .shares import Share
 from .signals import StopSignals
 from .state import State
+from .step import Step
 from .unlisted import buffer_shapes
 from .workers import DeferredDeaths
 
-# Once a batch: a name of the module is found in a fraction of the time that a member of an enum takes.
-BATCH_START, BATCH_END = Event.BATCH_START, Event.BATCH_END
-BEFORE_FORWARD, AFTER_FORWARD = Event.BEFORE_FORWARD, Event.AFTER_FORWARD
-AFTER_LOSS, AFTER_BACKWARD = Event.AFTER_LOSS, Event.AFTER_BACKWARD
-BEFORE_STEP, AFTER_STEP = Event.BEFORE_STEP, Event.AFTER_STEP
 log = get_logger(__name__)
 
 
@@ -121,7 +116,11 @@ class Run:
         self._next_due = 0
         self._microbatches = Microbatches(self.forward, trainer.microbatch_size, trainer.accumulate)
         self._guard = StepGuard(trainer.on_nonfinite, scaled=trainer.precision == "fp16")
-        self._batch_start = BatchStart(self.state, trainer.device, self.forward.module)
+        self._step = Step(
+            engine=self.engine, functions=self.functions, precision=self.precision, microbatches=self._microbatches,
+            guard=self._guard, start=BatchStart(self.state, trainer.device, self.forward.module), recorder=self.recorder, report=self.report,
+            accumulate=trainer.accumulate, device=trainer.device,
+        )  # fmt: skip
         watched = self.engine.algorithms, self.folder.policy.monitor, trainer.metrics
         self._monitors = Monitors(*watched, evaluated=self.eval_data is not None)
         self._signals = StopSignals(self._look_up, shared=team is not None)
@@ -133,7 +132,7 @@ class Run:
         """Return what the ranks decide together, if there are several, and how a step's batches are read."""
         if team is None:
             return None, self._epoch
-        ranks = Ranks(team, self.engine, self._microbatches, self._signals, self._make_room)
+        ranks = self._step.ranks = Ranks(team, self.engine, self._microbatches, self._signals, self._step.make_room)
         return ranks, lambda: ranks.noting(self._epoch())
 
     # -- the loop ----------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ class Run:
 
     def _train_epoch(self) -> None:
         """Train the batches of an epoch, from where the clock stands to its end or the fit's."""
-        state = self.state
+        state, glance = self.state, self.report.glance
         if not self._epoch_begun:
             if self.folder.due:
                 self._save()
@@ -174,83 +173,15 @@ class Run:
                 if self._signals.received is not None:
                     return
             before = state.clock
-            self._batch(fetched)
-            due = state.clock.batch >= self._next_due
+            self._step.take(fetched)
+            batch = state.clock.batch
+            due = batch >= self._next_due
             if due:
                 self._do_what_is_due(before)
-            self.progress.update(state.clock.batch, self.report.shown)
+            self.progress.update(batch, glance)
             if (due or state.stop_reason is not None) and self._finished():
                 return
         self._exhausted = not self._finished()
-
-    def _batch(self, fetched: Sequence[Fetched]) -> None:
-        """Do one batch: one optimizer step over all of its microbatches."""
-        emit, heard, state, precision = self.engine.emit, self.engine.heard, self.state, self.precision
-        ledger, scaled = state.ledger, precision.kind == "fp16"
-        state.batch, state.sample_ids, samples = gathered(fetched, self.trainer.accumulate, self.trainer.device)
-        state.step_skipped, state.grad_norm = False, None
-        emit(BATCH_START)
-        if not ledger.trainable_parameters:
-            stop_frozen(state)
-        if state.stop_reason is not None:
-            return
-        self.recorder.observe(state.clock)
-        self._batch_start.keep()
-        total = None
-        try:
-            total = self._gradients()
-        except (RuntimeError, MemoryError) as error:
-            self._make_room(error)
-        if self._ranks is not None:
-            total = self._ranks.settle(total)
-        if total is None:
-            total = self._repeat()
-        if scaled:
-            precision.unscale(ledger.optimizers)
-        if BEFORE_STEP in heard:
-            emit(BEFORE_STEP)
-        if self._guard.may_step(state, total):
-            state.step_skipped = not precision.step(ledger.optimizers)
-        else:
-            state.step_skipped = True
-            self._batch_start.restore_buffers()
-        if scaled:
-            self._guard.count_overflow(state, total)
-        if AFTER_STEP in heard:
-            emit(AFTER_STEP)
-        ledger.clear_gradients()
-        state.outputs = state.microbatch = None
-        if isfinite(total):
-            self.report.losses.add(total)
-        state.tick(samples)
-        emit(BATCH_END)
-
-    def _gradients(self) -> float:
-        """Do forward and backward of the batch, a microbatch at a time; return its loss."""
-        emit, heard, state, outputs_of, loss_of = self.engine.emit, self.engine.heard, self.state, *self.functions
-        model, backward = state.model, self.precision.backward
-        whole = ((state.batch, 1.0, state.sample_ids),)
-        parts = whole if self._microbatches.whole else self._microbatches.of(state)
-        total = 0.0
-        for part, share, ids in parts:
-            state.microbatch, state.microbatch_ids = part, ids
-            emit(BEFORE_FORWARD)
-            state.outputs = outputs_of(model, state.microbatch)
-            if AFTER_FORWARD in heard:
-                emit(AFTER_FORWARD)
-            state.loss = loss_of(state.outputs, state.microbatch)
-            if AFTER_LOSS in heard:
-                emit(AFTER_LOSS)
-            loss = state.loss
-            if not loss.requires_grad:
-                raise without_gradient()
-            backward(loss if share == 1.0 else loss * share)
-            if AFTER_BACKWARD in heard:
-                emit(AFTER_BACKWARD)
-            total += loss.item() * share
-        if state.loss is not None and len(parts) > 1:
-            state.loss = state.loss.new_tensor(total)
-        return total
 
     def _evaluate(self) -> None:
         """Evaluate, let everybody know, and log."""
@@ -291,8 +222,7 @@ class Run:
             self.report.log_loss()
         self.folder.note(before, clock)
         times = (trainer.eval_every, trainer.log_every, *self.folder.policy.times, self.state.duration)
-        if self._batch_start.unsure:
-            self._batch_start.look()
+        self._step.start.look(closely=False)
         self._next_due = min(time.not_before(clock) for time in times)
 
     def _end_epoch(self) -> None:
@@ -316,10 +246,10 @@ class Run:
             self.report.end_epoch()
         self._monitors.end_epoch(state.metrics)
         self.report.log({})
-        self._batch_start.look()
+        self._step.start.look(closely=True)
         self._epoch_begun = False
 
-    # -- parts of a batch --------------------------------------------------------------------------------------
+    # -- parts of the loop --------------------------------------------------------------------------------------
 
     def _epoch(self) -> Iterator[tuple[Fetched, ...]]:
         """Return the loader batches of each step of the running epoch, from where the clock stands."""
@@ -332,29 +262,6 @@ class Run:
     def _cursor(self) -> tuple[int, int]:
         """Return the epoch, and the loader batches of it that were consumed."""
         return self.state.clock.epoch, self.state.clock.batch_in_epoch * self.trainer.accumulate
-
-    def _repeat(self) -> float:
-        """Do forward and backward of the batch again, in microbatches so small that they fit."""
-        total = None
-        while total is None:
-            try:
-                total = self._gradients()
-            except (RuntimeError, MemoryError) as error:
-                self._make_room(error)
-            if self._ranks is not None:
-                total = self._ranks.settle(total)
-        self._microbatches.warn(self.state)
-        return total
-
-    def _make_room(self, error: RuntimeError | MemoryError) -> None:
-        """Undo what was done of the batch, to repeat it in smaller microbatches, once the frames of the error are gone."""
-        if not is_out_of_memory(error):
-            raise error
-        state = self.state
-        state.outputs = state.loss = state.microbatch = None
-        state.ledger.clear_gradients()
-        self._batch_start.restore()
-        self._microbatches.halve(state, error)
 
     def _finished(self) -> bool:
         state, signal = self.state, self._signals.received
@@ -412,7 +319,7 @@ class Run:
             if tree["settings"]["microbatch_size"] == self.trainer.microbatch_size:
                 self._microbatches.shrink_to(extra["microbatch_size"])
             self._evaluated_at = extra["evaluated_at"]
-            self._batch_start = BatchStart(state, self.trainer.device, self.forward.module)
+            self._step.start = BatchStart(state, self.trainer.device, self.forward.module)
             state.stop_reason = tree["stop_reason"]
             moved = {"current": False} if self.engine.difference(tree["algorithms"]) else {}
             self.recorder.load_state_dict({**extra["timeline"], **moved})

@@ -72,6 +72,12 @@ class Schedule:
         return ArgumentError("schedule", got=got, takes=takes, example="Trainer(schedule=cosine(end=0.1))")
 
     @property
+    def steady(self) -> float | None:
+        """The factor of a schedule that has only one; None where it may vary."""
+        factor = self.arguments.get("factor") if self.name == "constant" else None
+        return factor if isinstance(factor, float) else None
+
+    @property
     def bound(self) -> bool:
         """Whether it can be called: every time in it is known as a share of the duration."""
         return self.binder is None

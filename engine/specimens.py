@@ -92,20 +92,20 @@ def _shown(build: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any
         for name, each in inspect.signature(build).parameters.items()
         if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
     ]
-    arguments: dict[str, Any] = dict.fromkeys(needed, _Nothing()) | dict(given)
+    arguments: dict[str, Any] = dict.fromkeys(needed, Nothing()) | dict(given)
     try:
         build(**arguments)
     except ArgumentError as error:
-        arguments = _arguments_of(error.example, build) | dict(given)
+        arguments = arguments_of(error.example, build) | dict(given)
         build(**arguments)
     return arguments
 
 
-class _Nothing:
+class Nothing:
     """What no argument takes."""
 
 
-def _arguments_of(example: str, build: Callable[..., Any]) -> dict[str, Any]:
+def arguments_of(example: str, build: Callable[..., Any]) -> dict[str, Any]:
     """Read a call such as ``"GradClip(max_norm=1.0)"`` as arguments.
 
     They are literals, and calls of classes that stand in the module of ``build``; nothing else is run.

@@ -88,7 +88,7 @@ class Trainer(Recipe):
         microbatch_size: Samples that go through the model at once; None: the whole batch.
         accumulate: Loader batches to one optimizer step.
         eval_every: The time between evaluations.
-        log_every: The time between lines to trackers.
+        log_every: The time between lines to trackers; a display of progress shows the loss of the moment.
         seed: Of data order, augmentation, what is attached, and the global generators at the start.
         run_dir: Directory of checkpoints, ``metrics.jsonl`` and ``run.json``.
         checkpoint: When to save and what to keep; with ``run_dir`` the default saves every epoch.

@@ -10,15 +10,15 @@ import torch
 
 from thawline.engine import Algorithm, Event, Stage, State, register
 
-BROKEN: dict[str, type[Algorithm]] = {}
-"""The name of the check, and what it catches."""
+BROKEN: dict[type[Algorithm], str] = {}
+"""Each, and the name of the check that is meant for it."""
 
 
 def caught_by(check: str) -> Callable[[type[Algorithm]], type[Algorithm]]:
     """Enter a broken algorithm under the check that is meant for it."""
 
     def enter(kind: type[Algorithm]) -> type[Algorithm]:
-        BROKEN[check] = register(kind)
+        BROKEN[register(kind)] = check
         return kind
 
     return enter
@@ -189,3 +189,118 @@ class Lossy(Algorithm):
 
     def describe(self) -> dict[str, Any]:
         return {"name": "Lossy", "arguments": {}}
+
+
+@caught_by("works_with_other_arguments")
+@attrs.define(slots=False, eq=False)
+class Untried(Algorithm):
+    """Lowers the head's rate by the clock; with ``slowly``, by a count of its own that is not saved."""
+
+    events = frozenset({Event.BATCH_END})
+    slowly: bool = attrs.field(default=False, validator=attrs.validators.instance_of(bool))
+    batches: int = attrs.field(default=0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        self.batches += 1
+        done = self.batches // 3 if self.slowly else state.clock.batch
+        state.ledger.scale("head", 0.5**done, owner=self.owner)
+
+
+@caught_by("is_recorded_as_it_happened")
+@attrs.define(slots=False, eq=False)
+class Discreet(Algorithm):
+    """Lowers the rates for the step alone, by hand, and puts them back when the batch ends."""
+
+    events = frozenset({Event.BEFORE_STEP, Event.BATCH_END})
+
+    def apply(self, event: Event, state: State) -> None:
+        for group in (group for each in state.optimizers for group in each.param_groups):
+            group["lr"] *= 0.5 if event is Event.BEFORE_STEP else 2.0
+
+
+@caught_by("keeps_to_its_plan")
+@attrs.define(slots=False, eq=False)
+class Misplaced(Algorithm):
+    """Freezes the stem after an epoch, in the stage of those who only look on."""
+
+    events = frozenset({Event.EPOCH_END})
+    stage: ClassVar[Stage] = Stage.OBSERVE
+
+    def apply(self, event: Event, state: State) -> None:
+        state.ledger.freeze("stem", owner=self.owner)
+
+
+@caught_by("puts_live_weights_back")
+@attrs.define(slots=False, eq=False)
+class Careless(Algorithm):
+    """Rounds the weights for an evaluation, and does not put back what they were."""
+
+    events = frozenset({Event.EVAL_START})
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+
+    def apply(self, event: Event, state: State) -> None:
+        with torch.no_grad():
+            for each in state.ledger.trainable_parameters:
+                each.copy_(each.half())
+
+
+@caught_by("keeps_the_ledger_whole")
+@attrs.define(slots=False, eq=False)
+class Clamping(Algorithm):
+    """Keeps a list of the parameters from the start, and clamps them after each step, also those that others froze since."""
+
+    events = frozenset({Event.AFTER_STEP})
+    kept: list[torch.Tensor] = attrs.field(factory=list, init=False, repr=False)
+
+    def attach(self, state: State) -> None:
+        self.kept = list(state.model.parameters())
+
+    def apply(self, event: Event, state: State) -> None:
+        with torch.no_grad():
+            for each in self.kept:
+                each.clamp_(-0.3, 0.3)
+
+
+SEEN: list[float] = []
+
+
+@caught_by("starts_afresh")
+class Lingering(Algorithm):
+    """Logs the mean of the losses so far, which it keeps in the module."""
+
+    events = frozenset({Event.BATCH_END})
+    stage: ClassVar[Stage] = Stage.OBSERVE
+
+    def apply(self, event: Event, state: State) -> None:
+        SEEN.append(float(state.loss))
+        state.log({"mean": sum(SEEN) / len(SEEN)})
+
+
+@caught_by("takes_short_fits")
+@attrs.define(slots=False, eq=False)
+class Averaging(Algorithm):
+    """Logs a mean at the end, of nothing where no batch was trained."""
+
+    events = frozenset({Event.BATCH_END, Event.FIT_END})
+    total: float = attrs.field(default=0.0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        if event is Event.BATCH_END:
+            self.total += float(state.loss)
+        else:
+            state.log({"mean": self.total / state.clock.batch})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total}
+
+
+@caught_by("leaves_the_loop_alone")
+@attrs.define(slots=False, eq=False)
+class Ticking(Algorithm):
+    """Counts a skipped step for two batches, on the clock that all share."""
+
+    events = frozenset({Event.BATCH_END})
+
+    def apply(self, event: Event, state: State) -> None:
+        if state.clock.batch == 2:
+            state.tick(0)

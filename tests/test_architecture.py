@@ -51,10 +51,24 @@ TIERS: tuple[frozenset[str], ...] = (
         | {"checkpointing", "expanded", "pristine", "unlisted", "weights"}
         | {"comet", "tracking", "signals", "workers", "shares", "buckets", "buffers", "differences"}
     ),
-    frozenset({"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "trainer"}),
     frozenset(
-        {"doubles", "trace", "specimens", "rehearsal", "promises", "checks", "endings", "ranked", "conformance"}
-        | {"oracle", "machine", "strategies", "testing"}
+        {"evaluation", "foresight", "recipe", "memory", "nonfinite", "ranks", "report", "run", "step", "trainer"}
+    ),
+    frozenset(
+        {
+            "doubles",
+            "neighbor",
+            "trace",
+            "specimens",
+            "variants",
+            "rehearsal",
+            "promises",
+            "checks",
+            "records",
+            "endings",
+            "ranked",
+        }
+        | {"conformance", "oracle", "machine", "strategies", "testing"}
     ),
     frozenset({"__init__"}),
 )

@@ -5,7 +5,6 @@ from fractions import Fraction
 from itertools import pairwise
 
 import pytest
-from attrs.exceptions import FrozenInstanceError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -122,5 +121,5 @@ def test_every_zero_is_refused() -> None:
 
 def test_a_clock_does_not_change() -> None:
     """Each tick makes another one."""
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(AttributeError):
         Clock().batch = 3  # type: ignore[misc]

@@ -209,7 +209,7 @@ def test_an_engine_in_a_loop_by_hand_equals_the_trainer() -> None:
     trainer.fit(net, batches, duration="2ep")
     ledger = ParameterLedger(twin, partial(torch.optim.SGD, lr=0.1), schedule=linear())
     state = State(twin, ledger, duration="2ep")  # type: ignore[arg-type]
-    state.clock = attrs.evolve(state.clock, batches_per_epoch=len(batches))
+    state.clock = state.clock._replace(batches_per_epoch=len(batches))
     with Engine([Thaw()], state) as engine:
         engine.emit(Event.FIT_START)
         for _ in range(2):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from thawline.engine import Algorithm, ArgumentError, Event, LedgerClosedError, Stage, State, Trainer, on, registered
-from thawline.engine.testing import Trace, check_algorithm, tiny_loader, tiny_models
+from thawline.engine.testing import ConformanceError, Trace, check_algorithm, tiny_loader, tiny_models
 
 
 @on(Event.EPOCH_END, every="2ep")
@@ -80,11 +80,24 @@ def test_a_function_obeys_the_ledger() -> None:
     assert "in too_early.apply at AFTER_LOSS" in caught.value.__notes__[0]
 
 
+async def later(state: State) -> None:
+    """Would never be awaited."""
+
+
+def bit_by_bit(state: State) -> Any:
+    """Would never be asked for anything."""
+    yield state
+
+
 @pytest.mark.parametrize(
     ("make", "argument"),
     [
         (on, "on()"),
         (lambda: on("epoch_end"), "on()"),
+        (lambda: on(Event.EPOCH_END, "batch_ends", "batch_ends"), "on()"),
+        (lambda: on(Event.EPOCH_END, Event.EPOCH_END), "on()"),
+        (lambda: on(Event.EPOCH_END)(later), "on()"),
+        (lambda: on(Event.EPOCH_END)(bit_by_bit), "on()"),
         (lambda: on(Event.EPOCH_END, every="soon"), "on(every=)"),
         (lambda: on(Event.EPOCH_END, every=0), "on(every=)"),
         (lambda: on(Event.EPOCH_END, stage=3), "on(stage=)"),
@@ -100,3 +113,35 @@ def test_wrong_arguments_name_themselves(make: Any, argument: str) -> None:
         make()
     assert caught.value.argument == argument
     assert caught.value.example.startswith("@on(Event.")
+
+
+def test_a_wrong_event_is_shown_with_the_nearest() -> None:
+    """One of several, once, and not the whole list."""
+    with pytest.raises(ArgumentError, match=r"got 'batch_ends'\. Write: @on\(Event\.BATCH_END\)"):
+        on(Event.EPOCH_END, "batch_ends", "batch_ends")  # type: ignore[arg-type]
+
+
+def test_a_function_is_listed_by_a_call_without_arguments() -> None:
+    """The class itself, and a call as if it were the function still, say what to write."""
+    with pytest.raises(ArgumentError, match=r"Write: Trainer\(algorithms=\[count_tensors\(\)\]\)"):
+        fit(count_tensors)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"takes no arguments.*Write: Trainer\(algorithms=\[count_tensors\(\)\]\)"):
+        count_tensors("state")  # type: ignore[call-arg]
+
+
+def test_the_kit_tells_a_function_what_fits_a_function() -> None:
+    """It has no self and no state_dict."""
+    seen: list[float] = []
+
+    @on(Event.BATCH_END)
+    def remember(state: State) -> None:
+        seen.append(state.loss.item() if state.loss is not None else 0.0)
+        state.log({"mean": sum(seen) / len(seen), "noise": torch.rand(()).item()})
+
+    checks = ["leaves_the_global_generators_alone", "starts_afresh", "resumes"]
+    with pytest.raises(ConformanceError) as caught:
+        check_algorithm(remember, partners=[], checks=checks)
+    assert set(caught.value.failures) == set(checks)
+    assert "self" not in str(caught.value)
+    assert "derive_seed(state.seed, owner, state.clock.batch)" in str(caught.value)
+    assert "write a class" in caught.value.failures["starts_afresh"]

@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def fit(progress: Progress, batches: int, *, done: int = 0, tick: Callable[[], o
     progress.start(batches, "fit", done=done)
     for batch in range(done + 1, batches + 1):
         tick()
-        progress.update(batch, {"loss": 1 / batch})
+        progress.update(batch, partial(dict, loss=1 / batch))
 
 
 class TestProgressFor:
@@ -146,7 +147,7 @@ class TestLineProgress:
         progress = LineProgress(out, clock=Seconds())
         progress.start(None, "fit")
         for batch in range(1, 20):
-            progress.update(batch, {})
+            progress.update(batch, dict)
         assert out.getvalue().splitlines() == [f"fit: {n} batches" for n in (1, 2, 4, 8, 16)]
 
     def test_a_line_holds_metrics_rate_and_time_left(self) -> None:
@@ -155,7 +156,7 @@ class TestLineProgress:
         progress = LineProgress(out, clock=seconds)
         progress.start(10_000, "fine-tuning", done=500)
         seconds.now = 100.0
-        progress.update(1000, {"loss": 0.123456, "lr": 5e-5})
+        progress.update(1000, lambda: {"loss": 0.123456, "lr": 5e-5})
         expected = "fine-tuning: 1000/10000 (10%), loss 0.1235, lr 5e-05, 5 batches/s, 30 min 0 s left\n"
         assert out.getvalue() == expected
 
@@ -168,7 +169,7 @@ class TestLineProgress:
         progress = LineProgress(out, clock=clock)
         progress.start(10, "fit")
         clock.now = seconds
-        progress.update(1, {})
+        progress.update(1, dict)
         assert out.getvalue().endswith(f", {expected}\n")
 
     def test_metrics_may_be_tensors(self) -> None:
@@ -176,7 +177,7 @@ class TestLineProgress:
         out = io.StringIO()
         progress = LineProgress(out)
         progress.start(1, "fit")
-        progress.update(1, {"loss": torch.tensor(0.5), "lr": "off", "bad": float("nan")})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
+        progress.update(1, lambda: {"loss": torch.tensor(0.5), "lr": "off", "bad": float("nan")})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
         assert "loss 0.5, lr off, bad nan" in out.getvalue()
 
     def test_messages_are_lines(self) -> None:
@@ -197,6 +198,26 @@ class TestLineProgress:
         for row, line in zip([*first, later[-1]], [line for line in lines if line.startswith("epoch")], strict=True):
             assert f"eval/loss {row['eval/loss']:.4g}  " in line
             assert f"  {int(row['batch'])}/" in line
+
+    def test_lines_show_the_loss_before_it_is_logged(self, capfd: pytest.CaptureFixture[str]) -> None:
+        """The mean of the epoch's batches so far, and the rate of the latest one, whatever ``log_every`` is."""
+        torch.manual_seed(0)
+        losses: list[float] = []
+
+        class Watch(Algorithm):
+            events = frozenset({Event.AFTER_LOSS})
+
+            def apply(self, event: Event, state: State) -> None:
+                assert state.loss is not None
+                losses.append(state.loss.item())
+
+        trainer = Trainer(
+            algorithms=[Watch()],
+            optimizer=partial(torch.optim.SGD, lr=0.5), loss_fn=torch.nn.functional.cross_entropy, progress=True,
+        )  # fmt: skip
+        trainer.fit(mlp(), loader(), duration="1ep")
+        first = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("training: 2/4"))
+        assert f"train/loss {sum(losses[:2]) / 2:.4g}, lr 0.5, " in first
 
     def test_no_line_shows_an_evaluation_that_is_over(self, capfd: pytest.CaptureFixture[str]) -> None:
         """Lines after an evaluation show its numbers."""
@@ -228,11 +249,11 @@ class TestLineProgress:
         """Updates before the start and after the close are ignored."""
         out = io.StringIO()
         progress = LineProgress(out)
-        progress.update(1, {})
+        progress.update(1, dict)
         progress.close()
         fit(progress, 1)
         progress.close()
-        progress.update(2, {})
+        progress.update(2, dict)
         assert len(out.getvalue().splitlines()) == 1
 
 
@@ -247,7 +268,7 @@ class TestBarProgress:
         before = out.getvalue().count(ERASE_LINE)
         for batch in range(1, 1001):
             seconds.now += 0.001
-            progress.update(batch, {"loss": 0.5})
+            progress.update(batch, lambda: {"loss": 0.5})
         assert 4 <= out.getvalue().count(ERASE_LINE) - before <= 6
         progress.close()
 
@@ -271,7 +292,7 @@ class TestBarProgress:
         out = Terminal()
         progress = BarProgress(out)
         progress.start(10, "fit")
-        progress.update(1, {})
+        progress.update(1, dict)
         assert out.getvalue().rfind(SHOW_CURSOR) > out.getvalue().rfind(HIDE_CURSOR)
         progress.close()
 
@@ -283,7 +304,7 @@ class TestBarProgress:
         progress.close()
         written = out.getvalue()
         progress.close()
-        progress.update(4, {})
+        progress.update(4, dict)
         progress.eval_start(1)
         progress.eval_update(1)
         assert out.getvalue() == written
@@ -303,7 +324,7 @@ class TestBarProgress:
         out = Terminal()
         progress = BarProgress(out)
         progress.start(2, "fit")
-        progress.update(1, {})
+        progress.update(1, dict)
         progress.message("epoch 1: [bold]eval/loss 0.5")
         progress.close()
         lines = out.getvalue().splitlines()
@@ -326,10 +347,10 @@ class TestBarProgress:
         progress.eval_update(2)
         assert "2/4 (50%)" in out.getvalue()
         seconds.now += 1
-        progress.update(1, {})
+        progress.update(1, dict)
         seconds.now += 1
         written = len(out.getvalue())
-        progress.update(2, {})
+        progress.update(2, dict)
         progress.close()
         assert "evaluating" not in out.getvalue()[written:].split(ERASE_LINE)[-1]
 
@@ -357,7 +378,7 @@ class TestBarProgress:
         for batch in range(1, 4):
             seconds.now += 1
             out.gone |= moment == "during the fit"
-            progress.update(batch, {"loss": 0.5})
+            progress.update(batch, lambda: {"loss": 0.5})
             progress.message("text")
             progress.eval_start(1)
             progress.eval_update(1)
@@ -381,7 +402,7 @@ class TestBarProgress:
             "progress = progress_for('auto')\n"
             "progress.start(10, 'fit')\n"
             "try:\n"
-            "    progress.update(1, {'loss': 0.5})\n"
+            "    progress.update(1, lambda: {'loss': 0.5})\n"
             "    raise RuntimeError('out of luck')\n"
             "finally:\n"
             "    progress.close()\n"

@@ -217,6 +217,67 @@ def test_what_follows_equals_a_run_with_that_microbatch_size(where: str, norm: b
     assert found.metrics == result.metrics
 
 
+class Sleeper(nn.Module):
+    """Draws from torch's generator once its body is awake, and runs out of memory above ``most`` samples.
+
+    Args:
+        most: The largest batch.
+        start: The call of forward from which on memory is short.
+        wakes: The call from which on it draws; None leaves that to the mode its body is in.
+    """
+
+    def __init__(self, most: int, start: int = 0, wakes: int | None = None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5))
+        self.head = nn.Linear(8, 2)
+        self.most, self.start, self.wakes, self.calls = most, start, wakes, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        y = self.body[0](x) if self.wakes is not None and self.calls <= self.wakes else self.body(x)
+        if self.training and len(x) > self.most and self.calls > self.start:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self.head(y)
+
+
+class Wake(Algorithm):
+    """Holds the body in eval mode, and thaws it at the third batch."""
+
+    events = frozenset({Event.FIT_START, Event.BATCH_START})
+
+    def apply(self, event: Event, state: State) -> None:
+        if event is Event.FIT_START:
+            state.ledger.freeze("body.*", owner=self.owner, mode="eval")
+        elif state.clock.batch == 2:
+            state.ledger.thaw("body.*", owner=self.owner)
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_a_model_that_begins_to_draw_where_it_thaws_is_repeated_exactly(step: int, tmp_path: Path) -> None:
+    """The random state is not copied while nothing draws: from the ledger's change on it is."""
+    data, policy = batches(), Checkpointing(every="1ba", keep=20)
+    hungry = seeded(partial(Sleeper, 3, step))
+    with pytest.warns(ThawlineWarning, match=rf"batch {step}: this batch .* 2 samples at a time"):
+        Trainer_(algorithms=[Wake()]).fit(hungry, data, duration=1)
+    model = seeded(partial(Sleeper, 99))
+    Trainer_(algorithms=[Wake()], run_dir=tmp_path, checkpoint=policy).fit(model, data, duration=1)
+    expected = seeded(partial(Sleeper, 99))
+    trainer = Trainer_(algorithms=[Wake()], microbatch_size=2)
+    with pytest.warns(ThawlineWarning, match="microbatch_size: saved None, given 2"):
+        trainer.fit(expected, data, duration=1, resume=tmp_path / f"ba{step:08d}")
+    assert same_weights(weights(hungry), weights(expected))
+
+
+@pytest.mark.parametrize(("wakes", "said"), [(0, False), (3, True), (99, False)])
+def test_a_model_that_begins_to_draw_by_itself_is_told_of(
+    wakes: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where memory runs out before that was seen, the batch is repeated with other random numbers."""
+    with caplog.at_level("WARNING", logger="thawline"), pytest.warns(ThawlineWarning, match="out of memory"):
+        Trainer_().fit(seeded(partial(Sleeper, 3, 4, wakes)), batches(), duration=1)
+    assert ("the model has begun to draw" in caplog.text) is said
+
+
 def test_the_microbatch_size_is_kept_by_the_run_that_goes_on(tmp_path: Path) -> None:
     """Resumed at each step, without running out of memory again."""
     data, policy = batches(), Checkpointing(every="1ba", keep=20)

@@ -998,7 +998,7 @@ def test_a_monitor_that_comes_with_the_first_evaluation_does_not_warn(tmp_path: 
 def test_the_last_losses_of_a_short_fit_are_logged(tmp_path: Path) -> None:
     """A fit shorter than log_every still leaves its loss with the trackers."""
     tracker = MemoryTracker()
-    Trainer_(trackers=[tracker], log_every="10ba", run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
+    Trainer_(trackers=[tracker], run_dir=tmp_path).fit(mlp(), loader(), duration="1ep")
     assert [step for step, metrics in tracker.metrics if "train/loss" in metrics] == [4]
 
 

@@ -1,0 +1,106 @@
+"""The checks of the conformance kit that hold what a fit, a plan and an evaluation say against what was done."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+from .events import Event
+from .promises import check, fail, same
+from .rehearsal import BY_TURNS, LIVE_EVENTS, Rehearsal, quiet, weights_of
+from .state import State
+
+
+@check
+def is_recorded_as_it_happened(rehearsal: Rehearsal) -> None:
+    """The fit's timeline has every step, with what the optimizers were to change in it, and at which rates."""
+    whole = rehearsal.whole
+    spans = whole.timeline.spans
+    mend = (
+        "Rates and what trains are the ledger's, from one open event to the next: ledger.set_lr, scale, freeze, thaw; "
+        "optimizer.param_groups and requires_grad are only read."
+    )
+    edges = [each.start.batch for each in spans] + [each.end.batch for each in spans[-1:]]
+    steps = [each.batch for each in whole.steps]
+    if any(first.end != second.start for first, second in pairwise(spans)) or steps != list(
+        range(*edges[:1], *edges[-1:])
+    ):
+        fail(f"{rehearsal.name}: the timeline's spans begin at the batches {edges}, and the steps are {steps}. {mend}")
+    samples = {each.batch: each.rates for each in whole.timeline.samples}
+    for step in whole.steps:
+        span = next(each for each in spans if each.start.batch <= step.batch < each.end.batch)
+        said = {
+            "trainable": span.trainable,
+            "layers": sorted(span.layers),
+            "rates": samples.get(step.batch, step.rates),
+        }
+        done = {"trainable": step.trainable, "layers": sorted(step.rates), "rates": step.rates}
+        same(
+            said, done, f"batch {step.batch}",
+            f"{rehearsal.name}: the step of batch {step.batch} is another one than the timeline says. {mend}", tolerance=1e-12,
+        )  # fmt: skip
+
+
+@check
+def keeps_to_its_plan(rehearsal: Rehearsal) -> None:
+    """A plan changes nothing; and the fit is as planned, where the plan notes nothing that it cannot know."""
+    algorithms, model = rehearsal.make(), rehearsal.model()
+    before = {"weights": weights_of(model), "algorithms": [each.state_dict() for each in algorithms]}
+    trainer = rehearsal.trainer(algorithms)
+    try:
+        with quiet():
+            plan = trainer.plan(model, rehearsal.loader, duration=rehearsal.duration)
+    except ArgumentError as error:
+        if error.argument.startswith("Trainer.plan("):  # this model cannot be copied, or this loader has no length
+            return
+        raise
+    after = {"weights": weights_of(model), "algorithms": [each.state_dict() for each in algorithms]}
+    same(
+        before, after, "it", f"{rehearsal.name}: a plan changes something. Keep nothing on the class or in the module."
+    )
+    if not plan.notes:
+        same(
+            list(plan.spans), rehearsal.whole.result[BY_TURNS], "the spans",
+            f"{rehearsal.name}: the fit is not as planned, and the plan does not say so. What the clock does not decide, say in "
+            "unplanned(); what trains is decided in the stages SURGERY, TRAINABILITY and CONTROL, which a plan runs.",
+        )  # fmt: skip
+
+
+@check
+def puts_live_weights_back(rehearsal: Rehearsal) -> None:
+    """Evaluations run with the live weights, or those of evaluated_weights(); after them the live ones are as they were."""
+    algorithms = rehearsal.make()
+    live: dict[str, Tensor] = {}
+
+    def look(event: Event, state: State) -> None:
+        if event is Event.EVAL_BATCH_START:
+            ordered = sorted(algorithms, key=lambda each: each.stage)
+            named = next((found for each in ordered if (found := each.evaluated_weights())), {})
+            _compare(
+                live | dict(named),
+                state,
+                "an evaluation runs with other weights than evaluated_weights() says. Return them",
+            )
+        elif event is Event.EVAL_END:
+            _compare(
+                live,
+                state,
+                "the live weights are not put back after an evaluation. Do it at EVAL_END, in the stage WEIGHTS",
+            )
+        if event in LIVE_EVENTS:
+            live.clear()
+            live.update(weights_of(state.model))
+
+    def _compare(expected: dict[str, Any], state: State, what: str) -> None:
+        now = weights_of(state.model)
+        if wrong := [name for name, each in now.items() if not torch.equal(each, expected[name].to(each))]:
+            fail(
+                f"{rehearsal.name}: at batch {state.clock.batch}, {what}; the first that differs is {wrong[0]!r}. Training and "
+                "checkpoints go on from what the model holds."
+            )
+
+    rehearsal.fit(algorithms, probe=look)
