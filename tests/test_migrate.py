@@ -196,3 +196,5 @@ def test_a_wrong_way_is_named(tmp_path: Path) -> None:
     """With the two there are."""
     with pytest.raises(ArgumentError, match=r"fit\(on_change=\) takes 'refuse' or 'migrate', got True"):
         Trainer_().fit(mlp(), loader(), duration=1, on_change=True)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"with a run to resume only, got 'migrate'. Write: .*resume=True"):
+        Trainer_().fit(mlp(), loader(), duration=1, on_change="migrate")
