@@ -212,10 +212,14 @@ def _modules(model: nn.Module, layers: LayerMap, target: str | Sequence[str]) ->
         if target == "auto" and body:
             get_logger(__name__).info("no attention found: every linear layer outside the head", targets=body)
         if not body:
-            raise SelectorError(
-                f"{type(model).__name__} has no linear layer outside its head ({_nearest(model, '')}). "
-                "Name one to adapt it all the same: LoRAInject(target='classifier')."
+            able = _able(model)
+            write = (
+                f"Name what to adapt all the same, a convolution or the head: LoRAInject(target=[{able[0]!r}]). "
+                f"The model has {_nearest(model, '')}."
+                if able
+                else "Leave LoRAInject out: the model has no module that takes an adapter."
             )
+            raise SelectorError(f"{type(model).__name__} has no linear layer outside its head. {write}")
         return tuple(body)
     if target != "auto":
         return _matched(model, (target,) if isinstance(target, str) else target, "LoRAInject(target=)")

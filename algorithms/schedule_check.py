@@ -90,7 +90,7 @@ def never_begin(phases: Sequence[Phase], count: int, state: State) -> list[str]:
     Args:
         phases: Those of one round.
         count: How many begin, in all rounds.
-        state: The state at the start of the fit.
+        state: The state at FIT_START: of the fit, or where a migrated run goes on.
     """
     # Shares are floats: ten times 0.1 is a little less than 1.
     return [name for name, _, begin in _begins(phases, count, state) if begin >= 1 - 1e-9]
@@ -108,7 +108,7 @@ def never_warm(phases: Sequence[Phase], count: int, state: State) -> list[str]:
 def _begins(phases: Sequence[Phase], count: int, state: State) -> Iterator[tuple[str, Phase, float]]:
     """Yield each phase with its name, and the earliest share of the fit at which it may begin."""
     batch, epoch = (share_of_fit(Time(one), state) for one in ("1ba", "1ep"))
-    begin, named, unit = 0.0, 0.0, None
+    begin, named, unit = state.clock.progress, 0.0, None  # a migrated run starts the schedule where it goes on
     for place in range(count):
         phase = phases[place % len(phases)]
         yield f"{phase.name}" + f" of round {place // len(phases) + 1}" * (place >= len(phases)), phase, begin

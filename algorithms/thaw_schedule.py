@@ -386,8 +386,9 @@ class ThawSchedule(Algorithm):
             _warn(f"no phase names {len(left)} parameters, which stay frozen: {shown}. Name them in thaw= or freeze=.")
         if late := never_begin(self.phases, self._total, state):
             shown = ", ".join(map(repr, late[:3])) + f" and {len(late) - 3} more" * (len(late) > 3)
+            never, them = ("phase never begins", "it") if len(late) == 1 else ("phases never begin", "them")
             _warn(
-                f"{len(late)} phases never begin: {shown}. The fit ends after {state.duration}, before them. Write shorter phases."
+                f"{len(late)} {never}: {shown}. The fit ends after {state.duration}, before {them}. Write shorter phases."
             )
         if cold := never_warm(self.phases, self._total, state):
             shown = ", ".join(map(repr, cold))

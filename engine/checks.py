@@ -387,7 +387,8 @@ def does_not_depend_on_order(rehearsal: Rehearsal) -> None:
         same(
             first, second, "the fit",
             f"{rehearsal.name} before and after {partner} gives two results. Hold, scale and log under names of your own, set "
-            "the stage that says when in an event it acts, and do not undo what others hold.",
+            "the stage that says when in an event it acts, do not undo what others hold, and read what trains at a later event than "
+            "those at which it changes, such as BEFORE_STEP.",
         )  # fmt: skip
 
 

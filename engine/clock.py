@@ -114,7 +114,8 @@ def _parse(time: object) -> tuple[int | float, str]:
     if unit == "dur":
         return value, unit
     if value != int(value):
-        takes = f"whole {TIME_UNITS[unit]}; a fraction of the fit is '0.5dur'"
+        finer = "; a part of an epoch is a number of batches, such as '50ba'" * (unit == "ep")
+        takes = f"whole {TIME_UNITS[unit]}{finer}; a fraction of the fit is '0.5dur'"
         raise ArgumentError("Time", got=time, takes=takes, example=f"Time('{max(1, round(value))}{unit}')")
     return int(value), unit
 

@@ -123,7 +123,8 @@ def check_grafts(model: nn.Module, attachments: Sequence[Attachment], op: str) -
             if hasattr(module, name):
                 raise SurgeryError(
                     f"{op!r} wants to attach {name!r} to {each.module!r}, which has one already. Detach the first: "
-                    f"ledger.detach({each.module!r}, {op!r}, owner=...), or choose other targets."
+                    f"ledger.detach({each.module!r}, {op!r}, owner=...), or leave out what has it, as in a second fit: "
+                    f"[… for … if not hasattr(module, {name!r})]."
                 )
         if each.parameters and each.beside not in module._parameters:
             raise SurgeryError(f"{op!r} attaches beside {each.beside!r}, which {each.module!r} does not have.")

@@ -361,6 +361,7 @@ class ParameterLedger(Rates):
         self._interned.clear()
         self._place(self._homes)
         self._regroup()
+        self.changed_by = ()
         for (slot, group), entry in zip(self._live.items(), saved["groups"], strict=True):
             if self._members[slot] != list(entry["parameters"]):
                 raise LedgerError(

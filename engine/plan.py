@@ -280,7 +280,8 @@ class Recorder:
         It is not where the ledger had moved since the last batch, as at an EPOCH_END: the next batch begins a new span.
         """
         plan = Plan.from_json(saved)
-        self.ledger.changed_by = tuple(saved["changed_by"])
+        # With those whom a migration has let begin or go since.
+        self.ledger.changed_by = tuple(dict.fromkeys((*saved["changed_by"], *self.ledger.changed_by)))
         self._spans, self._samples, self._marks = list(plan.spans), list(plan.samples), []
         self._open, self._version, self._shape = None, -1, saved["shape"]
         if self._spans and saved["current"]:

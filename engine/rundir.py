@@ -174,7 +174,13 @@ class RunDir:
 
     def _find_run(self, store: CheckpointStore, folder: Path, *, resume: bool | str | Path) -> None:
         if resume is True:
+            tried = store.checkpoints
             self.loaded = store.load_newest()
+            if self.loaded is not None and self.loaded[0] != tried[-1]:
+                warn(
+                    f"{tried[-1]} is damaged and was set aside as .bad-{tried[-1].name}: the fit goes on from the newest "
+                    f"whole checkpoint, {self.loaded[0].name}."
+                )
         elif self.loaded is not None:
             if self.loaded[0].resolve().parent == folder.resolve():
                 with well_formed():

@@ -163,8 +163,9 @@ class Trainer(Recipe):
         second one acts as it would have.
 
         Warns:
-            ThawlineWarning: Memory ran out and smaller microbatches go on; a checkpoint could not be written. On resume, for each other setting that differs: the Trainer's is used as given, the
-                optimizer's options are kept as saved.
+            ThawlineWarning: Memory ran out and smaller microbatches go on; a checkpoint could not be written. On resume, where
+                the newest checkpoint is damaged, and for each other setting that differs: the Trainer's is used as given,
+                the optimizer's options are kept as saved.
         """
         _check_module("fit", model)
         require_weights("fit", model)
@@ -184,6 +185,11 @@ class Trainer(Recipe):
             raise ArgumentError(
                 "Trainer.fit(on_change=)", got=on_change, takes="'refuse' or 'migrate'", example=example
             )
+        if on_change == "migrate" and resume is False:
+            raise ArgumentError(
+                "Trainer.fit(on_change=)", got=on_change, takes="'migrate' with a run to resume only",
+                example="trainer.fit(model, train_loader, duration='3ep', resume=True, on_change='migrate')",
+            )  # fmt: skip
         chosen = self._chosen(optimizer)
         team = self.joined()
         anew = restarted(team)  # asked by all ranks, whatever they were given

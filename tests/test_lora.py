@@ -1145,3 +1145,14 @@ def test_what_follows_may_write_into_the_output(shape: tuple[int, ...]) -> None:
         found.append([each.grad for each in ledger.trainable_parameters if each.grad is not None])
     assert len(found[0]) > 2
     assert all(map(torch.equal, *found))
+
+
+def test_a_model_without_a_linear_layer_in_its_body_is_told_what_to_name() -> None:
+    """A convolution of its own where it has one, and to do without adapters where it has nothing to adapt."""
+    for model, write in (
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)), r"LoRAInject\(target=\['0'\]\)"),
+        (nn.Sequential(nn.LayerNorm(4), nn.LayerNorm(4)), "Leave LoRAInject out"),
+    ):
+        ledger = ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(SelectorError, match=write):
+            inject_lora(ledger, "all-linear")

@@ -13,7 +13,16 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from helpers import loader, mlp, same_weights, weights
-from thawline.algorithms import EMA, GradClip, LayerThaw, LayerwiseLR, LoRAInject, TrainOnly
+from thawline.algorithms import (
+    EMA,
+    GradClip,
+    LayerThaw,
+    LayerwiseLR,
+    LoRAInject,
+    Phase,
+    ThawSchedule,
+    TrainOnly,
+)
 from thawline.engine import (
     Algorithm,
     ArgumentError,
@@ -95,6 +104,29 @@ def test_what_is_the_same_keeps_its_state_and_what_is_new_begins(tmp_path: Path)
     assert [each[:2] for each in new.seen] == [["FIT_START", 6], ["BATCH_START", 6], ["BATCH_START", 7]]
 
 
+def test_phases_are_counted_from_where_a_new_schedule_starts(tmp_path: Path) -> None:
+    """One epoch before the end a phase of one epoch leaves no time for the next, and the warning names that."""
+    first(tmp_path)
+    thaw = ThawSchedule([Phase(thaw="head", until="1ep"), Phase("rest", thaw=["blocks"])])
+    with pytest.warns(ThawlineWarning) as said:
+        second(tmp_path, thaw)
+    assert any("1 phase never begins: 'rest'" in str(each.message) for each in said)
+
+
+def test_the_timeline_names_who_began_where_the_run_goes_on(tmp_path: Path) -> None:
+    """What ended the row before is the algorithm that took its holds there, or the one that is gone."""
+    first(tmp_path, TrainOnly("head"))
+    for algorithms, name in (
+        ([TrainOnly("blocks[1]")], "TrainOnly"),
+        ([LayerThaw(every="1ba")], "LayerThaw"),
+        ([], "TrainOnly"),
+    ):
+        trainer = Trainer_(algorithms=algorithms)
+        with pytest.warns(ThawlineWarning, match="TrainOnly"):
+            result = trainer.fit(mlp(), loader(), duration="2ep", resume=tmp_path / "ba00000004", on_change="migrate")
+        assert name in result.timeline.spans[0].ends_with
+
+
 def test_what_is_gone_lets_go(tmp_path: Path) -> None:
     """Holds, factors and absolute rates of missing algorithms are released; those of others and the user's stay."""
     diary = Diary()
@@ -164,3 +196,5 @@ def test_a_wrong_way_is_named(tmp_path: Path) -> None:
     """With the two there are."""
     with pytest.raises(ArgumentError, match=r"fit\(on_change=\) takes 'refuse' or 'migrate', got True"):
         Trainer_().fit(mlp(), loader(), duration=1, on_change=True)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"with a run to resume only, got 'migrate'. Write: .*resume=True"):
+        Trainer_().fit(mlp(), loader(), duration=1, on_change="migrate")

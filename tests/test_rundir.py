@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from helpers import loader, mlp, same_weights, weights
-from thawline.engine import CheckpointError, Checkpointing, RunDirError, Trainer
+from thawline.engine import CheckpointError, Checkpointing, RunDirError, ThawlineWarning, Trainer
 
 Trainer_ = partial(Trainer, loss_fn=cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.1), progress=False)
 
@@ -51,7 +51,10 @@ def test_the_run_itself_falls_back_from_a_damaged_checkpoint_and_another_one_say
         CheckpointError, match=r"ba00000004 cannot be used.*There are .*ba00000002. Write: .*ba00000002'"
     ):
         resumed(run)
-    resumed(run, run_dir=run)
+    with pytest.warns(
+        ThawlineWarning, match=r"ba00000004 is damaged and was set aside as \.bad-ba00000004: .* ba00000002\."
+    ):
+        resumed(run, run_dir=run)
     assert (run / ".bad-ba00000004").is_dir()
 
 

@@ -819,7 +819,8 @@ def test_phases_that_never_begin_are_reported(untils: tuple[str, str], batches: 
         warnings.simplefilter("always")
         Loop([thaw], duration="4ep", batches=batches)
     assert [each.category for each in caught] == [ThawlineWarning] * bool(names)
-    assert not names or f"{len(names)} phases never begin: {', '.join(map(repr, names))}." in str(caught[0].message)
+    count = "1 phase never begins" if len(names) == 1 else f"{len(names)} phases never begin"
+    assert not names or f"{count}: {', '.join(map(repr, names))}." in str(caught[0].message)
 
 
 @pytest.mark.parametrize(
