@@ -142,4 +142,4 @@ def test_any_fit_works_or_is_refused_by_a_typed_error(fit: Fit) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_every_check_says_what_it_promises(name: str) -> None:
     """A check is documented by the promise that it tests."""
-    assert (CHECKS[name].__doc__ or "").endswith(".")
+    assert (CHECKS[name].__doc__ or "").rstrip().endswith(".")
