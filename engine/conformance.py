@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .algorithm import Algorithm
+from .audits import follows_from_its_calls, keeps_true_records, learns_from_its_loss, steps_as_torch_does
 from .checks import (
     comes_back_from_its_description,
     does_not_depend_on_order,
@@ -50,6 +51,10 @@ CHECKS: dict[str, Check] = {
         is_recorded_as_it_happened,
         keeps_to_its_plan,
         puts_live_weights_back,
+        follows_from_its_calls,
+        learns_from_its_loss,
+        steps_as_torch_does,
+        keeps_true_records,
         resumes,
         starts_afresh,
         keeps_instances_apart,
@@ -118,6 +123,7 @@ def check_algorithm(
         thorough=thorough,
         partners=[specimen(each) for each in installed()] if partners is None else partners,
         accumulates=accumulates,
+        own_task=model is None and loader is None and loss_fn is cross_entropy,
     )
     failures: dict[str, str] = {}
     for name in CHECKS if checks is None else checks:

@@ -14,11 +14,11 @@ FEATURES, CLASSES = 4, 2
 
 
 class Block(nn.Module):
-    """A residual block with layer normalization and dropout."""
+    """A residual block with normalization and dropout."""
 
-    def __init__(self, width: int, dropout: float) -> None:
+    def __init__(self, width: int, dropout: float, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = norm(width)
         self.linear = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -31,10 +31,12 @@ class Block(nn.Module):
 class Residual(nn.Module):
     """Stem, residual blocks, head: the model that :func:`check_algorithm` uses where none is given."""
 
-    def __init__(self, depth: int = 3, width: int = 8, dropout: float = 0.1) -> None:
+    def __init__(
+        self, depth: int = 3, width: int = 8, dropout: float = 0.1, norm: Callable[[int], nn.Module] = nn.LayerNorm
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(FEATURES, width)
-        self.blocks = nn.ModuleList([Block(width, dropout) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(width, dropout, norm) for _ in range(depth)])
         self.head = nn.Linear(width, CLASSES)
 
     @override
@@ -110,6 +112,20 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.classifier(self.encoder(self.embed(x.unsqueeze(-1)))[:, 0])
         return out
+
+
+def audited() -> nn.Module:
+    """Return a residual model with batch normalization and dropout, of which the user holds a bias: what an audited fit trains."""
+    model = Residual(norm=nn.BatchNorm1d)
+    model.embed.bias.requires_grad = False
+    return model
+
+
+def uneven_loader() -> DataLoader[tuple[Tensor, ...]]:
+    """Return :func:`tiny_loader`'s task with a short last batch and some labels that are ignored, unevenly over the batches."""
+    x, y = tiny_loader(22).dataset.tensors  # type: ignore[attr-defined]  # a TensorDataset
+    ignored = torch.arange(len(y)) % 5 == 0
+    return DataLoader(TensorDataset(x, y.masked_fill(ignored, -100)), batch_size=8, shuffle=True)
 
 
 def mlp(width: int = FEATURES, depth: int = 3) -> nn.Sequential:

@@ -141,6 +141,7 @@ class Rehearsal:
         thorough: Whether to check every step and every pair.
         partners: Builders of the algorithms to run beside it.
         accumulates: Whether the algorithm claims that cutting batches leaves its updates the same.
+        own_task: Whether model and loader are the kit's own.
     """
 
     factory: Callable[[], Any]
@@ -152,6 +153,8 @@ class Rehearsal:
     thorough: bool
     partners: Sequence[Callable[[], Any]]
     accumulates: bool
+    own_task: bool = False
+    audit: Any = field(default=None, init=False)
     name: str = field(init=False)
 
     def __attrs_post_init__(self) -> None:

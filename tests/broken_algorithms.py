@@ -304,3 +304,64 @@ class Ticking(Algorithm):
     def apply(self, event: Event, state: State) -> None:
         if state.clock.batch == 2:
             state.tick(0)
+
+
+@caught_by("follows_from_its_calls")
+@attrs.define(slots=False, eq=False)
+class Calming(Algorithm):
+    """Switches the dropout of a block off by hand, not by the mode of a hold."""
+
+    events = frozenset({Event.BATCH_START})
+
+    def apply(self, event: Event, state: State) -> None:
+        state.model.blocks[0].dropout.eval()
+
+
+@caught_by("learns_from_its_loss")
+@attrs.define(slots=False, eq=False)
+class Hasty(Algorithm):
+    """Halves gradients as they come, and with those of a microbatch once more those of the ones before."""
+
+    def attach(self, state: State) -> None:
+        parameters = state.ledger.trainable_parameters
+        self.hooks = [each.register_post_accumulate_grad_hook(self._halve) for each in parameters]
+
+    def _halve(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.mul_(0.5)
+
+    def close(self) -> None:
+        for each in getattr(self, "hooks", ()):
+            each.remove()
+
+
+@caught_by("steps_as_torch_does")
+@attrs.define(slots=False, eq=False)
+class Decaying(Algorithm):
+    """Shrinks the weights in a hook of the optimizer, also those whose weight decay is another."""
+
+    def attach(self, state: State) -> None:
+        self.hooks = [each.register_step_pre_hook(self._shrink) for each in state.optimizers]
+
+    def _shrink(self, optimizer: Any, *_: Any) -> None:
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for each in group["params"]:
+                    each.mul_(1 - 0.1 * group["lr"])
+
+    def close(self) -> None:
+        for each in getattr(self, "hooks", ()):
+            each.remove()
+
+
+@caught_by("keeps_true_records")
+@attrs.define(slots=False, eq=False)
+class Sampling(Algorithm):
+    """Evaluates with dropout on, and nobody who loads the checkpoint knows."""
+
+    events = frozenset({Event.EVAL_BATCH_START})
+
+    def apply(self, event: Event, state: State) -> None:
+        for module in state.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train()

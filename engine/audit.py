@@ -1,0 +1,452 @@
+"""A fit that is held, at every event, against what torch alone makes of the same weights, batches and calls on the ledger."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from attrs import define, field
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from typing_extensions import override
+
+from .account import Account
+from .algorithm import Algorithm, Stage
+from .batches import batch_size_of
+from .checkpointing import Checkpointing
+from .clock import Clock, Time
+from .doubles import audited, uneven_loader
+from .events import Event
+from .forward import predictions, targets_of
+from .randomness import Randomness
+from .rehearsal import Outcome, Rehearsal, copied, difference, weights_of
+from .state import State
+from .weights import load_weights
+
+MIN_LR, END, PART = 0.004, 0.1, 3
+HOMES: dict[bool, dict[str, float]] = {
+    True: {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.02},
+    False: {"lr": 0.01, "weight_decay": 0.05},
+}
+"""By whether a parameter is a vector: SGD for those, AdamW for the others."""
+
+
+class Before(Algorithm):
+    """Calls a function at every event, before everybody else, and another one when the fit is set up."""
+
+    stage: ClassVar[Stage] = Stage.SURGERY
+
+    def __init__(self, at: Callable[[Event, State], object], setup: Callable[[State], object]) -> None:
+        self.at, self.setup, self.events = at, setup, frozenset(Event)
+
+    @override
+    def attach(self, state: State) -> None:
+        """Call the other one."""
+        self.setup(state)
+
+    @override
+    def apply(self, event: Event, state: State) -> None:
+        """Call it."""
+        self.at(event, state)
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        """Say only that it is one."""
+        return {"name": "Before", "arguments": {}}
+
+
+@define(eq=False, slots=False)
+class Audit:
+    """Watches a fit from before and from behind all algorithms, and notes what is not as it must be.
+
+    Args:
+        rehearsal: Whose algorithm it is.
+        faults: The first thing that was wrong, by the name of the check that says so.
+        losses: The mean loss of each batch, by epoch.
+        evaluated: What evaluations must have come to, by the batches done.
+    """
+
+    rehearsal: Rehearsal
+    faults: dict[str, str] = field(factory=dict, init=False)
+    losses: dict[int, list[float]] = field(factory=dict, init=False)
+    evaluated: dict[int, float] = field(factory=dict, init=False)
+    samples: int = field(default=0, init=False)
+    account: Account = field(init=False)
+    _seen: dict[str, Any] = field(factory=dict, init=False)
+
+    # -- the fit -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def loader(self) -> Iterable[Any]:
+        """What is trained on, and evaluated."""
+        return uneven_loader() if self.rehearsal.own_task else self.rehearsal.loader
+
+    def model(self) -> nn.Module:
+        """Build the model anew, always the same."""
+        if not self.rehearsal.own_task:
+            return self.rehearsal.model()
+        with Randomness().kept():
+            torch.manual_seed(self.rehearsal.seed)
+            return audited()
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the Trainer is given."""
+        flat = {each.ndim < 2 for each in self.model().parameters()}
+        parts = [
+            (lambda _, each: each.ndim < 2, partial(torch.optim.SGD, **HOMES[True])),
+            (lambda _, each: each.ndim >= 2, partial(torch.optim.AdamW, **HOMES[False])),
+        ]
+        optimizer: Any = parts if len(flat) > 1 else parts[not flat.pop()][1]
+        return {
+            "optimizer": optimizer,
+            "min_lr": MIN_LR,
+            "eval_every": "2ba",
+            "microbatch_size": PART if self.rehearsal.own_task else None,
+            "duration": self._duration(),
+        }
+
+    def _duration(self) -> Time:
+        """Return the duration in samples, so that the fit ends inside an epoch, where that can be said."""
+        given = Time(self.rehearsal.duration)
+        if not self.rehearsal.own_task or given.unit != "ep":
+            return given
+        return Time(f"{max(1, int(given.value * 22) - 9)}sp")
+
+    def run(self, folder: Path) -> Outcome:
+        """Fit, and look at what is on the disk."""
+        run, model, subjects = folder / "run", self.model(), self.rehearsal.make()
+        policy = Checkpointing(every="3ba", keep=10_000, monitor="eval/loss")
+        fit = partial(self.rehearsal.fit, loader=self.loader, run_dir=run, checkpoint=policy, **self.settings)
+        outcome = fit([Before(self._first, self._set_up), *subjects], model=model, probe=self._last)
+        self._check_history(outcome)
+        self._check_files(run, model)
+        self.check_resumed(outcome, fit([Before(lambda *_: None, lambda _: None), *self.rehearsal.make()], model=self.model(), resume=True))
+        return outcome
+
+    def note(self, check: str, what: str) -> None:
+        """Note the first thing that a check finds."""
+        self.faults.setdefault(check, f"{self.rehearsal.name}: {what}")
+
+    def _hold(self, check: str, now: Any, must: Any, place: str, what: str, *, tolerance: float = 0.0) -> None:
+        if check not in self.faults and (found := difference(now, must, place, tolerance=tolerance)):
+            self.note(check, f"{what} First difference, what is and what must be: {found}.")
+
+    # -- at events ---------------------------------------------------------------------------------------------
+
+    def _set_up(self, state: State) -> None:
+        several = len(state.ledger.optimizers) > 1
+        alone = {each.ndim < 2 for each in state.model.parameters()}
+
+        def home_of(parameter: nn.Parameter) -> Mapping[str, Any]:
+            return HOMES[parameter.ndim < 2 if several else next(iter(alone))]
+
+        self.account = Account(state, home_of=home_of, factor=lambda progress: 1 - (1 - END) * progress, min_lr=MIN_LR)
+        self.account.listen()
+
+    def _first(self, event: Event, state: State) -> None:
+        if event is Event.AFTER_FORWARD:
+            self._seen["outputs"] = state.outputs
+        elif event is Event.AFTER_LOSS:
+            self._check_loss(state)
+        elif event is Event.AFTER_BACKWARD:
+            self._check_gradients(state)
+        elif event is Event.BEFORE_STEP:
+            now = _gradients(state)
+            what = "the gradients at BEFORE_STEP are not those that the last backward pass left."
+            self._hold("learns_from_its_loss", now, self._seen["gradients"], "gradients", what)
+        elif event is Event.AFTER_STEP:
+            self._check_step(state)
+        elif event is Event.BATCH_START:
+            self._seen["loss"] = 0.0
+
+    def _last(self, event: Event, state: State) -> None:
+        self._check_trainable(event, state)
+        if event is Event.BEFORE_FORWARD:
+            self._check_modes(state)
+            self._seen.update(states=Randomness().states(), buffers=_buffers(state.model))
+        elif event is Event.AFTER_FORWARD:
+            self._check_outputs(state)
+        elif event is Event.AFTER_LOSS:
+            self._differentiate(state)
+        elif event is Event.AFTER_BACKWARD:
+            self._seen["gradients"] = _gradients(state)
+        elif event is Event.BEFORE_STEP:
+            self._foresee(state)
+        elif event is Event.BATCH_END:
+            self._end_batch(state)
+        elif event is Event.EVAL_START:
+            self._seen["evaluated"] = self._evaluate(state.model)
+        elif event is Event.EVAL_END:
+            self._check_evaluation(state)
+
+    # -- what trains, at which rates, in which modes -----------------------------------------------------------
+
+    def _check_trainable(self, event: Event, state: State) -> None:
+        if event is Event.FIT_ABORT:
+            return
+        must = self.account.trainable()
+        flagged = {name for name, each in state.ledger.parameters.items() if each.requires_grad}
+        where = f"at {event.name}, batch {state.clock.batch},"
+        for what, now in (("ledger.trainable", set(state.ledger.trainable)), ("requires_grad", flagged)):
+            if wrong := sorted(now ^ must):
+                self.note(
+                    "follows_from_its_calls",
+                    f"{where} {what} {'has' if wrong[0] in now else 'lacks'} {wrong[0]!r}, and by the calls on the ledger it must "
+                    "be otherwise. Freeze and thaw through the ledger alone: what nobody holds trains.",
+                )
+
+    def _check_modes(self, state: State) -> None:
+        if "follows_from_its_calls" in self.faults:
+            return
+        for name, module in state.model.named_modules():
+            must = self.account.mode_of(module)
+            if must is not None and module.training is not must:
+                self.note(
+                    "follows_from_its_calls",
+                    f"in the forward pass of batch {state.clock.batch}, {name or 'the model'!r} ({type(module).__name__}) stands in "
+                    f"{'train' if module.training else 'eval'} mode. Modes follow from what trains: ask for "
+                    "ledger.freeze(select, owner=self.owner, mode='eval') and leave .train() and .eval() alone.",
+                )
+
+    # -- losses and gradients ----------------------------------------------------------------------------------
+
+    def _check_outputs(self, state: State) -> None:
+        """Hold the outputs, and the buffers that the forward pass left, against those of a second pass."""
+        model, batch = state.model, state.microbatch
+        given, kept = self._seen["outputs"], copied(self._seen["buffers"])
+        if not isinstance(batch, (tuple, list)) or any(map(_is_hooked, model.modules())):
+            return
+        now = Randomness()
+        with now.kept(), torch.no_grad():
+            now.restore(self._seen["states"])
+            again = predictions(torch.func.functional_call(model, kept, tuple(batch[:-1])))
+        where = f"in the forward pass of batch {state.clock.batch}"
+        self._hold(
+            "learns_from_its_loss", predictions(given), again, "outputs",
+            f"{where} the model gives other outputs than for the same inputs, weights and random numbers a second time.", tolerance=1e-5,
+        )  # fmt: skip
+        self._hold(
+            "learns_from_its_loss", _buffers(model), kept, "buffers",
+            f"{where} the model's buffers became others than in a second pass. What is frozen keeps its statistics.", tolerance=1e-5,
+        )  # fmt: skip
+
+    def _check_loss(self, state: State) -> None:
+        loss_fn, targets = self.rehearsal.loss_fn, targets_of(state.microbatch)
+        if loss_fn is None:
+            return
+        with torch.no_grad():
+            must = loss_fn(predictions(state.outputs), targets)
+        self._hold(
+            "learns_from_its_loss", None if state.loss is None else state.loss.detach(), must, "loss",
+            f"in batch {state.clock.batch} the loss is not that of the outputs and targets at AFTER_FORWARD.", tolerance=1e-6,
+        )  # fmt: skip
+
+    def _differentiate(self, state: State) -> None:
+        """Compute what the backward pass must add to each gradient."""
+        loss, trained = state.loss, list(state.ledger.trainable)
+        if loss is None or not loss.requires_grad:
+            return
+        share = self._share(state)
+        wanted = [state.ledger.parameters[name] for name in trained]
+        found = torch.autograd.grad(loss * share, wanted, retain_graph=True, allow_unused=True)
+        before = _gradients(state)
+        self._seen["must"] = {
+            name: before[name] if each is None else each if before[name] is None else before[name] + each
+            for name, each in zip(trained, found, strict=True)
+        }
+        self._seen["loss"] += loss.item() * share
+
+    def _share(self, state: State) -> float:
+        """Return how much of its batch a microbatch is: of the labels that are not ignored, else of the samples."""
+        if not self.rehearsal.own_task:
+            return 1.0
+        part, whole = targets_of(state.microbatch), targets_of(state.batch)
+        if self.rehearsal.loss_fn is cross_entropy and not whole.is_floating_point():
+            return int((part != -100).sum()) / int((whole != -100).sum())
+        return batch_size_of(state.microbatch) / batch_size_of(state.batch)
+
+    def _check_gradients(self, state: State) -> None:
+        now, must = _gradients(state), self._seen["must"]
+        self._hold(
+            "learns_from_its_loss", now, must, "gradients",
+            f"in batch {state.clock.batch} the backward pass leaves other gradients than those of state.loss, weighted by the "
+            "microbatch's share of its batch. Change gradients at BEFORE_STEP, where they are whole, in the stage GRADIENTS.", tolerance=1e-5,
+        )  # fmt: skip
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def _foresee(self, state: State) -> None:
+        """Compute what torch's own optimizers make of the weights, gradients, options and states at hand."""
+        ledger, account, clock = state.ledger, self.account, state.clock
+        steps: list[Any] = []
+        for number, optimizer in enumerate(ledger.optimizers):
+            groups = [each for each in ledger.groups if each.optimizer == number]
+            saved = copied(optimizer.state_dict())
+            names = [name for group in groups for name in group.parameters]
+            for group, entry in zip(groups, saved["param_groups"], strict=True):
+                self._check_group(group, entry, clock)
+                entry["lr"] = account.rate(group.parameters[0], clock)
+            moments = {name: saved["state"].get(place, {}) for place, name in enumerate(names)}
+            known = {name: account.moments.get(name, {}) for name in names}
+            self._hold(
+                "steps_as_torch_does", moments, known, "moments",
+                f"before the step of batch {clock.batch} the optimizer's state is not what the step before left of what has trained "
+                "since. It is the ledger's: freeze(moments='keep') keeps it, drop_moments() forgets it.",
+            )  # fmt: skip
+            if not names:
+                continue
+            clones = {name: _clone(ledger.parameters[name]) for name in names}
+            fresh = type(optimizer)([{"params": [clones[name] for name in each.parameters]} for each in groups])
+            fresh.load_state_dict(saved)
+            fresh.step()
+            left = fresh.state_dict()["state"]
+            steps.append((clones, {name: left.get(place, {}) for place, name in enumerate(names)}))
+        self._seen["steps"] = steps
+        self._seen["stood"] = {name: ledger.parameters[name].detach().clone() for name in ledger.trainable}
+
+    def _check_group(self, group: Any, entry: Mapping[str, Any], clock: Clock) -> None:
+        for name in group.parameters:
+            options = {"lr": self.account.rate(name, clock)}
+            options |= {key: self.account.option(name, key) for key in self.account.given[name]}
+            self._hold(
+                "follows_from_its_calls", {key: float(entry[key]) for key in options}, options, f"options of {name!r}",
+                f"in batch {clock.batch} the optimizer's group has other options than follow from the factory, the schedule, min_lr and "
+                "the calls on the ledger. Set them with ledger.scale, set_lr and set_options.", tolerance=1e-12,
+            )  # fmt: skip
+
+    def _check_step(self, state: State) -> None:
+        parameters = state.ledger.parameters
+        what = f"the step of batch {state.clock.batch} is not that of"
+        mend = "Leave optimizers and weights alone between BEFORE_STEP and AFTER_STEP, and put no hook on an optimizer."
+        for clones, moments in self._seen["steps"]:
+            stood = self._seen["stood"]
+            must = {name: stood[name] if state.step_skipped else each.detach() for name, each in clones.items()}
+            now = {name: parameters[name].detach() for name in clones}
+            self._hold("steps_as_torch_does", now, must, "weights", f"{what} torch's own optimizer. {mend}")
+            if not state.step_skipped:
+                self.account.moments.update(copied(moments))
+        for number, optimizer in enumerate(state.ledger.optimizers):
+            names = [name for each in state.ledger.groups if each.optimizer == number for name in each.parameters]
+            left = optimizer.state_dict()["state"]
+            now = {name: left.get(place, {}) for place, name in enumerate(names)}
+            known = {name: self.account.moments.get(name, {}) for name in names}
+            self._hold("steps_as_torch_does", now, known, "moments", f"{what} torch's own optimizer. {mend}")
+
+    def _end_batch(self, state: State) -> None:
+        if left := [name for name, each in state.ledger.parameters.items() if each.grad is not None]:
+            self.note("steps_as_torch_does", f"{left[0]!r} has a gradient at BATCH_END, batch {state.clock.batch}.")
+        self.samples += batch_size_of(state.batch)
+        self.losses.setdefault(state.clock.epoch - (state.clock.batch_in_epoch == 0), []).append(self._seen["loss"])
+        duration, clock = self.settings["duration"], state.clock
+        if duration.unit == "sp":
+            must = min(1.0, self.samples / duration.value)
+            self._hold("keeps_true_records", clock.progress, must, "progress", "the clock is wrong.", tolerance=1e-12)
+        self._hold("keeps_true_records", clock.sample, self.samples, "samples", "the clock is wrong.")
+
+    # -- records -----------------------------------------------------------------------------------------------
+
+    def _evaluate(self, model: nn.Module) -> float | None:
+        """Return the mean loss of a model over the data, in eval mode."""
+        loss_fn, model_modes = self.rehearsal.loss_fn, [(each, each.training) for each in model.modules()]
+        total = count = 0.0
+        with _evaluating(model_modes), Randomness().kept(), torch.no_grad():
+            for batch in self.loader:
+                if loss_fn is None or not isinstance(batch, (tuple, list)):
+                    return None
+                value = float(loss_fn(predictions(model(*batch[:-1])), batch[-1]))
+                weight = float((batch[-1] != -100).sum()) if loss_fn is cross_entropy else batch_size_of(batch)
+                total, count = total + value * weight, count + weight
+        return total / count
+
+    def _check_evaluation(self, state: State) -> None:
+        must, now = self._seen["evaluated"], state.metrics.get("eval/loss")
+        if must is None or not self.rehearsal.own_task:
+            return
+        self.evaluated[state.clock.batch] = must
+        self._hold(
+            "keeps_true_records", now, must, "eval/loss",
+            f"the evaluation after batch {state.clock.batch} does not come to the mean loss of the weights at EVAL_START in eval mode. "
+            "Leave modes, weights and batches of an evaluation alone once it runs.", tolerance=1e-5,
+        )  # fmt: skip
+
+    def _check_history(self, outcome: Outcome) -> None:
+        rows = outcome.result["history"]
+        means = [sum(each) / len(each) for each in self.losses.values()]
+        now = [row.get("train/loss") for row in rows]
+        what = "history's train/loss is not the mean of the losses of the epoch's batches. train/ is the engine's: log under another name."
+        self._hold("keeps_true_records", now, means, "train/loss", what, tolerance=1e-5)
+
+    def _check_files(self, run: Path, model: nn.Module) -> None:
+        paths = sorted(path for path in run.iterdir() if path.is_dir() and path.name.startswith("ba"))
+        if not paths:
+            self.note("keeps_true_records", "the fit left no checkpoint in its run_dir.")
+            return
+        live = self.model()
+        load_weights(paths[-1], live, "live")
+        what = f"the newest checkpoint, {paths[-1].name}, does not hold the weights that the fit ended with."
+        self._hold("keeps_true_records", weights_of(live), weights_of(model), "weights", what)
+        for path in paths:
+            batch = int(path.name[2:])
+            if batch in self.evaluated:
+                again = self.model()
+                load_weights(path, again)
+                what = f"the evaluated weights of the checkpoint {path.name} do not give the loss that was logged there."
+                must = self.evaluated[batch]
+                self._hold("keeps_true_records", self._evaluate(again), must, "eval/loss", what, tolerance=1e-5)
+
+    def check_resumed(self, whole: Outcome, resumed: Outcome) -> None:
+        """Hold a fit that goes on from its own end against that end."""
+        for what in ("weights after the fit", "history", "metrics"):
+            self._hold(
+                "keeps_true_records", resumed.result[what], whole.result[what], what,
+                "resume=True after the end gives another fit than the one that ended.",
+            )  # fmt: skip
+
+
+def audit_of(rehearsal: Rehearsal) -> Audit:
+    """Return the audit of an algorithm's fit, which is run once for all checks."""
+    if rehearsal.audit is None:
+        audit = Audit(rehearsal)
+        with tempfile.TemporaryDirectory() as folder:
+            audit.run(Path(folder))
+        rehearsal.audit = audit
+    return rehearsal.audit  # type: ignore[no-any-return]
+
+
+def _gradients(state: State) -> dict[str, Tensor | None]:
+    parameters = state.ledger.parameters
+    return {
+        name: None if (grad := parameters[name].grad) is None else grad.detach().clone() for name in state.ledger.trainable
+    }
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return {name: each.detach().clone() for name, each in model.named_buffers()}
+
+
+def _clone(parameter: nn.Parameter) -> nn.Parameter:
+    clone = nn.Parameter(parameter.detach().clone())
+    clone.grad = None if parameter.grad is None else parameter.grad.detach().clone()
+    return clone
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+@contextmanager
+def _evaluating(modes: list[tuple[nn.Module, bool]]) -> Generator[None]:
+    """Put modules in eval mode for a while."""
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
