@@ -79,11 +79,13 @@ class Account(LedgerOracle):
         """Hear of every call on the ledger that does not fail, from now on."""
         ledger = self.state.ledger
         for call in ("freeze", "thaw", "scale", "set_lr", "set_options", "set_schedule", "evaluate_frozen"):
-            setattr(ledger, call, self._heard(getattr(ledger, call), getattr(self, f"_{call}")))
+            object.__setattr__(ledger, call, self._heard(getattr(ledger, call), getattr(self, f"_{call}")))
         for call in ("attach", "detach", "dismiss", "drop_moments"):
-            setattr(ledger, call, self._heard(getattr(ledger, call), getattr(self, f"_{call}"), plain=True))
+            object.__setattr__(ledger, call, self._heard(getattr(ledger, call), getattr(self, f"_{call}"), plain=True))
 
-    def _heard(self, call: Callable[..., None], note: Callable[..., None], *, plain: bool = False) -> Callable[..., None]:
+    def _heard(
+        self, call: Callable[..., None], note: Callable[..., None], *, plain: bool = False
+    ) -> Callable[..., None]:
         def heard(select: Any, *arguments: Any, **options: Any) -> None:
             before = self.trainable()
             call(select, *arguments, **options)

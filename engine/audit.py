@@ -23,6 +23,7 @@ from .clock import Clock, Time
 from .doubles import audited, uneven_loader
 from .events import Event
 from .forward import predictions, targets_of
+from .neighbor import Guest
 from .randomness import Randomness
 from .rehearsal import Outcome, Rehearsal, copied, difference, weights_of
 from .state import State
@@ -77,6 +78,7 @@ class Audit:
     evaluated: dict[int, float] = field(factory=dict, init=False)
     samples: int = field(default=0, init=False)
     account: Account = field(init=False)
+    guest: Guest = field(init=False)
     _seen: dict[str, Any] = field(factory=dict, init=False)
 
     # -- the fit -----------------------------------------------------------------------------------------------
@@ -126,7 +128,10 @@ class Audit:
         outcome = fit([Before(self._first, self._set_up), *subjects], model=model, probe=self._last)
         self._check_history(outcome)
         self._check_files(run, model)
-        self.check_resumed(outcome, fit([Before(lambda *_: None, lambda _: None), *self.rehearsal.make()], model=self.model(), resume=True))
+        self.check_resumed(
+            outcome,
+            fit([Before(lambda *_: None, lambda _: None), *self.rehearsal.make()], model=self.model(), resume=True),
+        )
         return outcome
 
     def note(self, check: str, what: str) -> None:
@@ -148,8 +153,10 @@ class Audit:
 
         self.account = Account(state, home_of=home_of, factor=lambda progress: 1 - (1 - END) * progress, min_lr=MIN_LR)
         self.account.listen()
+        self.guest = Guest("audit.guest")
 
     def _first(self, event: Event, state: State) -> None:
+        self.guest.come(event, state)
         if event is Event.AFTER_FORWARD:
             self._seen["outputs"] = state.outputs
         elif event is Event.AFTER_LOSS:
@@ -166,6 +173,7 @@ class Audit:
             self._seen["loss"] = 0.0
 
     def _last(self, event: Event, state: State) -> None:
+        self.guest.go(event, state, self.account.own)
         self._check_trainable(event, state)
         if event is Event.BEFORE_FORWARD:
             self._check_modes(state)
@@ -396,7 +404,9 @@ class Audit:
             if batch in self.evaluated:
                 again = self.model()
                 load_weights(path, again)
-                what = f"the evaluated weights of the checkpoint {path.name} do not give the loss that was logged there."
+                what = (
+                    f"the evaluated weights of the checkpoint {path.name} do not give the loss that was logged there."
+                )
                 must = self.evaluated[batch]
                 self._hold("keeps_true_records", self._evaluate(again), must, "eval/loss", what, tolerance=1e-5)
 
@@ -422,7 +432,8 @@ def audit_of(rehearsal: Rehearsal) -> Audit:
 def _gradients(state: State) -> dict[str, Tensor | None]:
     parameters = state.ledger.parameters
     return {
-        name: None if (grad := parameters[name].grad) is None else grad.detach().clone() for name in state.ledger.trainable
+        name: None if (grad := parameters[name].grad) is None else grad.detach().clone()
+        for name in state.ledger.trainable
     }
 
 
@@ -432,7 +443,8 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _clone(parameter: nn.Parameter) -> nn.Parameter:
     clone = nn.Parameter(parameter.detach().clone())
-    clone.grad = None if parameter.grad is None else parameter.grad.detach().clone()
+    if parameter.grad is not None:
+        clone.backward(parameter.grad.detach().clone())  # a leaf's gradient is what it is given
     return clone
 
 

@@ -117,7 +117,7 @@ class Transformer(nn.Module):
 def audited() -> nn.Module:
     """Return a residual model with batch normalization and dropout, of which the user holds a bias: what an audited fit trains."""
     model = Residual(norm=nn.BatchNorm1d)
-    model.embed.bias.requires_grad = False
+    model.embed.bias = nn.Parameter(model.embed.bias.detach(), requires_grad=False)
     return model
 
 

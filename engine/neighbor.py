@@ -1,8 +1,9 @@
-"""A neighbor for the conformance kit's fits: it freezes, thaws, attaches and detaches while another algorithm works."""
+"""Neighbors for the conformance kit's fits: they freeze, thaw, rate, attach and detach while another algorithm works."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from typing_extensions import override
 
 from .algorithm import Algorithm, Stage
 from .events import Event
+from .schedules import linear
 from .state import State
 from .surgery import Attachment, Site, surgery_op
 
@@ -59,3 +61,74 @@ class Neighbor(Algorithm):
         elif batch == 7:
             for entry in [each for each in ledger.journal if each.op == GAIN]:
                 ledger.detach(entry.module, GAIN, owner=self.owner)
+
+
+class Guest:
+    """Makes every call on a ledger by the clock alone, and leaves to the others what they set and the last that trains.
+
+    Args:
+        owner: Under which name.
+
+    Example:
+        >>> from thawline.engine.doubles import mlp
+        >>> from thawline.engine.ledger import ParameterLedger
+        >>> ledger = ParameterLedger(model := mlp(), lambda each: torch.optim.SGD(each, lr=0.1))
+        >>> Guest("guest").come(Event.FIT_START, State(model, ledger, duration="1ba"))
+        >>> ledger.rates
+        {'blocks[0]': 0.0, 'blocks[1]': 0.05, 'head': 0.05}
+    """
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
+
+    def come(self, event: Event, state: State) -> None:
+        """Do what is due before the others act."""
+        ledger, batch = state.ledger, state.clock.batch
+        if event is Event.FIT_START:
+            ledger.scale("*", 0.5, owner=self.owner)
+            ledger.freeze(self._layer(state), owner=self.owner, mode="eval")
+        elif event is Event.BATCH_END:
+            everything = list(ledger.parameters)
+            ledger.set_lr(everything, None, owner=self.owner)
+            ledger.set_schedule(everything, None, owner=self.owner)
+            ledger.set_options(everything, owner=self.owner, weight_decay=None)
+        elif event is Event.BATCH_START and batch == 2:
+            weight = next(name for name in reversed(list(ledger.parameters)) if name.endswith(".weight"))
+            ledger.attach(weight.rpartition(".")[0], GAIN, owner=self.owner)
+        elif event is Event.BATCH_START and batch == 6:
+            for entry in [each for each in ledger.journal if each.owner == self.owner]:
+                ledger.detach(entry.module, GAIN, owner=self.owner)
+            ledger.dismiss(self.owner)
+
+    def go(self, event: Event, state: State, taken: Mapping[str, Mapping[str, Any]]) -> None:
+        """Do what is due once the others have acted.
+
+        Args:
+            event: The event.
+            state: The fit's.
+            taken: By ``"lr"``, ``"schedule"`` and the name of an option, the parameters for which somebody has set it.
+        """
+        ledger, batch = state.ledger, state.clock.batch
+        if not event.opens_ledger:
+            return
+        if event is Event.BATCH_START:
+            if batch == 1:
+                ledger.thaw(self._layer(state), owner=self.owner, warmup="3ba")
+            elif batch == 3:
+                ledger.freeze(self._layer(state), owner=self.owner, moments="keep", mode="train")
+            elif batch == 5:
+                ledger.thaw("*", owner=self.owner)
+                ledger.drop_moments(list(ledger.parameters)[::3], owner=self.owner)
+            names = list(ledger.parameters)
+            if free := [each for each in names[::4] if each not in taken["lr"]]:
+                ledger.set_lr(free, 0.03, owner=self.owner)
+            if free := [each for each in names[1::4] if each not in taken["schedule"]]:
+                ledger.set_schedule(free, linear(0.5), owner=self.owner, span="5ba")
+            if free := [each for each in names[2::4] if each not in taken.get("weight_decay", ())]:
+                ledger.set_options(free, owner=self.owner, weight_decay=0.2)
+        if not ledger.trainable and event is not Event.EPOCH_END:
+            ledger.thaw("*", owner=self.owner)
+
+    @staticmethod
+    def _layer(state: State) -> str:
+        return [each.name for each in state.layers][len(state.layers) > 2]

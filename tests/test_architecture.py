@@ -78,6 +78,9 @@ TIERS: tuple[frozenset[str], ...] = (
             "checks",
             "records",
             "endings",
+            "account",
+            "audit",
+            "audits",
             "ranked",
         }
         | {"conformance", "oracle", "machine", "strategies", "testing"}
