@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from attrs import define, field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
@@ -26,15 +25,24 @@ from .forward import predictions, targets_of
 from .neighbor import Guest
 from .randomness import Randomness
 from .rehearsal import Outcome, Rehearsal, copied, difference, weights_of
+from .schedules import constant, join, linear
 from .state import State
+from .unaided import Right, buffers_of, evaluated_by_hand, gradients_of, share_right, twin_of
 from .weights import load_weights
 
-MIN_LR, END, PART = 0.004, 0.1, 3
+MIN_LR, PART = 0.004, 3
+STATE = "Return from state_dict() whatever changes during a fit, and take it back in load_state_dict()."
+SCHEDULE = join([constant(), linear(end=0.1)], [0.5])
 HOMES: dict[bool, dict[str, float]] = {
     True: {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.02},
     False: {"lr": 0.01, "weight_decay": 0.05},
 }
 """By whether a parameter is a vector: SGD for those, AdamW for the others."""
+
+
+def factor(progress: float) -> float:
+    """Return what the schedule must give."""
+    return 1.0 if progress < 0.5 else 1.0 - 0.9 * (2 * progress - 1)
 
 
 class Before(Algorithm):
@@ -75,7 +83,7 @@ class Audit:
     rehearsal: Rehearsal
     faults: dict[str, str] = field(factory=dict, init=False)
     losses: dict[int, list[float]] = field(factory=dict, init=False)
-    evaluated: dict[int, float] = field(factory=dict, init=False)
+    evaluated: dict[int, dict[str, float]] = field(factory=dict, init=False)
     samples: int = field(default=0, init=False)
     account: Account = field(init=False)
     guest: Guest = field(init=False)
@@ -107,7 +115,9 @@ class Audit:
         optimizer: Any = parts if len(flat) > 1 else parts[not flat.pop()][1]
         return {
             "optimizer": optimizer,
+            "schedule": SCHEDULE,
             "min_lr": MIN_LR,
+            "metrics": {"share": share_right, "right": Right()} if self.rehearsal.own_task else {},
             "eval_every": "2ba",
             "microbatch_size": PART if self.rehearsal.own_task else None,
             "duration": self._duration(),
@@ -120,19 +130,38 @@ class Audit:
             return given
         return Time(f"{max(1, int(given.value * 22) - 9)}sp")
 
-    def run(self, folder: Path) -> Outcome:
-        """Fit, and look at what is on the disk."""
-        run, model, subjects = folder / "run", self.model(), self.rehearsal.make()
-        policy = Checkpointing(every="3ba", keep=10_000, monitor="eval/loss")
-        fit = partial(self.rehearsal.fit, loader=self.loader, run_dir=run, checkpoint=policy, **self.settings)
-        outcome = fit([Before(self._first, self._set_up), *subjects], model=model, probe=self._last)
-        self._check_history(outcome)
-        self._check_files(run, model)
-        self.check_resumed(
-            outcome,
-            fit([Before(lambda *_: None, lambda _: None), *self.rehearsal.make()], model=self.model(), resume=True),
+    def run(self, folder: Path) -> None:
+        """Fit, look at what is on the disk, and go on from the middle and from the end."""
+        run, model = folder / "run", self.model()
+        policy = Checkpointing(every="2ba", keep=10_000, monitor="eval/loss", frozen="fingerprint")
+        fit = partial(self.rehearsal.fit, loader=self.loader, checkpoint=policy, **self.settings)
+        whole = fit(
+            [Before(self._first, self._set_up), *self.rehearsal.make()], model=model, probe=self._last, run_dir=run
         )
-        return outcome
+        self._check_history(whole)
+        paths = sorted(path for path in run.iterdir() if path.is_dir() and path.name.startswith("ba"))
+        self._check_files(paths, whole, model)
+        if "follows_from_its_calls" in self.faults:  # what the guest may set was told wrongly
+            return
+        ends = {int(path.name[2:]): path for path in (*paths[1:2], *paths[-1:])}
+        for batch, path in ends.items():
+            before = [Before(self.guest.come, lambda _: None), *self.rehearsal.make()]
+            resumed = fit(before, model=self.model(), probe=partial(self.guest.go, taken={}), run_dir=folder / path.name, resume=path)
+            what = (
+                f"resumed at batch {batch}, the fit does not go on as the uninterrupted one, which another changes too."
+            )
+            must = whole.after(batch, resumed)
+            self._hold("keeps_true_records", resumed.after(batch, resumed), must, "the fit", f"{what} {STATE}")
+        resumed = fit(
+            [Before(lambda *_: None, lambda _: None), *self.rehearsal.make()],
+            model=self.model(),
+            run_dir=run,
+            resume=True,
+        )
+        now, must = (each.result["weights after the fit"] for each in (resumed, whole))
+        self._hold(
+            "keeps_true_records", now, must, "weights", "resume=True after the end gives other weights than that end."
+        )
 
     def note(self, check: str, what: str) -> None:
         """Note the first thing that a check finds."""
@@ -151,7 +180,7 @@ class Audit:
         def home_of(parameter: nn.Parameter) -> Mapping[str, Any]:
             return HOMES[parameter.ndim < 2 if several else next(iter(alone))]
 
-        self.account = Account(state, home_of=home_of, factor=lambda progress: 1 - (1 - END) * progress, min_lr=MIN_LR)
+        self.account = Account(state, home_of=home_of, factor=factor, min_lr=MIN_LR)
         self.account.listen()
         self.guest = Guest("audit.guest")
 
@@ -164,7 +193,7 @@ class Audit:
         elif event is Event.AFTER_BACKWARD:
             self._check_gradients(state)
         elif event is Event.BEFORE_STEP:
-            now = _gradients(state)
+            now = gradients_of(state.ledger)
             what = "the gradients at BEFORE_STEP are not those that the last backward pass left."
             self._hold("learns_from_its_loss", now, self._seen["gradients"], "gradients", what)
         elif event is Event.AFTER_STEP:
@@ -177,13 +206,13 @@ class Audit:
         self._check_trainable(event, state)
         if event is Event.BEFORE_FORWARD:
             self._check_modes(state)
-            self._seen.update(states=Randomness().states(), buffers=_buffers(state.model))
+            self._seen.update(states=Randomness().states(), buffers=buffers_of(state.model))
         elif event is Event.AFTER_FORWARD:
             self._check_outputs(state)
         elif event is Event.AFTER_LOSS:
             self._differentiate(state)
         elif event is Event.AFTER_BACKWARD:
-            self._seen["gradients"] = _gradients(state)
+            self._seen["gradients"] = gradients_of(state.ledger)
         elif event is Event.BEFORE_STEP:
             self._foresee(state)
         elif event is Event.BATCH_END:
@@ -240,7 +269,7 @@ class Audit:
             f"{where} the model gives other outputs than for the same inputs, weights and random numbers a second time.", tolerance=1e-5,
         )  # fmt: skip
         self._hold(
-            "learns_from_its_loss", _buffers(model), kept, "buffers",
+            "learns_from_its_loss", buffers_of(model), kept, "buffers",
             f"{where} the model's buffers became others than in a second pass. What is frozen keeps its statistics.", tolerance=1e-5,
         )  # fmt: skip
 
@@ -263,7 +292,7 @@ class Audit:
         share = self._share(state)
         wanted = [state.ledger.parameters[name] for name in trained]
         found = torch.autograd.grad(loss * share, wanted, retain_graph=True, allow_unused=True)
-        before = _gradients(state)
+        before = gradients_of(state.ledger)
         self._seen["must"] = {
             name: before[name] if each is None else each if before[name] is None else before[name] + each
             for name, each in zip(trained, found, strict=True)
@@ -280,7 +309,7 @@ class Audit:
         return batch_size_of(state.microbatch) / batch_size_of(state.batch)
 
     def _check_gradients(self, state: State) -> None:
-        now, must = _gradients(state), self._seen["must"]
+        now, must = gradients_of(state.ledger), self._seen["must"]
         self._hold(
             "learns_from_its_loss", now, must, "gradients",
             f"in batch {state.clock.batch} the backward pass leaves other gradients than those of state.loss, weighted by the "
@@ -309,7 +338,7 @@ class Audit:
             )  # fmt: skip
             if not names:
                 continue
-            clones = {name: _clone(ledger.parameters[name]) for name in names}
+            clones = {name: twin_of(ledger.parameters[name]) for name in names}
             fresh = type(optimizer)([{"params": [clones[name] for name in each.parameters]} for each in groups])
             fresh.load_state_dict(saved)
             fresh.step()
@@ -359,27 +388,14 @@ class Audit:
 
     # -- records -----------------------------------------------------------------------------------------------
 
-    def _evaluate(self, model: nn.Module) -> float | None:
-        """Return the mean loss of a model over the data, in eval mode."""
-        loss_fn, model_modes = self.rehearsal.loss_fn, [(each, each.training) for each in model.modules()]
-        total = count = 0.0
-        with _evaluating(model_modes), Randomness().kept(), torch.no_grad():
-            for batch in self.loader:
-                if loss_fn is None or not isinstance(batch, (tuple, list)):
-                    return None
-                value = float(loss_fn(predictions(model(*batch[:-1])), batch[-1]))
-                weight = float((batch[-1] != -100).sum()) if loss_fn is cross_entropy else batch_size_of(batch)
-                total, count = total + value * weight, count + weight
-        return total / count
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        return evaluated_by_hand(model, self.loader, self.rehearsal.loss_fn) if self.rehearsal.own_task else {}
 
     def _check_evaluation(self, state: State) -> None:
-        must, now = self._seen["evaluated"], state.metrics.get("eval/loss")
-        if must is None or not self.rehearsal.own_task:
-            return
-        self.evaluated[state.clock.batch] = must
+        must = self.evaluated[state.clock.batch] = self._seen["evaluated"]
         self._hold(
-            "keeps_true_records", now, must, "eval/loss",
-            f"the evaluation after batch {state.clock.batch} does not come to the mean loss of the weights at EVAL_START in eval mode. "
+            "keeps_true_records", {name: state.metrics.get(name) for name in must}, must, "metrics",
+            f"the evaluation after batch {state.clock.batch} does not come to what the weights at EVAL_START give in eval mode. "
             "Leave modes, weights and batches of an evaluation alone once it runs.", tolerance=1e-5,
         )  # fmt: skip
 
@@ -390,33 +406,33 @@ class Audit:
         what = "history's train/loss is not the mean of the losses of the epoch's batches. train/ is the engine's: log under another name."
         self._hold("keeps_true_records", now, means, "train/loss", what, tolerance=1e-5)
 
-    def _check_files(self, run: Path, model: nn.Module) -> None:
-        paths = sorted(path for path in run.iterdir() if path.is_dir() and path.name.startswith("ba"))
-        if not paths:
-            self.note("keeps_true_records", "the fit left no checkpoint in its run_dir.")
+    def _check_files(self, paths: list[Path], whole: Outcome, model: nn.Module) -> None:
+        if not paths or whole.last is None or whole.last.name != paths[-1].name:
+            there = [path.name for path in paths]
+            self.note(
+                "keeps_true_records", f"result.last is {whole.last}, and the checkpoints in the run_dir are {there}."
+            )
             return
         live = self.model()
-        load_weights(paths[-1], live, "live")
-        what = f"the newest checkpoint, {paths[-1].name}, does not hold the weights that the fit ended with."
+        load_weights(whole.last, live, "live")
+        what = f"the newest checkpoint, {whole.last.name}, does not hold the weights that the fit ended with."
         self._hold("keeps_true_records", weights_of(live), weights_of(model), "weights", what)
+        losses = {batch: each["eval/loss"] for batch, each in self.evaluated.items() if each}
         for path in paths:
             batch = int(path.name[2:])
-            if batch in self.evaluated:
+            if batch in losses:
                 again = self.model()
                 load_weights(path, again)
-                what = (
-                    f"the evaluated weights of the checkpoint {path.name} do not give the loss that was logged there."
-                )
+                what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there."
                 must = self.evaluated[batch]
-                self._hold("keeps_true_records", self._evaluate(again), must, "eval/loss", what, tolerance=1e-5)
-
-    def check_resumed(self, whole: Outcome, resumed: Outcome) -> None:
-        """Hold a fit that goes on from its own end against that end."""
-        for what in ("weights after the fit", "history", "metrics"):
-            self._hold(
-                "keeps_true_records", resumed.result[what], whole.result[what], what,
-                "resume=True after the end gives another fit than the one that ended.",
-            )  # fmt: skip
+                self._hold("keeps_true_records", self._evaluate(again), must, "metrics", what, tolerance=1e-5)
+        best = None if whole.best is None else losses.get(int(whole.best.name[2:]))
+        if losses and (best is None or best > min(losses.values()) + 1e-6):
+            what = f"result.best is {whole.best}, and the evaluations came to {losses}."
+            self.note(
+                "keeps_true_records",
+                f"{what} Checkpointing(monitor='eval/loss') keeps the checkpoint of the smallest loss.",
+            )
 
 
 def audit_of(rehearsal: Rehearsal) -> Audit:
@@ -429,36 +445,5 @@ def audit_of(rehearsal: Rehearsal) -> Audit:
     return rehearsal.audit  # type: ignore[no-any-return]
 
 
-def _gradients(state: State) -> dict[str, Tensor | None]:
-    parameters = state.ledger.parameters
-    return {
-        name: None if (grad := parameters[name].grad) is None else grad.detach().clone()
-        for name in state.ledger.trainable
-    }
-
-
-def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return {name: each.detach().clone() for name, each in model.named_buffers()}
-
-
-def _clone(parameter: nn.Parameter) -> nn.Parameter:
-    clone = nn.Parameter(parameter.detach().clone())
-    if parameter.grad is not None:
-        clone.backward(parameter.grad.detach().clone())  # a leaf's gradient is what it is given
-    return clone
-
-
 def _is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-@contextmanager
-def _evaluating(modes: list[tuple[nn.Module, bool]]) -> Generator[None]:
-    """Put modules in eval mode for a while."""
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

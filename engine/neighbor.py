@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from .algorithm import Algorithm, Stage
 from .events import Event
+from .ledger import ParameterLedger
 from .schedules import linear
 from .state import State
 from .surgery import Attachment, Site, surgery_op
@@ -80,13 +81,15 @@ class Guest:
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
+        self.free: dict[int, list[list[str]]] = {}  # what it set at a batch, to set the same in a resumed fit
 
     def come(self, event: Event, state: State) -> None:
         """Do what is due before the others act."""
         ledger, batch = state.ledger, state.clock.batch
         if event is Event.FIT_START:
-            ledger.scale("*", 0.5, owner=self.owner)
-            ledger.freeze(self._layer(state), owner=self.owner, mode="eval")
+            with ledger.at_once():
+                ledger.scale("*", 0.5, owner=self.owner)
+                ledger.freeze(self._layer(state), owner=self.owner, mode="eval")
         elif event is Event.BATCH_END:
             everything = list(ledger.parameters)
             ledger.set_lr(everything, None, owner=self.owner)
@@ -119,16 +122,23 @@ class Guest:
             elif batch == 5:
                 ledger.thaw("*", owner=self.owner)
                 ledger.drop_moments(list(ledger.parameters)[::3], owner=self.owner)
-            names = list(ledger.parameters)
-            if free := [each for each in names[::4] if each not in taken["lr"]]:
-                ledger.set_lr(free, 0.03, owner=self.owner)
-            if free := [each for each in names[1::4] if each not in taken["schedule"]]:
-                ledger.set_schedule(free, linear(0.5), owner=self.owner, span="5ba")
-            if free := [each for each in names[2::4] if each not in taken.get("weight_decay", ())]:
-                ledger.set_options(free, owner=self.owner, weight_decay=0.2)
+            rated, scheduled, decayed = self.free.setdefault(batch, _untaken(ledger, taken))
+            if rated:
+                ledger.set_lr(rated, 0.03, owner=self.owner)
+            if scheduled:
+                ledger.set_schedule(scheduled, linear(0.5), owner=self.owner, span="5ba")
+            if decayed:
+                ledger.set_options(decayed, owner=self.owner, weight_decay=0.2)
         if not ledger.trainable and event is not Event.EPOCH_END:
             ledger.thaw("*", owner=self.owner)
 
     @staticmethod
     def _layer(state: State) -> str:
         return [each.name for each in state.layers][len(state.layers) > 2]
+
+
+def _untaken(ledger: ParameterLedger, taken: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Return some parameters for each of rate, schedule and weight decay, for which nobody has set it."""
+    names = list(ledger.parameters)
+    kinds = ("lr", "schedule", "weight_decay")
+    return [[each for each in names[place::4] if each not in taken.get(kind, ())] for place, kind in enumerate(kinds)]

@@ -106,6 +106,8 @@ class Outcome:
         timeline: What the fit says that it did.
         told: What trackers were told, by the batches done then.
         said: The warnings of what is allowed and probably not meant.
+        best: The checkpoint with the best monitored metric.
+        last: The newest checkpoint.
     """
 
     result: dict[str, Any]
@@ -115,6 +117,8 @@ class Outcome:
     timeline: Plan
     told: list[tuple[int, dict[str, float]]]
     said: list[str]
+    best: Path | None = None
+    last: Path | None = None
 
     @property
     def all(self) -> dict[str, Any]:
@@ -244,7 +248,8 @@ class Rehearsal:
             "stop reason": result.stop_reason,
             BY_TURNS: list(result.timeline.spans),
         }
-        return Outcome(seen | after, events, frozenset(journal), steps, result.timeline, tracker.metrics, said)
+        told, best, last = tracker.metrics, result.best, result.last
+        return Outcome(seen | after, events, frozenset(journal), steps, result.timeline, told, said, best, last)
 
     @cached_property
     def whole(self) -> Outcome:
