@@ -178,11 +178,14 @@ class Account(LedgerOracle):
                 table.pop(name, None)
 
     def _dismiss(self, owner: str) -> None:
-        for table in (self.holds, self.rules, self.scales, self.modes, self.asked):
-            table.pop(owner, None)
-        for option, table in (("lr", self.rates), ("schedule", self.courses), *self.options.items()):
-            mine = [name for name, who in self.own.get(option, {}).items() if who == owner]
-            for name in mine:
+        self.holds.pop(owner, None)
+        self.rules.pop(owner, None)
+        self.scales.pop(owner, None)
+        self.modes.pop(owner, None)
+        self.asked.pop(owner, None)
+        tables: dict[str, dict[str, Any]] = {"lr": self.rates, "schedule": self.courses, **self.options}
+        for option, table in tables.items():
+            for name in [name for name, who in self.own.get(option, {}).items() if who == owner]:
                 table.pop(name, None)
                 del self.own[option][name]
         for asked in self.pending.values():

@@ -19,7 +19,7 @@ from .algorithm import Algorithm, Stage
 from .batches import batch_size_of
 from .checkpointing import Checkpointing
 from .clock import Clock, Time
-from .doubles import audited, uneven_loader
+from .doubles import Audited, uneven_loader
 from .events import Event
 from .forward import predictions, targets_of
 from .neighbor import Guest
@@ -33,7 +33,7 @@ from .weights import load_weights
 MIN_LR, PART = 0.004, 3
 STATE = "Return from state_dict() whatever changes during a fit, and take it back in load_state_dict()."
 SCHEDULE = join([constant(), linear(end=0.1)], [0.5])
-HOMES: dict[bool, dict[str, float]] = {
+HOMES: dict[bool, dict[str, Any]] = {
     True: {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.02},
     False: {"lr": 0.01, "weight_decay": 0.05},
 }
@@ -102,7 +102,7 @@ class Audit:
             return self.rehearsal.model()
         with Randomness().kept():
             torch.manual_seed(self.rehearsal.seed)
-            return audited()
+            return Audited()
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -134,7 +134,9 @@ class Audit:
         """Fit, look at what is on the disk, and go on from the middle and from the end."""
         run, model = folder / "run", self.model()
         policy = Checkpointing(every="2ba", keep=10_000, monitor="eval/loss", frozen="fingerprint")
-        fit = partial(self.rehearsal.fit, loader=self.loader, checkpoint=policy, **self.settings)
+        fit: Callable[..., Outcome] = partial(
+            self.rehearsal.fit, loader=self.loader, checkpoint=policy, **self.settings
+        )
         whole = fit(
             [Before(self._first, self._set_up), *self.rehearsal.make()], model=model, probe=self._last, run_dir=run
         )
@@ -146,7 +148,13 @@ class Audit:
         ends = {int(path.name[2:]): path for path in (*paths[1:2], *paths[-1:])}
         for batch, path in ends.items():
             before = [Before(self.guest.come, lambda _: None), *self.rehearsal.make()]
-            resumed = fit(before, model=self.model(), probe=partial(self.guest.go, taken={}), run_dir=folder / path.name, resume=path)
+            resumed = fit(
+                before,
+                model=self.model(),
+                probe=partial(self.guest.go, taken={}),
+                run_dir=folder / path.name,
+                resume=path,
+            )
             what = (
                 f"resumed at batch {batch}, the fit does not go on as the uninterrupted one, which another changes too."
             )
@@ -292,11 +300,12 @@ class Audit:
         share = self._share(state)
         wanted = [state.ledger.parameters[name] for name in trained]
         found = torch.autograd.grad(loss * share, wanted, retain_graph=True, allow_unused=True)
-        before = gradients_of(state.ledger)
-        self._seen["must"] = {
-            name: before[name] if each is None else each if before[name] is None else before[name] + each
-            for name, each in zip(trained, found, strict=True)
-        }
+        must = gradients_of(state.ledger)
+        for name, each in zip(trained, found, strict=True):
+            if each is not None:
+                before = must[name]
+                must[name] = each if before is None else before + each
+        self._seen["must"] = must
         self._seen["loss"] += loss.item() * share
 
     def _share(self, state: State) -> float:
@@ -339,7 +348,8 @@ class Audit:
             if not names:
                 continue
             clones = {name: twin_of(ledger.parameters[name]) for name in names}
-            fresh = type(optimizer)([{"params": [clones[name] for name in each.parameters]} for each in groups])
+            kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
+            fresh = kind([{"params": [clones[name] for name in each.parameters]} for each in groups])
             fresh.load_state_dict(saved)
             fresh.step()
             left = fresh.state_dict()["state"]

@@ -48,6 +48,14 @@ class Residual(nn.Module):
         return out
 
 
+class Audited(Residual):
+    """A residual model with batch normalization and dropout, of which the user holds a bias: what an audited fit trains."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=nn.BatchNorm1d)
+        self.embed.bias.detach_()  # trains no more, as where a user freezes it before the fit
+
+
 class Bare(nn.Module):
     """A module that owns a parameter itself and has children: what forgetful freezing leaves out."""
 
@@ -112,13 +120,6 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.classifier(self.encoder(self.embed(x.unsqueeze(-1)))[:, 0])
         return out
-
-
-def audited() -> nn.Module:
-    """Return a residual model with batch normalization and dropout, of which the user holds a bias: what an audited fit trains."""
-    model = Residual(norm=nn.BatchNorm1d)
-    model.embed.bias = nn.Parameter(model.embed.bias.detach(), requires_grad=False)
-    return model
 
 
 def uneven_loader() -> DataLoader[tuple[Tensor, ...]]:

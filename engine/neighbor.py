@@ -64,6 +64,9 @@ class Neighbor(Algorithm):
                 ledger.detach(entry.module, GAIN, owner=self.owner)
 
 
+_SETS = frozenset({0, 3, 4, 7})  # in the other batches nothing changes but what goes by the clock
+
+
 class Guest:
     """Makes every call on a ledger by the clock alone, and leaves to the others what they set and the last that trains.
 
@@ -90,14 +93,15 @@ class Guest:
             with ledger.at_once():
                 ledger.scale("*", 0.5, owner=self.owner)
                 ledger.freeze(self._layer(state), owner=self.owner, mode="eval")
-        elif event is Event.BATCH_END:
+        elif event is Event.BATCH_END and batch - 1 in _SETS:
             everything = list(ledger.parameters)
             ledger.set_lr(everything, None, owner=self.owner)
             ledger.set_schedule(everything, None, owner=self.owner)
             ledger.set_options(everything, owner=self.owner, weight_decay=None)
-        elif event is Event.BATCH_START and batch == 2:
-            weight = next(name for name in reversed(list(ledger.parameters)) if name.endswith(".weight"))
-            ledger.attach(weight.rpartition(".")[0], GAIN, owner=self.owner)
+        elif event is Event.BATCH_START and batch == 3:
+            weights = [name for name in ledger.parameters if name.endswith(".weight")]
+            for name in weights[-1:]:
+                ledger.attach(name.rpartition(".")[0], GAIN, owner=self.owner)
         elif event is Event.BATCH_START and batch == 6:
             for entry in [each for each in ledger.journal if each.owner == self.owner]:
                 ledger.detach(entry.module, GAIN, owner=self.owner)
@@ -122,6 +126,7 @@ class Guest:
             elif batch == 5:
                 ledger.thaw("*", owner=self.owner)
                 ledger.drop_moments(list(ledger.parameters)[::3], owner=self.owner)
+        if event is Event.BATCH_START and batch in _SETS:
             rated, scheduled, decayed = self.free.setdefault(batch, _untaken(ledger, taken))
             if rated:
                 ledger.set_lr(rated, 0.03, owner=self.owner)

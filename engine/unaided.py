@@ -74,5 +74,5 @@ def twin_of(parameter: nn.Parameter) -> nn.Parameter:
     """Return a parameter with the same numbers and the same gradient."""
     twin = nn.Parameter(parameter.detach().clone())
     if parameter.grad is not None:
-        twin.backward(parameter.grad.detach().clone())  # a leaf's gradient is what it is given
+        torch.autograd.backward(twin, parameter.grad.detach().clone())  # a leaf's gradient is what it is given
     return twin

@@ -81,6 +81,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "account",
             "audit",
             "audits",
+            "unaided",
             "ranked",
         }
         | {"conformance", "oracle", "machine", "strategies", "testing"}
