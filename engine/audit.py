@@ -31,6 +31,7 @@ from .unaided import Right, buffers_of, evaluated_by_hand, gradients_of, share_r
 from .weights import load_weights
 
 MIN_LR, PART = 0.004, 3
+CLOCK = "the clock does not tell the samples that were trained on. It is the loop's: read state.clock, and never tick."
 STATE = "Return from state_dict() whatever changes during a fit, and take it back in load_state_dict()."
 SCHEDULE = join([constant(), linear(end=0.1)], [0.5])
 HOMES: dict[bool, dict[str, Any]] = {
@@ -202,7 +203,10 @@ class Audit:
             self._check_gradients(state)
         elif event is Event.BEFORE_STEP:
             now = gradients_of(state.ledger)
-            what = "the gradients at BEFORE_STEP are not those that the last backward pass left."
+            what = (
+                f"in batch {state.clock.batch} gradients changed between the last AFTER_BACKWARD and BEFORE_STEP. Change them at "
+                "BEFORE_STEP, in the stage GRADIENTS."
+            )
             self._hold("learns_from_its_loss", now, self._seen["gradients"], "gradients", what)
         elif event is Event.AFTER_STEP:
             self._check_step(state)
@@ -387,14 +391,15 @@ class Audit:
 
     def _end_batch(self, state: State) -> None:
         if left := [name for name, each in state.ledger.parameters.items() if each.grad is not None]:
-            self.note("steps_as_torch_does", f"{left[0]!r} has a gradient at BATCH_END, batch {state.clock.batch}.")
+            what = f"{left[0]!r} has a gradient at BATCH_END, batch {state.clock.batch}, which the next batch would add to."
+            self.note("steps_as_torch_does", f"{what} Keep what is needed of gradients in the algorithm, not in .grad.")
         self.samples += batch_size_of(state.batch)
         self.losses.setdefault(state.clock.epoch - (state.clock.batch_in_epoch == 0), []).append(self._seen["loss"])
         duration, clock = self.settings["duration"], state.clock
         if duration.unit == "sp":
             must = min(1.0, self.samples / duration.value)
-            self._hold("keeps_true_records", clock.progress, must, "progress", "the clock is wrong.", tolerance=1e-12)
-        self._hold("keeps_true_records", clock.sample, self.samples, "samples", "the clock is wrong.")
+            self._hold("keeps_true_records", clock.progress, must, "progress", CLOCK, tolerance=1e-12)
+        self._hold("keeps_true_records", clock.sample, self.samples, "samples", CLOCK)
 
     # -- records -----------------------------------------------------------------------------------------------
 
@@ -425,7 +430,7 @@ class Audit:
             return
         live = self.model()
         load_weights(whole.last, live, "live")
-        what = f"the newest checkpoint, {whole.last.name}, does not hold the weights that the fit ended with."
+        what = f"the newest checkpoint, {whole.last.name}, does not hold the weights that the fit ended with. Change none at FIT_END."
         self._hold("keeps_true_records", weights_of(live), weights_of(model), "weights", what)
         losses = {batch: each["eval/loss"] for batch, each in self.evaluated.items() if each}
         for path in paths:
@@ -433,7 +438,7 @@ class Audit:
             if batch in losses:
                 again = self.model()
                 load_weights(path, again)
-                what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there."
+                what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there. Say in evaluated_weights() which they are."
                 must = self.evaluated[batch]
                 self._hold("keeps_true_records", self._evaluate(again), must, "metrics", what, tolerance=1e-5)
         best = None if whole.best is None else losses.get(int(whole.best.name[2:]))
