@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Ranks:
         microbatches: Of the fit; weighed over all ranks from now on.
         signals: Of the fit; heeded by all ranks after the same batch.
         make_room: Undoes a batch and halves the microbatches, as where memory runs out here.
-        outputs_of: ``(model, batch) -> outputs``.
+        functions: ``(model, batch) -> outputs`` and ``(outputs, batch) -> loss``.
         device: What computes.
     """
 
@@ -62,10 +63,10 @@ class Ranks:
         signals: StopSignals,
         make_room: Callable[[MemoryError], None],
         *,
-        outputs_of: Callable[[nn.Module, Any], Any],
+        functions: tuple[Callable[[nn.Module, Any], Any], Callable[[Any, Any], torch.Tensor]],
         device: torch.device,
     ) -> None:
-        self.team, self._engine, self._outputs_of = team, engine, outputs_of
+        self.team, self._engine, self._functions = team, engine, functions
         engine.state.world = team.world
         self._state, self._signals, self._make_room = engine.state, signals, make_room
         self._microbatches = microbatches
@@ -180,12 +181,14 @@ class Ranks:
 
         Normalization and dropout rest meanwhile: buffers and generators are those of a rank that does nothing.
         """
-        model = self._state.model
+        model, (outputs_of, loss_of) = self._state.model, self._functions
         modes = [(module, module.training) for module in model.modules()] if self._missing else []
         try:
             for _ in range(self._missing):
                 model.eval()
-                shards.stand_in(self._outputs_of(model, self._microbatches.stand_in(self._state)))
+                batch = self._microbatches.stand_in(self._state)
+                outputs = outputs_of(model, batch)
+                shards.stand_in(outputs, partial(loss_of, outputs, batch))
         finally:
             for module, training in modes:
                 module.training = training
