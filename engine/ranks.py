@@ -25,7 +25,7 @@ from .checkpoint import plain_rng, rng_of, rng_state, seed_everything
 from .data import Fetched, ResumableLoader
 from .distributed import Rows, Team
 from .engine import Engine
-from .errors import DistributedError, OutOfMemoryError
+from .errors import DistributedError, OutOfMemoryError, warn
 from .events import Event
 from .lock import holder
 from .memory import Microbatches
@@ -78,6 +78,7 @@ class Ranks:
         self._weight = 0.0
         self._forwarded = self._missing = 0
         self._versions: tuple[float, ...] = ()
+        self._read = False
         self._generators: list[dict[str, Any]] = []
         handlers: dict[Event, Callable[[Event, State], None]] = dict.fromkeys(_AGREEING, self._agree)
         engine.listen(
@@ -139,9 +140,14 @@ class Ranks:
 
     # -- a batch -----------------------------------------------------------------------------------------------
 
-    def noting(self, steps: Iterable[Sequence[Fetched]]) -> Iterator[Sequence[Fetched]]:
-        """Yield the steps of an epoch, and know how many samples of each are this rank's."""
+    def noting(
+        self, steps: Iterable[Sequence[Fetched]], **loaders: ResumableLoader | None
+    ) -> Iterator[Sequence[Fetched]]:
+        """Yield the steps of an epoch, and know how many samples of each are this rank's; once, compare what the ranks read."""
         for fetched in steps:
+            if not self._read:
+                self._read = True
+                same_samples(self.team, **loaders)
             self._own = [each.samples for each in fetched]
             yield fetched
 
@@ -371,6 +377,23 @@ def same_data(team: Team, **loaders: ResumableLoader) -> None:
         DistributedError: Names what differs, on all ranks.
     """
     _compare(team, "the data", {name: each.facts for name, each in loaders.items()})
+
+
+def same_samples(team: Team, **loaders: ResumableLoader | None) -> None:
+    """Warn where the ranks read other data: each would train on its part of what is a part already.
+
+    Warns:
+        ThawlineWarning: Names the rank and the loader.
+    """
+    for name, loader in loaders.items():
+        digests = team.exchange(None if loader is None else loader.digest())
+        other = next((rank for rank, each in enumerate(digests) if each != digests[0]), None)
+        if other is not None:
+            warn(
+                f"rank {other} reads other samples from {name} than rank 0 does, and each takes its part of every batch: of data that were split by rank "
+                f"before, 1/{team.world} is left. Give all ranks the whole: no Subset, dataset.shard or split_dataset_by_node by rank. "
+                "Where a dataset draws from a generator of its own that differs, this is as it should be."
+            )
 
 
 def _compare(team: Team, what: str, facts: Mapping[str, Json]) -> None:

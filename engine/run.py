@@ -135,7 +135,7 @@ class Run:
         heeded = self._microbatches, self._signals, self._step.make_room
         ranks = Ranks(team, self.engine, *heeded, functions=self.functions, device=self.trainer.device)
         self._step.ranks = ranks
-        return ranks, lambda: ranks.noting(self._epoch())
+        return ranks, lambda: ranks.noting(self._epoch(), train_loader=self.data, eval_loader=self.eval_data)
 
     # -- the loop ----------------------------------------------------------------------------------------------
 

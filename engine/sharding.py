@@ -55,7 +55,7 @@ class _Whole:
 
     def leave(self) -> None:
         """Let go of the memory. Whoever computes with the parameter itself, and not with the model's, sees NaN in it."""
-        data, self.parameter.grad = self.parameter.data, None
+        data = self.parameter.data
         blank = data.new_full((), float("nan") if data.is_floating_point() or data.is_complex() else 0)
         self.parameter.data = blank.expand(data.shape)
 
@@ -267,6 +267,7 @@ class Shards:
         for place in self._places:
             of[inside.get(id(place.module), -1)].append(place)
         self._groups = list(zip(groups, of, strict=True))
+        self._ledger.put_gradients([*parameters.values()], [None] * len(parameters))
         for parameter in parameters.values():
             if not parameter.is_contiguous():
                 parameter.data = parameter.data.contiguous()

@@ -24,7 +24,7 @@ from .layers import LayerMap, LayerSpec
 from .log import only_errors
 from .plan import Plan
 from .precision import Precision
-from .ranks import same_data
+from .ranks import same_data, same_samples
 from .recipe import Recipe, check_factory, check_optimizer
 from .resume import OnChange
 from .run import Run
@@ -276,6 +276,7 @@ class Trainer(Recipe):
         data = ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)", share=share)
         if team is not None:
             same_data(team, loader=data)
+            same_samples(team, loader=data)
         return evaluate(
             model.to(self.device),
             data,
