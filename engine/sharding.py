@@ -369,6 +369,16 @@ def _explained(error: BaseException, team: Team, batch: int) -> ThawlineError | 
     if is_lost(error):
         return team.lost(error, f"gathering weights or reducing gradients of batch {batch}")
     text = str(error)
+    if "uniform" in text and "dtype" in text:
+        return DistributedError(
+            f"rank {team.rank} at batch {batch}: weights of several dtypes train in one block, and torch's fully_shard adds their gradients up "
+            f"together. Write: model.float() before the fit, or {_REPLICATE}."
+        )
+    if isinstance(team.chosen, FullyShard) and team.chosen.mixed_precision and "BFloat16" in text:
+        return DistributedError(
+            f"rank {team.rank} at batch {batch}: a module of the model does not compute in bfloat16 alone: {text.partition(chr(10))[0][:300]}. Write: "
+            "Trainer(precision='bf16', distributed=FullyShard()), where torch chooses the dtype of each operation."
+        )
     if any(word in text for word in ("DTensor", "FSDP", "DeviceMesh", "sharding strategy")):
         return DistributedError(
             f"rank {team.rank} at batch {batch}: the model, or an algorithm, does with weights in shards what these "

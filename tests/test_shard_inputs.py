@@ -86,6 +86,32 @@ def with_a_hook() -> Any:
     return fit(net)
 
 
+class Normed(ranks.Net):
+    """A model whose normalization keeps its statistics in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+def with_two_dtypes() -> Any:
+    """Train a model of two dtypes."""
+    net = ranks.model(ranks.Net, torch.float32)
+    net.stem.double()
+    net.stem.register_forward_pre_hook(lambda _, args: (args[0].double(),))
+    net.stem.register_forward_hook(lambda _, __, out: out.float())
+    return fit(net, batches=ranks.loader(dtype=torch.float32))
+
+
+def with_an_operation_that_wants_float32() -> Any:
+    """Train a normalization of batches in bfloat16."""
+    batches = ranks.loader(dtype=torch.float32)
+    return fit(ranks.model(Normed, torch.float32), batches=batches, distributed=FullyShard(mixed_precision="bf16"))
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "kept parameters": (with_kept_parameters, ("'stem.weight' as it was before the fit", "weight_decay=", "Replicate()")),
     "a hook": (with_a_hook, ("'head.weight' has a hook on its gradient", "Event.BEFORE_STEP", "Replicate()")),
@@ -100,6 +126,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "sparse gradients": (
         lambda: fit(ranks.model(Sparse), optimizer=partial(torch.optim.SGD, lr=0.1)),
         ("a gradient is sparse", "nn.Embedding(…, sparse=False)"),
+    ),
+    "two dtypes": (with_two_dtypes, ("weights of several dtypes train in one block", "model.float()", "Replicate()")),
+    "mixed precision": (
+        with_an_operation_that_wants_float32,
+        ("does not compute in bfloat16 alone", "Trainer(precision='bf16', distributed=FullyShard())"),
     ),
 }  # fmt: skip
 
