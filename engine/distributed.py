@@ -252,6 +252,7 @@ def _leave() -> None:
 
 def _take_gpu(launch: Launch, device: torch.device) -> None:
     if device.index is not None:
+        torch.cuda.set_device(device)  # where torch puts shards
         return
     count = torch.cuda.device_count()
     if launch.local_rank >= count:

@@ -379,6 +379,11 @@ def _explained(error: BaseException, team: Team, batch: int) -> ThawlineError | 
             f"rank {team.rank} at batch {batch}: a module of the model does not compute in bfloat16 alone: {text.partition(chr(10))[0][:300]}. Write: "
             "Trainer(precision='bf16', distributed=FullyShard()), where torch chooses the dtype of each operation."
         )
+    if any(words in text for words in ("storage of size 0", "data is not allocated")):
+        return DistributedError(
+            f"rank {team.rank} at batch {batch}: a backward pass went through a block after its weights had been let go of, as where torch.autograd.grad is "
+            f"called inside of a batch, or a block hides its tensors in an object. Write: {_REPLICATE}."
+        )
     if any(word in text for word in ("DTensor", "FSDP", "DeviceMesh", "sharding strategy")):
         return DistributedError(
             f"rank {team.rank} at batch {batch}: the model, or an algorithm, does with weights in shards what these "
@@ -406,6 +411,10 @@ def _check(ledger: ParameterLedger) -> None:
             raise DistributedError(
                 f"{name!r} is a single number without dimensions, which has no rows to share out. Write: nn.Parameter("
                 f"torch.ones(1)) in the model, or {_REPLICATE}."
+            )
+        if not parameter.numel():
+            raise DistributedError(
+                f"{name!r} has no elements, which cannot be shared out. Remove it from the model, or write {_REPLICATE}."
             )
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise DistributedError(

@@ -97,6 +97,26 @@ class Normed(ranks.Net):
         return super().forward(self.norm(x))
 
 
+def with_a_gradient_penalty() -> Any:
+    """Train with a loss on the gradient of the inputs."""
+
+    def forward(net: nn.Module, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_(True)
+        out: Tensor = net(x)
+        slope = torch.autograd.grad(out.sum(), x, create_graph=True)[0]
+        return out + slope.square().sum(1, keepdim=True)
+
+    return fit(ranks.model(), forward_fn=forward)
+
+
+class Empty(ranks.Net):
+    """A model with a parameter of no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(0, 4))
+
+
 def with_two_dtypes() -> Any:
     """Train a model of two dtypes."""
     net = ranks.model(ranks.Net, torch.float32)
@@ -128,6 +148,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("a gradient is sparse", "nn.Embedding(…, sparse=False)"),
     ),
     "two dtypes": (with_two_dtypes, ("weights of several dtypes train in one block", "model.float()", "Replicate()")),
+    "a gradient penalty": (with_a_gradient_penalty, ("torch.autograd.grad is called inside of a batch", "Replicate()")),
+    "no elements": (lambda: fit(ranks.model(Empty)), ("'nothing' has no elements", "Replicate()")),
     "mixed precision": (
         with_an_operation_that_wants_float32,
         ("does not compute in bfloat16 alone", "Trainer(precision='bf16', distributed=FullyShard())"),
