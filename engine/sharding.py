@@ -8,8 +8,7 @@ the root's group. At the end the model gets its own parameters back, whole, and 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .distributed import FullyShard, Rows, Team, is_lost, refuse_sparse
-from .errors import ArgumentError, DistributedError, OutOfMemoryError, ThawlineError, shorten, with_article
+from .distributed import FullyShard, Rows, Team, refuse_sparse
+from .errors import DistributedError, shorten, with_article
 from .layers import LayerMap
 from .ledger import ParameterLedger
-from .memory import is_out_of_memory
-from .shards import is_sharded, sharded_in, unsharded
+from .shard_errors import REPLICATE
+from .shards import sharded_in, unsharded
 
 _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
@@ -117,7 +116,7 @@ class Shards:
             root: Any = model
             self._ledger.follow_exchange(root._get_fsdp_state()._lazy_init if self._chosen.mixed_precision else None)
         except (AssertionError, NotImplementedError, ValueError) as error:
-            raise DistributedError(f"torch's fully_shard refuses the model: {error}. Write: {_REPLICATE}.") from error
+            raise DistributedError(f"torch's fully_shard refuses the model: {error}. Write: {REPLICATE}.") from error
         for number, (module, places) in enumerate(self._groups):
             self._handles.append(module.register_forward_pre_hook(self._before(number, places)))
             self._handles.append(module.register_forward_hook(self._after(number, places), prepend=True))
@@ -213,7 +212,7 @@ class Shards:
             )
             raise DistributedError(
                 f"the ranks ran different parts of the model: rank {rank} ran {shorten(got[:_SHOWN])}, rank 0 {shorten(wanted[:_SHOWN])}. "
-                f"Blocks in shards are gathered by all ranks together, whatever each one's data ask for. Write: {_REPLICATE}."
+                f"Blocks in shards are gathered by all ranks together, whatever each one's data ask for. Write: {REPLICATE}."
             )
         self._order.clear()
 
@@ -248,7 +247,7 @@ class Shards:
         if name is not None:
             raise DistributedError(
                 f"the loss was computed with {name!r} as it was before the fit, such as from a list(model.parameters()): the model computes with shards "
-                f"in its place, and that one is empty. Write: weight_decay= of the optimizer for a penalty on weights, or {_REPLICATE}."
+                f"in its place, and that one is empty. Write: weight_decay= of the optimizer for a penalty on weights, or {REPLICATE}."
             )
 
     def _find_places(self, groups: Sequence[nn.Module]) -> None:
@@ -319,7 +318,7 @@ class Shards:
             ):
                 raise DistributedError(
                     f"{self._title(number)} returns {with_article(type(outputs).__name__)}, in which torch's fully_shard finds no tensor and does not "
-                    f"see the backward pass come. Return a tensor, a tuple, or a dict such as {{'logits': …}}, or write {_REPLICATE}."
+                    f"see the backward pass come. Return a tensor, a tuple, or a dict such as {{'logits': …}}, or write {REPLICATE}."
                 )
 
         return after
@@ -333,93 +332,22 @@ class Shards:
         return arrived
 
 
-_REPLICATE = "Trainer(distributed=Replicate())"
-
-
-@contextmanager
-def explaining(team: Team | None, ledger: ParameterLedger) -> Generator[None]:
-    """Say in our words what torch raises where weights lie in shards.
-
-    Args:
-        team: The ranks, if there are any.
-        ledger: Of the fit.
-
-    Raises:
-        OutOfMemoryError: Memory ran out: the others wait inside the batch, and it cannot be repeated.
-        DistributedError: Another rank is gone, or the model does with its weights what shards cannot do.
-    """
-    try:
-        yield
-    except ThawlineError:
-        raise
-    except (RuntimeError, MemoryError, AssertionError, NotImplementedError) as error:
-        explained = None if team is None or not team.shards else _explained(error, team, ledger.clock.batch)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _explained(error: BaseException, team: Team, batch: int) -> ThawlineError | None:
-    if is_out_of_memory(error):
-        return OutOfMemoryError(
-            f"out of memory on rank {team.rank} at batch {batch}, and where weights lie in shards a batch cannot be "
-            "repeated in smaller parts by one rank alone. Write: Trainer(microbatch_size=1) or larger, or "
-            "FullyShard(mixed_precision='bf16', offload=True)."
-        )
-    if is_lost(error):
-        return team.lost(error, f"gathering weights or reducing gradients of batch {batch}")
-    text = str(error)
-    if "uniform" in text and "dtype" in text:
-        return DistributedError(
-            f"rank {team.rank} at batch {batch}: weights of several dtypes train in one block, and torch's fully_shard adds their gradients up "
-            f"together. Write: model.float() before the fit, or {_REPLICATE}."
-        )
-    if isinstance(team.chosen, FullyShard) and team.chosen.mixed_precision and "BFloat16" in text:
-        return DistributedError(
-            f"rank {team.rank} at batch {batch}: a module of the model does not compute in bfloat16 alone: {text.partition(chr(10))[0][:300]}. Write: "
-            "Trainer(precision='bf16', distributed=FullyShard()), where torch chooses the dtype of each operation."
-        )
-    if any(words in text for words in ("storage of size 0", "data is not allocated")):
-        return DistributedError(
-            f"rank {team.rank} at batch {batch}: a backward pass went through a block after its weights had been let go of, as where torch.autograd.grad is "
-            f"called inside of a batch, or a block hides its tensors in an object. Write: {_REPLICATE}."
-        )
-    if any(word in text for word in ("DTensor", "FSDP", "DeviceMesh", "sharding strategy")):
-        return DistributedError(
-            f"rank {team.rank} at batch {batch}: the model, or an algorithm, does with weights in shards what these "
-            f"cannot do: {text.partition(chr(10))[0][:300]}. A weight is whole only while the module is called that it "
-            f"lies in. Write: {_REPLICATE}."
-        )
-    return None
-
-
-def refuse_shards(call: str, model: nn.Module) -> None:
-    """Raise an ArgumentError for a model whose weights lie in shards: one that a fit left so when it failed, or the user's own."""
-    name = next((name for name, each in model.named_parameters() if is_sharded(each)), None)
-    if name is not None:
-        raise ArgumentError(
-            f"Trainer.{call}(model=)", got=f"a model whose {name!r} lies in shards",
-            takes="a whole model: the Trainer shards it, and gives it back whole unless a fit fails",
-            example=f"model = build(); trainer.{call}(model, …)",
-        )  # fmt: skip
-
-
 def _check(ledger: ParameterLedger) -> None:
     """Raise a DistributedError for what torch cannot shard."""
     for name, parameter in ledger.parameters.items():
         if not parameter.ndim:
             raise DistributedError(
                 f"{name!r} is a single number without dimensions, which has no rows to share out. Write: nn.Parameter("
-                f"torch.ones(1)) in the model, or {_REPLICATE}."
+                f"torch.ones(1)) in the model, or {REPLICATE}."
             )
         if not parameter.numel():
             raise DistributedError(
-                f"{name!r} has no elements, which cannot be shared out. Remove it from the model, or write {_REPLICATE}."
+                f"{name!r} has no elements, which cannot be shared out. Remove it from the model, or write {REPLICATE}."
             )
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise DistributedError(
                 f"{name!r} has a hook on its gradient, which a gradient in shards would pass by. Change gradients in an "
-                f"algorithm at Event.BEFORE_STEP, or write {_REPLICATE}."
+                f"algorithm at Event.BEFORE_STEP, or write {REPLICATE}."
             )
 
 

@@ -29,7 +29,7 @@ from .recipe import Recipe, check_factory, check_optimizer
 from .resume import OnChange
 from .run import Run
 from .settings import duration_of, path_of, require_weights
-from .sharding import explaining, refuse_shards
+from .shard_errors import explaining, refuse_shards
 from .shares import Share
 
 

@@ -57,6 +57,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "foresight",
             "recipe",
             "memory",
+            "shard_errors",
             "sharding",
             "nonfinite",
             "ranks",
