@@ -318,7 +318,7 @@ class PrefixCache(Algorithm):
             kept, places = at.rows(one), []
             # On ranks some samples of every batch are away from home. Alone all shapes repeat, and with them all bits.
             if kept is None and state.world > 1 and len(places := at.missing(one)) < len(one.ids):
-                kept = self._complete(at, at.replay, one, places)
+                kept = self._complete(state, at, one, places=places)
             if kept is None:
                 return self._fill(state, at, at.replay, one)
             row = derive_seed(state.seed, "prefix", state.clock.epoch) % len(one.ids) if self._due else None
@@ -333,13 +333,14 @@ class PrefixCache(Algorithm):
             log.warning("prefix not cached", layers=at.depth, why=str(error))
             return one()
 
-    def _complete(self, at: Frontier, replay: Replay, one: Pass, places: Sequence[int]) -> list[Tensor] | None:
+    def _complete(self, state: State, at: Frontier, one: Pass, *, places: Sequence[int]) -> list[Tensor] | None:
         """Compute those samples of a batch that are not kept, alone; return None where there is no room for them."""
+        assert at.replay is not None, "what is kept was computed somehow"
         part = one.part(places)
         self.misses += 1
         self.computed += len(places)
         self._mixed += 1
-        if not at.keep(part, replay.value(part)):
+        if not at.keep(part, at.replay.value(part, state.model)):
             self._lacks = True
             self._tell_full(at)
         return at.rows(one)
