@@ -399,7 +399,7 @@ def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Compare what a loss is made of: logits and loss where there are some, else everything."""
+    """Compare all that a loss may be made of."""
     ones, others = _compared(first), _compared(second)
     return len(ones) == len(others) and all(
         one.shape == other.shape and bool(torch.allclose(one.double(), other.double(), rtol=1e-5, atol=1e-7, equal_nan=True))
@@ -408,6 +408,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _compared(output: Any) -> list[Tensor]:
-    kept = [getattr(output, name, None) for name in ("loss", "logits")]
-    named = [each for each in kept if isinstance(each, Tensor)]
-    return named or [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+    """Return the tensors, but for the keys and values that a language model keeps to go on with: training reads none."""
+    if isinstance(output, Mapping):
+        output = {name: each for name, each in output.items() if name != "past_key_values"}
+    return [each for each in tree_leaves(output) if isinstance(each, Tensor)]
