@@ -227,6 +227,26 @@ def test_a_thaw_at_a_batch_loads_what_was_not() -> None:
     assert cache.hits > 8
 
 
+class LateThaw(Algorithm):
+    """Releases the trunk at a batch in the middle of an epoch; its turn comes after the cache's."""
+
+    events = frozenset({Event.FIT_START, Event.BATCH_START})
+
+    def apply(self, event: Event, state: State) -> None:
+        if event is Event.FIT_START:
+            state.ledger.freeze(["0.*", "2.*"], owner=self.owner)
+        elif state.clock.batch == 10:
+            state.ledger.thaw("*", owner=self.owner)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 3}, {"accumulate": 2, "microbatch_size": 3}])
+def test_a_thaw_after_its_turn_trains_from_that_batch_on(options: dict[str, int]) -> None:
+    """A batch that was to be fed to the head alone is loaded after all."""
+    plain, cached, cache = both(mlp, lambda: [LateThaw()], lambda: loader(64), duration="4ep", **options)
+    assert same_weights(plain, cached)
+    assert cache.hits > 0
+
+
 @pytest.mark.parametrize("moves", ["head_only", "thaw"])
 def test_a_resumed_fit_is_the_whole_fit(moves: str, tmp_path: Path) -> None:
     """The cache is filled again; weights and the losses are the same."""
