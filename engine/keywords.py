@@ -178,7 +178,7 @@ def explained_methods(call: str, examples: Mapping[str, str]) -> Callable[[Kind]
     def explain(kind: Kind) -> Kind:
         for name, arguments in examples.items():
             whole = f"{call}.{name}"
-            setattr(kind, name, explained(whole, f"{whole}({arguments})", {})(getattr(kind, name)))
+            type.__setattr__(kind, name, explained(whole, f"{whole}({arguments})", {})(getattr(kind, name)))
         return kind
 
     return explain

@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from earlier tiers and from its own, never from a later one, and never in a cycle.
 TIERS: tuple[frozenset[str], ...] = (
-    frozenset({"typing", "errors", "keywords", "log", "clock", "events", "schedule", "curves", "schedules"}),
+    frozenset(
+        {"typing", "errors", "keywords", "mistyped", "log", "clock", "events", "schedule", "curves", "schedules"}
+    ),
     frozenset({"forward_order", "splits", "layers", "selectors", "surgery", "shards"}),
     frozenset(
         {"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "rates", "ledger"}
