@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
-from functools import wraps
+from functools import partial, wraps
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -176,9 +176,10 @@ def explained_methods(call: str, examples: Mapping[str, str]) -> Callable[[Kind]
     """
 
     def explain(kind: Kind) -> Kind:
+        write = partial(type.__setattr__, kind)  # a class of ours, not a model
         for name, arguments in examples.items():
             whole = f"{call}.{name}"
-            type.__setattr__(kind, name, explained(whole, f"{whole}({arguments})", {})(getattr(kind, name)))
+            write(name, explained(whole, f"{whole}({arguments})", {})(getattr(kind, name)))
         return kind
 
     return explain
