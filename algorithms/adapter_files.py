@@ -12,30 +12,22 @@ from typing import Any, cast
 
 import torch
 from attrs import frozen
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..engine import CheckpointError, Json, ParameterLedger, SurgeryError, ThawlineWarning, get_logger, nearest
+from .adapter_config import CONFIG, TENSORS, by_pattern, read_adapter
 from .lora_forward import spread
 from .lora_merge import adapted, check_adapted, ledger_of
 from .lora_modules import Adapted, is_adapted
 from .lora_op import CONVOLUTIONS, is_conv1d, output_width, scaling_of
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<embedding>embedding_)?(?P<part>[AB])(?:\.weight)?")
-# What peft's LoRA can do beside that ours cannot, by the configuration's key.
-_UNKNOWN = (
-    "use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
-    "use_qalora", "use_bdlora", "velora_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
 # peft (0.21) adds what the adapter of an nn.MultiheadAttention's output projection adds twice, in its forward as in its
 # merge: both the attention's `merge` and that of `out_proj` do. So in its files lora_B is half of what acts. (Its
 # gradients count one of the two.)
 _TWICE = 2.0
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @frozen
@@ -90,7 +82,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
             tensors[f"{_PREFIX}{path}{key}"] = (
                 tensor / _TWICE if part == "B" and _belongs_above(model, name) else tensor
             )
-    whole = [name for name, module in model.named_modules() if getattr(module, "lora_saved", False)]
+    whole = _with_tied(model, [name for name, each in model.named_modules() if getattr(each, "lora_saved", False)])
     for name in whole:
         state: Mapping[str, Tensor] = model.get_submodule(name).state_dict()
         tensors |= {f"{_PREFIX}{name}.{key}": value for key, value in state.items()}
@@ -127,7 +119,7 @@ def load_adapter(
         SurgeryError: A module that takes no adapter.
     """
     ledger, path = ledger_of(model, "load_adapter(model=)"), Path(folder)
-    config, tensors = _read(path)
+    config, tensors = read_adapter(path)
     saved, rest = _sorted_out(ledger.model, config, tensors)
     targets = _targets(ledger.model, rest)
     _warn_of_convolutions({name: ledger.model.get_submodule(name) for name in saved})
@@ -199,6 +191,24 @@ def _belongs_above(model: nn.Module, name: str) -> bool:
     return bool(name) and isinstance(parent, nn.MultiheadAttention) and model.get_submodule(name) is parent.out_proj
 
 
+def _with_tied(model: nn.Module, whole: list[str]) -> list[str]:
+    """Return the modules that trained as a whole, and those that share a weight with them: peft trains copies, which part."""
+    mine = {id(each) for name in whole for each in model.get_submodule(name).parameters()}
+    own = [(name, each) for name, each in model.named_modules(remove_duplicate=False) if name and name not in whole]
+    inside = tuple(f"{name}." for name in whole)
+    tied = [
+        (name, each)
+        for name, each in own
+        if any(id(part) in mine for part in each.parameters(recurse=False)) and not name.startswith(inside)
+    ]
+    if adapting := next((name for name, each in tied if is_adapted(each)), None):
+        raise SurgeryError(
+            f"{adapting!r} has an adapter, and shares its weight with a module that trained as a whole: peft's format has no "
+            "place for both. Save the weights instead: model.state_dict()."
+        )
+    return [*whole, *(name for name, _ in tied)] if whole else []
+
+
 def _config(model: nn.Module, saved: Mapping[str, _Saved], whole: list[str]) -> dict[str, Json]:
     names = [name for name in saved if not _belongs_above(model, name)]
     rank = Counter(saved[name].rank for name in names).most_common(1)[0][0]
@@ -243,60 +253,23 @@ def _exactly(model: nn.Module, names: list[str]) -> list[Json] | str:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder} holds no adapter: {Path(str(error.filename or TENSORS)).name} is missing. Write the folder that "
-            "save_adapter or peft's save_pretrained wrote."
-        ) from None
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"the adapter in {folder} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise CheckpointError(f"the adapter in {folder} is of type {kind!r}; 'LORA' is what can be loaded.")
-    for key in _UNKNOWN:
-        if config.get(key):
-            raise CheckpointError(f"the adapter in {folder} was made with {key}, which 'lora' does not do.")
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-        raise CheckpointError(
-            f"the adapter in {folder} was begun with {start!r}, which changes the base weights. Convert it in peft: "
-            "model.save_pretrained(folder, path_initial_model_for_weight_conversion=…)."
-        )
-    defaults = {
-        "r": 8,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
-    config = defaults | {key: value for key, value in config.items() if value is not None}
-    numbers = [config["lora_dropout"], config["lora_alpha"]]
-    patterns = [config["rank_pattern"], config["alpha_pattern"]]
-    if not all(type(each) in (int, float) for each in numbers) or not all(isinstance(each, dict) for each in patterns):
-        raise CheckpointError(f"{folder / CONFIG} has lora_dropout, lora_alpha or a pattern of a wrong type.")
-    return config, tensors
-
-
 def _sorted_out(
     model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, _Saved], dict[str, Tensor]]:
     """Return the adapters by module, and the other tensors by their names in the model."""
     pairs: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
+    known = {name for name, _ in model.named_modules()}
     for key, value in tensors.items():
         if not key.startswith(_PREFIX):
             raise CheckpointError(f"the adapter's tensor {key!r} does not begin with {_PREFIX!r}, as peft's do.")
-        name = key.removeprefix(_PREFIX).replace("base_layer.", "")
+        name = _in_model(key.removeprefix(_PREFIX), known)
+        if name is None:
+            continue
         if (match := _KEY.fullmatch(name)) is None:
             rest[name] = value
         else:
             pairs.setdefault(match["module"] or "", {})[match["part"]] = value
-    known = {name for name, _ in model.named_modules()}
     found: dict[str, _Saved] = {}
     for name, pair in pairs.items():
         if name not in known:
@@ -305,7 +278,7 @@ def _sorted_out(
             )
         if pair.keys() != {"A", "B"}:
             raise CheckpointError(f"the adapter of {name!r} lacks one of lora_A and lora_B.")
-        alpha = _by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
+        alpha = by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
         down = _by_groups(model.get_submodule(name), pair["A"])
         up = pair["B"] * _TWICE if _belongs_above(model, name) else pair["B"]
         found[name] = _Saved(down, up, len(down), alpha)
@@ -315,21 +288,28 @@ def _sorted_out(
     return {name: found[name] for name in sorted(found, key=order.__getitem__)}, rest
 
 
-def _by_pattern(patterns: Mapping[str, Any], name: str, default: float) -> float:
-    """Return the first pattern's value as peft finds it."""
-    for pattern, value in patterns.items():
-        try:
-            match = re.match(rf"(.*\.)?({pattern})$", name)
-        except re.error:
-            raise CheckpointError(f"the adapter's pattern {pattern!r} is no regular expression.") from None
-        if match:
-            return float(value)
-    return default
+def _in_model(key: str, known: set[str]) -> str | None:
+    """Return a tensor's name in the model; None for a second copy, which peft saves with ``bias="all"``.
+
+    peft puts the modules that it wraps under ``base_layer``; a model may have modules of that name as well.
+    """
+    name = ""
+    for part in key.split("."):
+        above = name
+        name = f"{name}.{part}".lstrip(".")
+        if name not in known and part == "base_layer":
+            name = above
+        elif name not in known and part in ("modules_to_save", "original_module"):
+            return None
+    return name
 
 
 def _targets(model: nn.Module, rest: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return what of the model the other tensors are for."""
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    names_of: dict[int, list[str]] = {}
+    for name, each in own.items():
+        names_of.setdefault(id(each), []).append(name)
     found: list[tuple[Tensor, Tensor]] = []
     for name, value in rest.items():
         if name not in own:
@@ -340,6 +320,13 @@ def _targets(model: nn.Module, rest: Mapping[str, Tensor]) -> list[tuple[Tensor,
             raise CheckpointError(
                 f"{name!r} has shape {tuple(own[name].shape)} and {tuple(value.shape)} in the adapter's file."
             )
+        for twin in names_of[id(own[name])]:
+            if twin != name and not torch.equal(rest.get(twin, own[name]).to(value), value):
+                raise CheckpointError(
+                    f"the adapter's file holds other values for {name!r} than for {twin!r}, which the model has tied: peft "
+                    f"trained a copy of the one. Untie them first: model.get_submodule({twin.rpartition('.')[0]!r}).weight = "
+                    f"torch.nn.Parameter(model.get_parameter({twin!r}).detach().clone())."
+                )
         found.append((own[name], value))
     return found
 
@@ -389,6 +376,10 @@ def _check_shapes(model: nn.Module, saved: Mapping[str, _Saved], config: Mapping
         module = cast("Any", model.get_submodule(name))
         if not is_adapted(module):
             raise CheckpointError(f"{name!r} has an adapter in the file and got none.")
+        if module.lora_merged:
+            raise CheckpointError(
+                f"the adapter of {name!r} is merged, and what is loaded would not act. Write unmerge_lora(model) first."
+            )
         for part, value in (("lora_A", each.down), ("lora_B", each.up)):
             own = module.get_parameter(part)
             if own.shape != value.shape:
@@ -404,8 +395,8 @@ def _check_shapes(model: nn.Module, saved: Mapping[str, _Saved], config: Mapping
 
 def _whole(model: nn.Module, config: Mapping[str, Any]) -> Iterable[str]:
     """Return the modules that the configuration names as trained as a whole, as peft finds them: by their ends."""
-    ends = config.get("modules_to_save") or ()
-    names = [name for name, _ in model.named_modules() if any(name.endswith(str(each)) for each in ends)]
+    ends = tuple(config["modules_to_save"])
+    names = [name for name, _ in model.named_modules() if name.endswith(ends)]
     return [name for name in names if not any(is_adapted(each) for each in model.get_submodule(name).modules())]
 
 

@@ -168,7 +168,7 @@ class LoRAInject(Algorithm):
         lr: Base learning rate of the adapters; None is that of the weights they stand beside.
         train_head: Whether the model's head (``layers.head``) trains as a whole. ``"auto"``: yes, as a new classifier
             must, except in language models, whose head is pre-trained: the class is called …ForCausalLM, …LMHeadModel,
-            …ForConditionalGeneration or …ForMaskedLM.
+            …ForConditionalGeneration or …ForMaskedLM. Where ``target`` names a part of it, that part trains by its adapter.
         rslora: Multiply by alpha / sqrt(rank) instead, so that high ranks learn as fast as low ones.
         lr_ratio: The learning rate of each ``lora_B`` over that of its ``lora_A`` (LoRA+).
         modules_to_save: Globs over module names or their ends; these modules train as a whole beside the adapters and are
@@ -276,6 +276,13 @@ def _whole(
     }
     if (not _has_pretrained_head(model)) if train_head == "auto" else train_head:
         head = {id(ledger.parameters[name]) for name in ledger.layers.head.parameters if name in ledger.parameters}
+        within = {name: {id(each) for each in model.get_submodule(name).parameters()} & head for name in targets}
+        if train_head is True and (inside := next((name for name, parts in within.items() if parts), None)):
+            raise SurgeryError(
+                f"LoRAInject(train_head=True) trains the head as a whole, and {inside!r} in it gets an adapter. Leave it out of "
+                "target=, or write train_head=False."
+            )
+        head = head.difference(*within.values())
         parameters |= head
         modules = (*modules, *(name for name in _owning(model, head, targets) if name not in modules))
     return _Whole(modules, frozenset(name for name, each in ledger.parameters.items() if id(each) in parameters))

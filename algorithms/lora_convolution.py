@@ -55,17 +55,33 @@ def lora_convolution(
         tensor([[[9.]]])
     """
     p = dropout if training else 0.0
-    base = _Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
     down_groups = x.shape[1] // lora_A.shape[1]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which follows no class of attrs
         dropped = F.dropout(x, p) if p > 0 else x
-        hidden = base.with_groups(down_groups)(dropped, lora_A, None)
-        return base(x, weight, bias) + base.pointwise()(hidden, lora_B * scaling, None)
+        ones, none = [1] * len(stride), [0] * len(stride)
+        own = {"stride": stride, "padding": padding, "dilation": dilation}
+        pointwise = {"stride": ones, "padding": none, "dilation": ones}
+        hidden = _convolve(dropped, lora_A.to(x.dtype), None, **own, groups=down_groups)
+        up = (lora_B * scaling).to(x.dtype)
+        return _convolve(x, weight, bias, **own, groups=groups) + _convolve(
+            hidden, up, None, **pointwise, groups=groups
+        )
+    base = _Convolution(tuple(stride), tuple(padding), tuple(dilation), groups)
     dtype = working_dtype(x)
     if dtype != x.dtype or dtype != weight.dtype:  # autocast: cast here, once, where autograd sees it
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     plan = _Plan(scaling, p, new_seed() if p > 0 else 0, base, down_groups)
     return _LowRank.apply(x, weight, bias, lora_A.to(dtype), lora_B.to(dtype), plan)[0]  # type: ignore[no-any-return]  # torch's are untyped
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int,
+) -> Tensor:  # fmt: skip
+    none = [0] * len(stride)
+    return torch.convolution(
+        x, weight, bias, stride, padding, dilation, False, none, groups  # pyright: ignore[reportArgumentType]  # torch takes tuples
+    )  # fmt: skip
 
 
 @attrs.frozen
@@ -78,10 +94,9 @@ class _Convolution:
     groups: int
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        none = [0] * len(self.stride)
-        return torch.convolution(
-            x, weight, bias, self.stride, self.padding, self.dilation, False, none, self.groups  # pyright: ignore[reportArgumentType]  # torch takes tuples
-        )  # fmt: skip
+        return _convolve(
+            x, weight, bias, stride=self.stride, padding=self.padding, dilation=self.dilation, groups=self.groups
+        )
 
     def backward(self, push: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool, bool]) -> list[Any]:
         """Return the gradients of input, weight and bias, None for what is not wanted."""

@@ -24,7 +24,7 @@ from ..engine import (
     targets_of,
 )
 from .arguments import one_of
-from .prefix_feed import Feed
+from .prefix_feed import Feed, loaded_part
 from .prefix_frontier import Frontier, frozen_depth, label_of, replay_at
 from .prefix_pass import Forward, Pass
 from .prefix_replay import Replay, UnskippableError, replaced
@@ -116,6 +116,7 @@ class PrefixCache(Algorithm):
     _mixed: int = attrs.field(init=False, default=0, repr=False)  # batches of the epoch of which only a part was there
     _lazy: bool = attrs.field(init=False, default=False, repr=False)  # whether batches come unloaded
     _fed: bool = attrs.field(init=False, default=False, repr=False)  # whether the batch is one for the head
+    _unloaded: list[Unloaded] = attrs.field(init=False, factory=list, repr=False)  # what was not loaded of it
     _told: bool = attrs.field(init=False, default=False, repr=False)
     _called: bool = attrs.field(init=False, default=False, repr=False)
     _model: nn.Module | None = attrs.field(init=False, default=None, repr=False)
@@ -140,7 +141,10 @@ class PrefixCache(Algorithm):
     def apply(self, event: Event, state: State) -> None:
         """Follow the frontier between steps; stand in for the model's forward in between."""
         if event is BEFORE_FORWARD:
-            if self._fed:
+            if self._fed and self._version != state.ledger.version and self._thawed(state):
+                self._end()
+                state.microbatch = loaded_part(self._unloaded, state.microbatch_ids or ())
+            elif self._fed:
                 assert self._feed is not None, "what feeds the head knows how to run it"
                 self._stand_in(state.model, self._feed.head)
             elif self._at is not None and self._version == state.ledger.version:
@@ -255,18 +259,23 @@ class PrefixCache(Algorithm):
     def _stop_feeding(self) -> None:
         self._hits, self._feed, self._fed = self.hits, None, False
 
+    def _thawed(self, state: State) -> bool:
+        """Return whether what is skipped trains: somebody whose turn at BATCH_START came later has let it."""
+        assert self._at is not None, "what is fed is kept at a frontier"
+        return frozen_depth(state.layers, state.ledger.trainable) < self._at.depth
+
     def _feed_or_load(self, state: State) -> bool:
         """Put what the head is given in the place of a batch that is not loaded, or load it; return whether it was fed."""
         batch, feed = state.batch, None if self._due else self._feed
         if type(batch) is Unloaded:
-            fed = None if feed is None else feed.batch(batch)
+            fed, self._unloaded = None if feed is None else feed.batch(batch), [batch]
             state.batch = batch.load() if fed is None else fed
             return fed is not None
         if type(batch) is not list:
             return False
         made = [feed.batch(each) if feed is not None and type(each) is Unloaded else None for each in batch]
         if all(each is not None for each in made):
-            state.batch = made
+            state.batch, self._unloaded = made, batch
             return True
         state.batch = [each.load() if type(each) is Unloaded else each for each in batch]
         return False
@@ -318,7 +327,7 @@ class PrefixCache(Algorithm):
             kept, places = at.rows(one), []
             # On ranks some samples of every batch are away from home. Alone all shapes repeat, and with them all bits.
             if kept is None and state.world > 1 and len(places := at.missing(one)) < len(one.ids):
-                kept = self._complete(at, at.replay, one, places)
+                kept = self._complete(state, at, one, places=places)
             if kept is None:
                 return self._fill(state, at, at.replay, one)
             row = derive_seed(state.seed, "prefix", state.clock.epoch) % len(one.ids) if self._due else None
@@ -333,13 +342,14 @@ class PrefixCache(Algorithm):
             log.warning("prefix not cached", layers=at.depth, why=str(error))
             return one()
 
-    def _complete(self, at: Frontier, replay: Replay, one: Pass, places: Sequence[int]) -> list[Tensor] | None:
+    def _complete(self, state: State, at: Frontier, one: Pass, *, places: Sequence[int]) -> list[Tensor] | None:
         """Compute those samples of a batch that are not kept, alone; return None where there is no room for them."""
+        assert at.replay is not None, "what is kept was computed somehow"
         part = one.part(places)
         self.misses += 1
         self.computed += len(places)
         self._mixed += 1
-        if not at.keep(part, replay.value(part)):
+        if not at.keep(part, at.replay.value(part, state.model)):
             self._lacks = True
             self._tell_full(at)
         return at.rows(one)

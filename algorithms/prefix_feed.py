@@ -9,8 +9,10 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ..engine import Unloaded
+from .prefix_pass import is_batched
 from .prefix_replay import Replay
 from .prefix_store import RowStore
 
@@ -70,3 +72,13 @@ class Feed:
                 label = self.label
                 self._made = [{"inputs": x, label: y} for x, y in pairs] if label else list(pairs)
                 return
+
+
+def loaded_part(batches: Sequence[Unloaded], ids: Sequence[int]) -> Any:
+    """Load the one of the batches that holds the samples, and return their rows of it."""
+    one = next(each for each in batches if set(ids) <= set(each.sample_ids))
+    batch, known = one.load(), list(one.sample_ids)
+    if list(ids) == known:
+        return batch
+    places = [known.index(each) for each in ids]
+    return tree_map(lambda part: part[places] if is_batched(part, len(known)) else part, batch)

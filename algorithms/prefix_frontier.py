@@ -103,7 +103,7 @@ class Frontier:
             if alike and (changed := self.changed(one, kept)):
                 return f"the {changed} change between epochs: what is augmented gives something else each time"
             try:
-                again = replay.value(one.row(row))
+                again = replay.value(one.row(row), state.model)
             except UnskippableError:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever the model says to a batch of one

@@ -16,6 +16,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from ..engine import untouched
 from .prefix_pass import Forward, Pass
 
+_COMPILED = "_compiled_call_impl"
+_MISSING = object()
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -167,7 +169,7 @@ class Replay:
 
     def watched(self, sink: Callable[[list[Tensor]], None]) -> dict[nn.Module, Forward]:
         """Return what to call in place of the boundary, so that ``sink`` is given what crosses it."""
-        forward: Forward = self.boundary.forward
+        forward: Forward = getattr(self.boundary, _slot(self.boundary))
 
         def tell(*args: Any, **kwargs: Any) -> Any:
             if self.chain:
@@ -179,8 +181,8 @@ class Replay:
 
         return {self.boundary: tell}
 
-    def value(self, one: Pass) -> list[Tensor]:
-        """Return what crosses the frontier; what comes after it does not run.
+    def value(self, one: Pass, model: nn.Module) -> list[Tensor]:
+        """Return what crosses the frontier; what comes after it does not run, and blocks run as they were before compiling.
 
         Raises:
             UnskippableError: Nothing does.
@@ -190,7 +192,7 @@ class Replay:
             raise Reached(value)
 
         try:
-            with torch.no_grad(), replaced(self.watched(stop)):
+            with torch.no_grad(), uncompiled(model), replaced(self.watched(stop)):
                 one()
         except Reached as reached:
             return reached.value
@@ -199,18 +201,39 @@ class Replay:
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Forward]) -> Generator[None, None, None]:
-    """Call other functions in place of modules' ``forward``; nothing of it stays."""
-    before = [(module, vars(module).get("forward")) for module in forwards]
+    """Call other functions in place of modules' ``forward``, or of what was compiled of it; nothing of it stays."""
+    with _attributes([(module, _slot(module), forward) for module, forward in forwards.items()]):
+        yield
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Generator[None, None, None]:
+    """Run the blocks of a model as they were before ``Trainer(compile="blocks")``.
+
+    A compiler cannot follow what is noted at each module, and would make a graph of its own for a batch of one.
+    """
+    with _attributes([(each, _COMPILED, None) for each in model.modules() if _slot(each) == _COMPILED]):
+        yield
+
+
+def _slot(module: nn.Module) -> str:
+    """Return the name of the attribute that a call of the module ends in."""
+    return "forward" if module._compiled_call_impl is None else _COMPILED
+
+
+@contextmanager
+def _attributes(values: Sequence[tuple[nn.Module, str, Any]]) -> Generator[None, None, None]:
+    before = [(module, name, vars(module).get(name, _MISSING)) for module, name, _ in values]
     try:
-        for module, forward in forwards.items():
-            vars(module)["forward"] = forward
+        for module, name, value in values:
+            vars(module)[name] = value
         yield
     finally:
-        for module, own in before:
-            if own is None:
-                vars(module).pop("forward", None)
+        for module, name, own in before:
+            if own is _MISSING:
+                vars(module).pop(name, None)
             else:
-                vars(module)["forward"] = own
+                vars(module)[name] = own
 
 
 def find_replay(
@@ -231,7 +254,7 @@ def find_replay(
         UnskippableError: It cannot; the message says why.
     """
     before, after = set(prefix), set(suffix)
-    with untouched(model), torch.no_grad(), Trace(model) as trace:
+    with untouched(model), uncompiled(model), torch.no_grad(), Trace(model) as trace:
         whole = one()
     _forget_casts()
     first = next((call for call in trace.calls if call.module in after), None)
@@ -244,7 +267,7 @@ def find_replay(
             continue
         try:
             value = _recorded(replay, trace.calls)
-            with untouched(model), torch.no_grad():
+            with untouched(model), uncompiled(model), torch.no_grad():
                 again = replay.run(one, value)
         except Exception as error:  # noqa: BLE001 - whatever the model says to inputs that are made up
             why = f"the model does not run without it: {error!r}"
@@ -376,7 +399,7 @@ def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Compare what a loss is made of: logits and loss where there are some, else everything."""
+    """Compare all that a loss may be made of."""
     ones, others = _compared(first), _compared(second)
     return len(ones) == len(others) and all(
         one.shape == other.shape and bool(torch.allclose(one.double(), other.double(), rtol=1e-5, atol=1e-7, equal_nan=True))
@@ -385,6 +408,7 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _compared(output: Any) -> list[Tensor]:
-    kept = [getattr(output, name, None) for name in ("loss", "logits")]
-    named = [each for each in kept if isinstance(each, Tensor)]
-    return named or [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+    """Return the tensors, but for the keys and values that a language model keeps to go on with: training reads none."""
+    if isinstance(output, Mapping):
+        output = {name: each for name, each in output.items() if name != "past_key_values"}
+    return [each for each in tree_leaves(output) if isinstance(each, Tensor)]

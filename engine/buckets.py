@@ -16,7 +16,7 @@ import torch
 from attrs import define, field
 from torch import Tensor, nn
 
-from .distributed import Pending, Replicate, Rows, Team
+from .distributed import Pending, Replicate, Rows, Team, refuse_sparse
 from .errors import DistributedError
 from .ledger import ParameterLedger
 
@@ -134,10 +134,7 @@ class GradientBuckets:
         def arrived(parameter: Tensor) -> None:
             if not self._armed:
                 return
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                raise DistributedError(
-                    "a gradient is sparse, and ranks add up dense ones. Write: nn.Embedding(…, sparse=False)."
-                )
+            refuse_sparse(parameter.grad)
             if self._arrived[place]:
                 if bucket.work is not None:
                     raise DistributedError(

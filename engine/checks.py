@@ -384,9 +384,11 @@ def does_not_depend_on_order(rehearsal: Rehearsal) -> None:
         first = _or_refusal(partial(rehearsal.fit, [*rehearsal.make(), *rehearsal.make(other)]))
         second = _or_refusal(partial(rehearsal.fit, [*rehearsal.make(other), *rehearsal.make()]))
         partner = ", ".join(type(each).__name__ for each in rehearsal.make(other))
+        raised = [said for each in (first, second) if (said := each.pop("said", None))]
+        said = f" One of the two raises {raised[0]}" if len(raised) == 1 else ""
         same(
             first, second, "the fit",
-            f"{rehearsal.name} before and after {partner} gives two results. Hold, scale and log under names of your own, set "
+            f"{rehearsal.name} before and after {partner} gives two results.{said} Hold, scale and log under names of your own, set "
             "the stage that says when in an event it acts, do not undo what others hold, and read what trains at a later event than "
             "those at which it changes, such as BEFORE_STEP.",
         )  # fmt: skip
@@ -399,4 +401,4 @@ def _or_refusal(fit: Callable[[], Outcome]) -> dict[str, Any]:
     except ThawlineError as error:
         if isinstance(error, LedgerError) and "behind the ledger" in str(error):
             raise
-        return {"refused": type(error).__name__}
+        return {"refused": type(error).__name__, "said": f"{type(error).__name__}: {error}"}

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .errors import ArgumentError, RecompileError
 from .layers import LayerMap
@@ -32,8 +33,9 @@ class CompiledBlocks:
 
     Blocks of one structure share their graphs, and sizes of batches and sequences are symbols in them, so a structure
     has at most :data:`GRAPHS`, whatever trains when. A structure is the classes of a block's modules and the shapes of
-    its parameters; the numbers in its attributes as the fit begins, such as a rate of dropout; where a part of a block is held, which part it is; where modules in it differ in mode, which do; and how its
-    input lies in memory. So a block with adapters is another structure than one without. Within the context the number
+    its parameters; the numbers in its attributes as the fit begins, such as a rate of dropout; where a part of a block is held, which part it is; where modules in it differ in mode, which do, and whether it
+    stands in eval mode in a step of training; and how its input lies in memory, which of its sizes are 1, and beside
+    convolutions whether they are 16 samples or more. So a block with adapters is another structure than one without. Within the context the number
     of recompilations is limited by that alone, and where torch would fall back to eager there is an error.
 
     Args:
@@ -158,7 +160,9 @@ def structure(block: nn.Module, inputs: Sequence[Any] = ()) -> Hashable:
         tuple((name, each.shape, each.dtype, each.device) for name, each in parameters),
         _mixed(each.requires_grad for _, each in parameters),
         _mixed(each.training for _, each in modules),
+        torch.is_grad_enabled() and not block.training,
         tuple(_layout(each) for each in inputs),
+        any(isinstance(each, _ConvNd) for _, each in modules) and [_is_many(each) for each in inputs].count(True),
     )
 
 
@@ -172,11 +176,20 @@ def _numbers(block: nn.Module) -> Hashable:
 
 
 def _layout(value: Any) -> Hashable:
-    """Return how a tensor lies in memory, in which order its dimensions; the class of anything else."""
+    """Return how a tensor lies in memory, in which order its dimensions, and which are 1; the class of anything else.
+
+    The compiler takes a size of 1 for a constant: a last batch of one sample has graphs of its own.
+    """
     if not isinstance(value, Tensor):
         return str(type(value))
     order = sorted(range(value.dim()), key=value.stride)
-    return value.dtype, value.device, value._is_view() and torch.is_grad_enabled(), tuple(order)
+    ones = tuple(size == 1 for size in value.shape)
+    return value.dtype, value.device, value._is_view(), tuple(order), ones
+
+
+def _is_many(value: Any) -> bool:
+    """Return whether a batch has the 16 samples from which on torch chooses another kernel for convolutions."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] >= 16
 
 
 def _mixed(flags: Iterator[bool]) -> tuple[bool, ...]:

@@ -33,7 +33,7 @@ from .keyed import Key, KeyedDataset, Keys, copied_dataset, keyed_loader
 from .log import get_logger
 from .order import copied_sampler, epoch_order, order_limits, tell_epoch
 from .randomness import Randomness, Stream, derive_seed
-from .shares import Share, check_shares
+from .shares import Share, check_shares, digest_of
 from .stateful import StatefulSource, is_stateful
 from .typing import Json
 from .workers import outliving
@@ -110,6 +110,7 @@ class ResumableLoader:
         self._source = _source(loader, seed, self._name, accumulate, share)
         self._share = None if isinstance(self._source, _MapSource) and self._source.loads_a_share else share
         self._first_size: int | None = None
+        self._digests: list[str] = []
         if share is not None:
             self._first_size = next(iter(self._source.sizes(0) or ()), None)
             check_shares(loader, self._first_size, share.world, self._name, even=argument == _TRAIN)
@@ -139,6 +140,10 @@ class ResumableLoader:
         samples = source.samples if isinstance(source, _MapSource) else None
         return {"batches": self._length, "samples": samples, "samples of the first batch": self._first_size}
 
+    def digest(self) -> str:
+        """Return a hash of the first batch that was read, or of the first sample of all: what is equal on ranks that read the same."""
+        return self._digests[0] if self._digests else digest_of(self.peek(1))
+
     @property
     def exact(self) -> bool:
         """Whether a run that is cut anywhere goes on with exactly the batches it would have had."""
@@ -167,7 +172,7 @@ class ResumableLoader:
         else:
             batches = source.batches(epoch, start)
         if self._share is not None:
-            batches = self._share.cut(batches)
+            batches = self._share.cut(batches, self._digests.append)
         first = next(batches, None)
         if first is None and not start:
             raise self._empty()

@@ -230,17 +230,16 @@ def join(chosen: Together, device: torch.device) -> Team | None:
 def _groups(timeout: float, kind: str) -> tuple[Any, Any]:
     """Return the group that reduces gradients and the one that ranks talk over."""
     span = timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"  # what shards are offloaded to is gathered as well
     if not dist.is_initialized():
         store, rank, world = next(iter(rendezvous("env://", timeout=span)))
         # torchrun's store outlives a restart, and would lead to the addresses of those that were killed. Machines count
         # restarts each for itself, so only where there is one can the count tell attempts apart.
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
             store = PrefixStore(f"attempt {restarts(os.environ)}", store)
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=span)
         atexit.register(_leave)
-    data = dist.new_group(backend="nccl" if kind == "cuda" else "gloo", timeout=span)
-    return data, dist.new_group(backend="gloo", timeout=span)
+    return dist.new_group(backend=backend, timeout=span), dist.new_group(backend="gloo", timeout=span)
 
 
 def _leave() -> None:
@@ -253,6 +252,7 @@ def _leave() -> None:
 
 def _take_gpu(launch: Launch, device: torch.device) -> None:
     if device.index is not None:
+        torch.cuda.set_device(device)  # where torch puts shards
         return
     count = torch.cuda.device_count()
     if launch.local_rank >= count:
@@ -408,6 +408,12 @@ class Team:
 
     # -- tensors -----------------------------------------------------------------------------------------------
 
+    def mesh(self, device: torch.device) -> Any:
+        """Return what torch lays out shards over: the ranks, who wait for each other no longer than was said."""
+        from torch.distributed.device_mesh import DeviceMesh  # a process that trains alone does not load it
+
+        return DeviceMesh.from_group(self._data, device.type)
+
     def start_sum(self, tensor: Tensor, *, largest: bool = False) -> Pending:
         """Begin to add up a tensor over all ranks, in place; or to take the largest of each element."""
         kind = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
@@ -450,6 +456,14 @@ class Team:
             f"rank {self.rank} of {self.world} lost another one while {doing}: {_first_line(error)}. A rank that ended "
             f"has said why in its own output; one that does not answer is given up after {self.chosen.timeout:g} s. "
             "Start again with the same command and fit(resume=True), or let torchrun do it: --max-restarts=3."
+        )
+
+
+def refuse_sparse(gradient: Tensor | None) -> None:
+    """Raise a DistributedError for a gradient that holds some rows alone."""
+    if gradient is not None and gradient.layout is not torch.strided:
+        raise DistributedError(
+            "a gradient is sparse, and ranks add up dense ones. Write: nn.Embedding(…, sparse=False)."
         )
 
 

@@ -14,6 +14,7 @@ from .criterion import Criterion
 from .data import count_weight, forward_arguments
 from .errors import ArgumentError, DataError, LedgerError, LossError, shorten, warn, with_article
 from .layers import shorten_list
+from .mistyped import mistyped
 from .shift import shifts_labels
 from .state import State
 from .unlisted import loss_module, untrained
@@ -60,11 +61,23 @@ class Forward:
             warn(said)
 
     def outputs(self, model: nn.Module, batch: Any) -> Any:
-        """Return what the model makes of a batch."""
-        if self.forward_fn is not None:
-            return self.forward_fn(model, batch)
-        if self.loss_fn is not None and type(batch) in _PAIRS and len(batch) > 1:
-            return model(*batch[:-1])
+        """Return what the model makes of a batch.
+
+        Raises:
+            DataError: The batch has other types than the model takes, or labels under another name.
+        """
+        try:
+            if self.forward_fn is not None:
+                return self.forward_fn(model, batch)
+            if self.loss_fn is not None and type(batch) in _PAIRS and len(batch) > 1:
+                return model(*batch[:-1])
+            return self._called(model, batch)
+        except (RuntimeError, TypeError) as error:
+            if said := mistyped(error, batch, model):
+                raise DataError(said) from error
+            raise
+
+    def _called(self, model: nn.Module, batch: Any) -> Any:
         args, kwargs, _ = forward_arguments(batch, self.loss_fn is not None)
         try:
             return model(*args, **kwargs)
@@ -83,7 +96,7 @@ class Forward:
 
         Raises:
             LossError: There is none, or it is not one number.
-            DataError: ``loss_fn`` fails on a batch without targets, or the model computes no loss from a batch without
+            DataError: ``loss_fn`` fails on a batch without targets or on their type, or the model computes no loss from a batch without
                 labels.
         """
         loss: Any
@@ -94,6 +107,8 @@ class Forward:
                 loss = loss_fn(outputs if type(outputs) is Tensor else predictions(outputs), targets)
             except Exception as error:
                 if targets is not None:
+                    if said := mistyped(error, batch):
+                        raise DataError(said) from error
                     error.add_note(f"in loss_fn(outputs {_look(predictions(outputs))}, targets {_look(targets)})")
                     raise
                 raise DataError(_without_targets(batch, error)) from error

@@ -12,6 +12,7 @@ from .algorithm import Algorithm, Stage, register
 from .clock import Time
 from .errors import ArgumentError
 from .events import Event, nearest_event
+from .keywords import explained
 from .state import State
 
 Function: TypeAlias = Callable[..., object]
@@ -60,6 +61,7 @@ class FunctionAlgorithm(Algorithm):
         self.done = int(saved["done"])
 
 
+@explained("on", _EXAMPLE, {}, method=False)
 def on(
     *events: Event, every: Time | str | int | None = None, stage: Stage = Stage.CONTROL
 ) -> Callable[[Function], type[FunctionAlgorithm]]:

@@ -15,6 +15,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Kind = TypeVar("Kind", bound=type)
 
+_OPEN = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _MOST_LISTED = 10
 """Arguments that are listed also where one of them is near."""
 
@@ -59,6 +60,15 @@ INSTEAD = _table(
     ("random_state random_seed", "Trainer(seed={})"),
 )  # fmt: skip
 """Names that other trainers give to what is written otherwise here."""
+
+
+LEDGER = {
+    "freeze": "'head', owner='me'", "thaw": "'head', owner='me'", "scale": "'head', 0.1, owner='me'",
+    "set_lr": "'head', 1e-3, owner='me'", "set_options": "'head', owner='me', weight_decay=0.0",
+    "drop_moments": "'head', owner='me'", "attach": "name, 'lora', owner='me', rank=8, alpha=16",
+    "detach": "name, 'lora', owner='me'",
+}  # fmt: skip
+"""A correct call of each method of the ledger that changes something."""
 
 
 def refuse_unknown(
@@ -118,37 +128,58 @@ def refuse_misplaced(
     """
     parameters = signature.parameters.values()
     placed = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-    if len(given) > len(placed):
+    if len(given) > len(placed) and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
         takes = f"takes keywords after {placed[-1]}" if placed else "takes keywords only"
         raise CallError(call, f"{takes}, got {shorten(given[len(placed)])} without one", example=example)
     there = {*placed[: len(given)], *keywords}
     for each in parameters:
-        if each.default is each.empty and each.name not in there:
+        if each.default is each.empty and each.name not in there and each.kind not in _OPEN:
             raise CallError(f"{call}({each.name}=)", "is missing", example=example)
 
 
 def explained(
-    call: str, example: str, instead: Mapping[str, str] = INSTEAD
+    call: str, example: str, instead: Mapping[str, str] = INSTEAD, *, method: bool = True
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a method say what to write instead of a call that it does not take; its signature stays.
+    """Let a method or function say what to write instead of a call that it does not take; its signature stays.
 
     Args:
         call: The call as it is written.
         example: A correct one.
         instead: As for :func:`refuse_unknown`.
+        method: Whether its first argument is the object.
     """
 
     def explain(function: Callable[P, R]) -> Callable[P, R]:
-        _, *parameters = inspect.signature(function).parameters.values()
+        parameters = [*inspect.signature(function).parameters.values()][method:]
         signature = inspect.Signature(parameters)
+        takes = [each.name for each in parameters if each.kind not in _OPEN]
+        anything = any(each.kind is each.VAR_KEYWORD for each in parameters)
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            refuse_unknown(call, kwargs, signature.parameters, instead)
-            refuse_misplaced(call, signature, args[1:], kwargs, example)
+            if not anything:
+                refuse_unknown(call, kwargs, takes, instead)
+            refuse_misplaced(call, signature, args[method:], kwargs, example)
             return function(*args, **kwargs)
 
         return checked
+
+    return explain
+
+
+def explained_methods(call: str, examples: Mapping[str, str]) -> Callable[[Kind], Kind]:
+    """Let methods of a class say what to write instead of a call that they do not take; their signatures stay.
+
+    Args:
+        call: What the object is called.
+        examples: The arguments of a correct call, by method.
+    """
+
+    def explain(kind: Kind) -> Kind:
+        for name, arguments in examples.items():
+            whole = f"{call}.{name}"
+            type.__setattr__(kind, name, explained(whole, f"{whole}({arguments})", {})(getattr(kind, name)))
+        return kind
 
     return explain
 

@@ -19,12 +19,14 @@ from .groups import Origin, but_rate, options_of
 from .holds import USER, Hold, Holds, Mode, Moments
 from .homes import home_of_new, names_of, state_by_name
 from .invariants import check_groups, check_options, check_parameter, check_rates, check_slots
+from .keywords import LEDGER, explained_methods
 from .rates import Rates
 from .selectors import Selector, covers
 from .surgery import JournalEntry, parents_of
 from .typing import Json
 
 
+@explained_methods("ledger", LEDGER)
 class ParameterLedger(Rates):
     """What trains, in which group, at which learning rate; who decided it; what was attached.
 
@@ -267,12 +269,9 @@ class ParameterLedger(Rates):
         for number, (slot, group) in enumerate(self._live.items()):
             lr = None if slot.base_lr is None else float(group["lr"])
             facts[f"group {number}"] = {
-                "optimizer group": slot.home.index,
-                "parameters": self._members[slot],
-                "lr": lr,
-                "scale": slot.scale,
+                "optimizer group": slot.home.index, "parameters": self._members[slot], "lr": lr, "scale": slot.scale,
                 "options": slot.set_options,
-            }
+            }  # fmt: skip
         for owner, mine in self._holds.held.items():
             facts[f"held by {owner}"] = sorted(mine)
         facts["attached"] = [

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from attrs import define, field
 from torch import nn
 
-from .errors import NonFiniteError
+from .errors import NonFiniteError, warn
 from .forward import GradientCheck, is_finite
 from .log import get_logger
 from .pristine import Pristine
@@ -51,6 +51,7 @@ class StepGuard:
     policy: Literal["raise", "skip", "rollback"]
     scaled: bool = False
     skipped: int = field(default=0, init=False)
+    _told: bool = field(default=False, init=False)
     _rolled_back_from: set[int] = field(factory=set, init=False)
     _rolled_back_to: int | None = field(default=None, init=False)
     _rollbacks: int = field(default=0, init=False)
@@ -89,6 +90,12 @@ class StepGuard:
         if self.policy == "rollback" and state.clock.batch not in self._rolled_back_from:
             raise Setback(state.clock.batch, what)
         log.warning("step skipped", why=what)
+        if not self._told:
+            self._told = True
+            warn(
+                f"step skipped: {what}. This is said once; each step that is skipped is a line of the log: write "
+                "configure_logging('console', level='warning') to see them."
+            )
 
     def count_rollback(self, setback: Setback, path: Path, tree: Mapping[str, Any], model: nn.Module) -> None:
         """Note that the fit goes back to a checkpoint; the batch that led to it is skipped from now on.

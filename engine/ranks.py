@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .checkpoint import plain_rng, rng_of, rng_state, seed_everything
 from .data import Fetched, ResumableLoader
 from .distributed import Rows, Team
 from .engine import Engine
-from .errors import DistributedError, OutOfMemoryError
+from .errors import DistributedError, OutOfMemoryError, warn
 from .events import Event
 from .lock import holder
 from .memory import Microbatches
@@ -50,7 +51,7 @@ class Ranks:
         microbatches: Of the fit; weighed over all ranks from now on.
         signals: Of the fit; heeded by all ranks after the same batch.
         make_room: Undoes a batch and halves the microbatches, as where memory runs out here.
-        outputs_of: ``(model, batch) -> outputs``.
+        functions: ``(model, batch) -> outputs`` and ``(outputs, batch) -> loss``.
         device: What computes.
     """
 
@@ -62,10 +63,10 @@ class Ranks:
         signals: StopSignals,
         make_room: Callable[[MemoryError], None],
         *,
-        outputs_of: Callable[[nn.Module, Any], Any],
+        functions: tuple[Callable[[nn.Module, Any], Any], Callable[[Any, Any], torch.Tensor]],
         device: torch.device,
     ) -> None:
-        self.team, self._engine, self._outputs_of = team, engine, outputs_of
+        self.team, self._engine, self._functions = team, engine, functions
         engine.state.world = team.world
         self._state, self._signals, self._make_room = engine.state, signals, make_room
         self._microbatches = microbatches
@@ -77,6 +78,7 @@ class Ranks:
         self._weight = 0.0
         self._forwarded = self._missing = 0
         self._versions: tuple[float, ...] = ()
+        self._read = False
         self._generators: list[dict[str, Any]] = []
         handlers: dict[Event, Callable[[Event, State], None]] = dict.fromkeys(_AGREEING, self._agree)
         engine.listen(
@@ -138,9 +140,14 @@ class Ranks:
 
     # -- a batch -----------------------------------------------------------------------------------------------
 
-    def noting(self, steps: Iterable[Sequence[Fetched]]) -> Iterator[Sequence[Fetched]]:
-        """Yield the steps of an epoch, and know how many samples of each are this rank's."""
+    def noting(
+        self, steps: Iterable[Sequence[Fetched]], **loaders: ResumableLoader | None
+    ) -> Iterator[Sequence[Fetched]]:
+        """Yield the steps of an epoch, and know how many samples of each are this rank's; once, compare what the ranks read."""
         for fetched in steps:
+            if not self._read:
+                self._read = True
+                same_samples(self.team, **loaders)
             self._own = [each.samples for each in fetched]
             yield fetched
 
@@ -180,12 +187,14 @@ class Ranks:
 
         Normalization and dropout rest meanwhile: buffers and generators are those of a rank that does nothing.
         """
-        model = self._state.model
+        model, (outputs_of, loss_of) = self._state.model, self._functions
         modes = [(module, module.training) for module in model.modules()] if self._missing else []
         try:
             for _ in range(self._missing):
                 model.eval()
-                shards.stand_in(self._outputs_of(model, self._microbatches.stand_in(self._state)))
+                batch = self._microbatches.stand_in(self._state)
+                outputs = outputs_of(model, batch)
+                shards.stand_in(outputs, partial(loss_of, outputs, batch))
         finally:
             for module, training in modes:
                 module.training = training
@@ -368,6 +377,23 @@ def same_data(team: Team, **loaders: ResumableLoader) -> None:
         DistributedError: Names what differs, on all ranks.
     """
     _compare(team, "the data", {name: each.facts for name, each in loaders.items()})
+
+
+def same_samples(team: Team, **loaders: ResumableLoader | None) -> None:
+    """Warn where the ranks read other data: each would train on its part of what is a part already.
+
+    Warns:
+        ThawlineWarning: Names the rank and the loader.
+    """
+    for name, loader in loaders.items():
+        digests = team.exchange(None if loader is None else loader.digest())
+        other = next((rank for rank, each in enumerate(digests) if each != digests[0]), None)
+        if other is not None:
+            warn(
+                f"rank {other} reads other samples from {name} than rank 0 does, and each takes its part of every batch: of data that were split by rank "
+                f"before, 1/{team.world} is left. Give all ranks the whole: no Subset, dataset.shard or split_dataset_by_node by rank. "
+                "Where a dataset draws from a generator of its own that differs, this is as it should be."
+            )
 
 
 def _compare(team: Team, what: str, facts: Mapping[str, Json]) -> None:

@@ -133,9 +133,9 @@ class Run:
         if team is None:
             return None, self._epoch
         heeded = self._microbatches, self._signals, self._step.make_room
-        ranks = Ranks(team, self.engine, *heeded, outputs_of=self.functions[0], device=self.trainer.device)
+        ranks = Ranks(team, self.engine, *heeded, functions=self.functions, device=self.trainer.device)
         self._step.ranks = ranks
-        return ranks, lambda: ranks.noting(self._epoch())
+        return ranks, lambda: ranks.noting(self._epoch(), train_loader=self.data, eval_loader=self.eval_data)
 
     # -- the loop ----------------------------------------------------------------------------------------------
 

@@ -8,8 +8,7 @@ the root's group. At the end the model gets its own parameters back, whole, and 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +16,12 @@ from attrs import frozen
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .distributed import FullyShard, Rows, Team, is_lost
-from .errors import ArgumentError, DistributedError, OutOfMemoryError, ThawlineError, shorten
+from .distributed import FullyShard, Rows, Team, refuse_sparse
+from .errors import DistributedError, shorten, with_article
 from .layers import LayerMap
 from .ledger import ParameterLedger
-from .memory import is_out_of_memory
-from .shards import is_sharded, sharded_in, unsharded
+from .shard_errors import REPLICATE
+from .shards import sharded_in, unsharded
 
 _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
@@ -40,6 +39,33 @@ class _Place:
     name: str
 
 
+@frozen(eq=False)
+class _Whole:
+    """A parameter of the user's, which waits for the end of the fit, and where and how it lay."""
+
+    parameter: nn.Parameter
+    device: torch.device
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameter: nn.Parameter) -> _Whole:
+        """Return a parameter as it is."""
+        return cls(parameter, parameter.device, parameter.stride())
+
+    def leave(self) -> None:
+        """Let go of the memory. Whoever computes with the parameter itself, and not with the model's, sees NaN in it."""
+        data = self.parameter.data
+        blank = data.new_full((), float("nan") if data.is_floating_point() or data.is_complex() else 0)
+        self.parameter.data = blank.expand(data.shape)
+
+    def come_back(self, values: Tensor) -> None:
+        """Take over all of the values."""
+        data = values.to(self.device)
+        if data.stride() != self.stride:
+            data = torch.empty_strided(data.shape, self.stride, dtype=data.dtype, device=data.device).copy_(data)
+        self.parameter.data = data
+
+
 class Shards:
     """The weights and gradients of a fit in shards, with the methods of :class:`GradientBuckets`.
 
@@ -54,7 +80,7 @@ class Shards:
         self._team, self._ledger, self._device, self._chosen = team, ledger, device, team.chosen
         self._groups: list[tuple[Any, list[_Place]]] = []
         self._places: list[_Place] = []
-        self._wholes: dict[str, tuple[nn.Parameter, torch.device]] = {}
+        self._wholes: dict[str, _Whole] = {}
         self._modules: list[tuple[nn.Module, type, set[str]]] = []
         self._handles: list[Any] = []
         self._heard: dict[int, Tensor] = {}
@@ -74,10 +100,9 @@ class Shards:
         model = self._ledger.model
         _check(self._ledger)
         # Here, not above: a process that trains alone does not load them.
-        from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import Shard, distribute_tensor
 
-        mesh = DeviceMesh(self._device.type, list(range(self._team.world)))
+        mesh = self._team.mesh(self._device)
         self._ledger.check_on_shards(
             lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None), self._team.world
         )
@@ -91,9 +116,10 @@ class Shards:
             root: Any = model
             self._ledger.follow_exchange(root._get_fsdp_state()._lazy_init if self._chosen.mixed_precision else None)
         except (AssertionError, NotImplementedError, ValueError) as error:
-            raise DistributedError(f"torch's fully_shard refuses the model: {error}. Write: {_REPLICATE}.") from error
+            raise DistributedError(f"torch's fully_shard refuses the model: {error}. Write: {REPLICATE}.") from error
         for number, (module, places) in enumerate(self._groups):
             self._handles.append(module.register_forward_pre_hook(self._before(number, places)))
+            self._handles.append(module.register_forward_hook(self._after(number, places), prepend=True))
 
     def gather(self) -> None:
         """Give the model its own parameters back, with all of the values they have come to: all ranks call this."""
@@ -102,13 +128,13 @@ class Shards:
         self.rest()
         ledger = self._ledger
         with torch.no_grad():
-            for name, (parameter, device) in self._wholes.items():
-                parameter.data = unsharded(ledger.parameters[name].detach()).to(device)
+            for name, whole in self._wholes.items():
+                whole.come_back(unsharded(ledger.parameters[name].detach()))
         self.close()
         for module, kind, added in self._modules:
             _bare(module, kind, added)
         for place in self._places:
-            setattr(place.module, place.attribute, self._wholes[place.name][0])
+            setattr(place.module, place.attribute, self._wholes[place.name].parameter)
         self._wholes = {}
         ledger.follow_exchange()
 
@@ -154,6 +180,7 @@ class Shards:
         Raises:
             DistributedError: They did not: then they have exchanged parts of different blocks.
         """
+        self._check_wholes()
         ledger = self._ledger
         trainable = [name for name in ledger.parameters if name in ledger.trainable]
         absent = [name for name in trainable if name not in self._arrived]
@@ -185,14 +212,23 @@ class Shards:
             )
             raise DistributedError(
                 f"the ranks ran different parts of the model: rank {rank} ran {shorten(got[:_SHOWN])}, rank 0 {shorten(wanted[:_SHOWN])}. "
-                f"Blocks in shards are gathered by all ranks together, whatever each one's data ask for. Write: {_REPLICATE}."
+                f"Blocks in shards are gathered by all ranks together, whatever each one's data ask for. Write: {REPLICATE}."
             )
         self._order.clear()
 
-    def stand_in(self, outputs: object) -> None:
-        """Do the backward pass of a forward pass whose samples count nothing, which other ranks wait for."""
-        given = tree_leaves(outputs if isinstance(outputs, (Tensor, Mapping, tuple, list)) else vars(outputs))
+    def stand_in(self, outputs: object, loss_of: Callable[[], Tensor]) -> None:
+        """Do the backward pass of a forward pass whose samples count nothing, which other ranks wait for.
+
+        Args:
+            outputs: What the model returned.
+            loss_of: Returns their loss. It says which outputs the others go back through; its value may be NaN.
+        """
+        known = isinstance(outputs, (Tensor, Mapping, tuple, list))
+        given = tree_leaves(outputs if known else getattr(outputs, "__dict__", None) or loss_of())
         found = [each for each in given if isinstance(each, Tensor) and each.requires_grad]
+        if len(found) > 1:
+            reached = _reached(loss_of())
+            found = [each for each in found if each.grad_fn in reached]
         self._listens = False
         try:
             torch.autograd.backward(found, [torch.zeros_like(each) for each in found])
@@ -202,7 +238,17 @@ class Shards:
     # -- inside ------------------------------------------------------------------------------------------------
 
     def _title(self, number: int) -> str:
-        return self._groups[number][1][0].name.rpartition(".")[0] if number < len(self._groups) - 1 else "the model"
+        group = self._groups[number][0]
+        return next(name for name, module in self._ledger.model.named_modules() if module is group) or "the model"
+
+    def _check_wholes(self) -> None:
+        """Refuse a loss that was computed with a parameter which the user kept from before the fit."""
+        name = next((name for name, whole in self._wholes.items() if whole.parameter.grad is not None), None)
+        if name is not None:
+            raise DistributedError(
+                f"the loss was computed with {name!r} as it was before the fit, such as from a list(model.parameters()): the model computes with shards "
+                f"in its place, and that one is empty. Write: weight_decay= of the optimizer for a penalty on weights, or {REPLICATE}."
+            )
 
     def _find_places(self, groups: Sequence[nn.Module]) -> None:
         """Note every attribute that is a parameter, and in which group it lies."""
@@ -214,12 +260,16 @@ class Shards:
             for attribute, each in module._parameters.items()
             if each is not None
         ]
-        self._wholes = {name: (each, each.device) for name, each in parameters.items()}
+        self._wholes = {name: _Whole.of(each) for name, each in parameters.items()}
         inside = {id(part): number for number, group in enumerate(groups[:-1]) for part in group.modules()}
         of: list[list[_Place]] = [[] for _ in groups]
         for place in self._places:
             of[inside.get(id(place.module), -1)].append(place)
         self._groups = list(zip(groups, of, strict=True))
+        self._ledger.put_gradients([*parameters.values()], [None] * len(parameters))
+        for parameter in parameters.values():
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
 
     def _shard(self, mesh: Any) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -227,7 +277,7 @@ class Shards:
         chosen, model = self._chosen, self._ledger.model
         offloads = chosen.offload and self._device.type != "cpu"
         for module, places in self._groups:
-            wide = self._wholes[places[0].name][0].dtype if places else torch.float32
+            wide = self._wholes[places[0].name].parameter.dtype if places else torch.float32
             mixed: dict[str, Any] = {}
             if chosen.mixed_precision is not None:
                 mixed = {"param_dtype": torch.bfloat16, "reduce_dtype": wide}
@@ -241,9 +291,11 @@ class Shards:
             group.set_gradient_divide_factor(1.0)
             group.set_force_sum_reduction_for_comms(True)
             group.set_reduce_scatter_unused_params(True)
-            for name in dict.fromkeys(place.name for place in places):
-                parameter = self._wholes[name][0]
-                parameter.data = parameter.data.new_empty(0)
+            for place in places:
+                whole = self._wholes[place.name]
+                whole.leave()
+                # What the user wrote on a parameter, such as a factor that the optimizer reads.
+                vars(getattr(place.module, place.attribute)).update(vars(whole.parameter))
 
     def _before(self, number: int, places: Sequence[_Place]) -> Callable[..., None]:
         def before(module: nn.Module, args: Any) -> None:  # noqa: ARG001 - what a hook is called with
@@ -256,68 +308,28 @@ class Shards:
 
         return before
 
+    def _after(self, number: int, places: Sequence[_Place]) -> Callable[..., None]:
+        def after(module: nn.Module, args: Any, outputs: Any) -> None:  # noqa: ARG001 - as above
+            trains = any(getattr(place.module, place.attribute).requires_grad for place in places)
+            if (
+                trains
+                and torch.is_grad_enabled()
+                and not any(isinstance(each, Tensor) for each in tree_leaves(outputs))
+            ):
+                raise DistributedError(
+                    f"{self._title(number)} returns {with_article(type(outputs).__name__)}, in which torch's fully_shard finds no tensor and does not "
+                    f"see the backward pass come. Return a tensor, a tuple, or a dict such as {{'logits': …}}, or write {REPLICATE}."
+                )
+
+        return after
+
     def _arriving(self, name: str) -> Callable[[Tensor], None]:
-        def arrived(parameter: Tensor) -> None:  # noqa: ARG001 - as above
+        def arrived(parameter: Tensor) -> None:
+            refuse_sparse(parameter.grad)
             if self._listens:
                 self._arrived.add(name)
 
         return arrived
-
-
-_REPLICATE = "Trainer(distributed=Replicate())"
-
-
-@contextmanager
-def explaining(team: Team | None, ledger: ParameterLedger) -> Generator[None]:
-    """Say in our words what torch raises where weights lie in shards.
-
-    Args:
-        team: The ranks, if there are any.
-        ledger: Of the fit.
-
-    Raises:
-        OutOfMemoryError: Memory ran out: the others wait inside the batch, and it cannot be repeated.
-        DistributedError: Another rank is gone, or the model does with its weights what shards cannot do.
-    """
-    try:
-        yield
-    except ThawlineError:
-        raise
-    except (RuntimeError, MemoryError, AssertionError, NotImplementedError) as error:
-        explained = None if team is None or not team.shards else _explained(error, team, ledger.clock.batch)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _explained(error: BaseException, team: Team, batch: int) -> ThawlineError | None:
-    if is_out_of_memory(error):
-        return OutOfMemoryError(
-            f"out of memory on rank {team.rank} at batch {batch}, and where weights lie in shards a batch cannot be "
-            "repeated in smaller parts by one rank alone. Write: Trainer(microbatch_size=1) or larger, or "
-            "FullyShard(mixed_precision='bf16', offload=True)."
-        )
-    if is_lost(error):
-        return team.lost(error, f"gathering weights or reducing gradients of batch {batch}")
-    text = str(error)
-    if any(word in text for word in ("DTensor", "FSDP", "DeviceMesh", "sharding strategy")):
-        return DistributedError(
-            f"rank {team.rank} at batch {batch}: the model, or an algorithm, does with weights in shards what these "
-            f"cannot do: {text.partition(chr(10))[0][:300]}. A weight is whole only while the module is called that it "
-            f"lies in. Write: {_REPLICATE}."
-        )
-    return None
-
-
-def refuse_shards(call: str, model: nn.Module) -> None:
-    """Raise an ArgumentError for a model whose weights lie in shards: one that a fit left so when it failed, or the user's own."""
-    name = next((name for name, each in model.named_parameters() if is_sharded(each)), None)
-    if name is not None:
-        raise ArgumentError(
-            f"Trainer.{call}(model=)", got=f"a model whose {name!r} lies in shards",
-            takes="a whole model: the Trainer shards it, and gives it back whole unless a fit fails",
-            example=f"model = build(); trainer.{call}(model, …)",
-        )  # fmt: skip
 
 
 def _check(ledger: ParameterLedger) -> None:
@@ -326,10 +338,17 @@ def _check(ledger: ParameterLedger) -> None:
         if not parameter.ndim:
             raise DistributedError(
                 f"{name!r} is a single number without dimensions, which has no rows to share out. Write: nn.Parameter("
-                f"torch.ones(1)) in the model, or {_REPLICATE}."
+                f"torch.ones(1)) in the model, or {REPLICATE}."
             )
-        if not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()
+        if not parameter.numel():
+            raise DistributedError(
+                f"{name!r} has no elements, which cannot be shared out. Remove it from the model, or write {REPLICATE}."
+            )
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise DistributedError(
+                f"{name!r} has a hook on its gradient, which a gradient in shards would pass by. Change gradients in an "
+                f"algorithm at Event.BEFORE_STEP, or write {REPLICATE}."
+            )
 
 
 def _blocks(model: nn.Module, layers: LayerMap) -> Iterator[nn.Module]:
@@ -379,6 +398,18 @@ def _bare(module: nn.Module, kind: type, added: set[str]) -> None:
                 for other in _HOOKS:
                     getattr(module, other, {}).pop(number, None)
     _composable_state._module_state_mapping.pop(module, None)
+
+
+def _reached(loss: Tensor) -> set[Any]:
+    """Return the nodes of the graph that the backward pass of a loss goes through."""
+    found: set[Any] = set()
+    ahead = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            ahead += [each for each, _ in node.next_functions]
+    return found
 
 
 def _checksum(value: object) -> float:

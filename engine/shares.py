@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from attrs import evolve, frozen
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
 from .batches import Fetched, part_of_batch
 from .errors import DistributedError
+from .pristine import fingerprint
 
 _WORD = 2**64 - 1
 
@@ -82,9 +86,11 @@ class Share:
         own = self.of(samples)
         return own if len(own) else samples[:1]
 
-    def cut(self, fetched: Iterable[Fetched]) -> Iterator[Fetched]:
-        """Yield the rank's part of batches that were loaded whole."""
-        for batch, ids, _, whole in fetched:
+    def cut(self, fetched: Iterable[Fetched], note: Callable[[Any], None]) -> Iterator[Fetched]:
+        """Yield the rank's part of batches that were loaded whole, the first of which is noted."""
+        for number, (batch, ids, _, whole) in enumerate(fetched):
+            if not number:
+                note(digest_of(batch))
             start, end = self.limits(whole)
             part = part_of_batch(batch, start, end) if start < end else part_of_batch(batch, 0, 1)
             yield Fetched(part, None if ids is None else ids[start:end], end - start, whole)
@@ -114,6 +120,28 @@ def check_shares(loader: Any, size: int | None, world: int, name: str, *, even: 
             f"{name} has batches of {size} samples, which {world} ranks cannot share evenly: got {size}, wanted a multiple of "
             f"{world}. batch_size is that of all ranks together. Write: DataLoader(dataset, batch_size={nearby})."
         )
+
+
+def digest_of(batch: Any) -> str:
+    """Return a hash of the numbers and the text in a batch; what else is in it is passed over.
+
+    Example:
+        >>> digest_of({"x": torch.ones(2)}) == digest_of({"x": torch.ones(2)}) != digest_of({"x": torch.zeros(2)})
+        True
+    """
+    found = hashlib.sha256()
+    ahead = [batch]
+    while ahead:
+        each = ahead.pop()
+        if isinstance(each, Mapping):
+            ahead += each.values()
+        elif isinstance(each, (tuple, list)):
+            ahead += each
+        elif isinstance(each, Tensor):
+            found.update(fingerprint(each).encode() if each.layout is torch.strided else b"")
+        elif isinstance(each, (str, int, float, np.ndarray, np.generic)):
+            found.update(repr(each).encode())
+    return found.hexdigest()
 
 
 def _keys(samples: Sequence[Any], seed: int) -> np.ndarray[Any, Any] | None:

@@ -24,12 +24,12 @@ from .layers import LayerMap, LayerSpec
 from .log import only_errors
 from .plan import Plan
 from .precision import Precision
-from .ranks import same_data
+from .ranks import same_data, same_samples
 from .recipe import Recipe, check_factory, check_optimizer
 from .resume import OnChange
 from .run import Run
 from .settings import duration_of, path_of, require_weights
-from .sharding import explaining, refuse_shards
+from .shard_errors import explaining, refuse_shards
 from .shares import Share
 
 
@@ -276,6 +276,7 @@ class Trainer(Recipe):
         data = ResumableLoader(loader, seed=self.seed, argument="Trainer.evaluate(loader=)", share=share)
         if team is not None:
             same_data(team, loader=data)
+            same_samples(team, loader=data)
         return evaluate(
             model.to(self.device),
             data,

@@ -24,7 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from earlier tiers and from its own, never from a later one, and never in a cycle.
 TIERS: tuple[frozenset[str], ...] = (
-    frozenset({"typing", "errors", "keywords", "log", "clock", "events", "schedule", "curves", "schedules"}),
+    frozenset(
+        {"typing", "errors", "keywords", "mistyped", "log", "clock", "events", "schedule", "curves", "schedules"}
+    ),
     frozenset({"forward_order", "splits", "layers", "selectors", "surgery", "shards"}),
     frozenset(
         {"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "rates", "ledger"}
@@ -57,6 +59,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "foresight",
             "recipe",
             "memory",
+            "shard_errors",
             "sharding",
             "nonfinite",
             "ranks",
@@ -538,6 +541,7 @@ def gradients_are_dropped_by_the_ledger(module: Module) -> Iterator[Breach]:
         "engine/testing: class M(nn.Module):\n    def __init__(self):\n        self.head = nn.Linear(1, 1)",
         "engine/testing: class M(nn.Module):\n    def __init__(self):\n        self.register_parameter('bias', None)",
         "engine/clock: class T:\n    def __init__(self):\n        object.__setattr__(self, 'value', 1)",
+        "engine/keywords: def f(kind, name, method):\n    type.__setattr__(kind, name, method)",
         "engine/layers: class L:\n    def f(self):\n        self._modules['x'] = ()",
         "engine/layers: def f(m):\n    return m._parameters['weight']",
     ),
@@ -552,8 +556,8 @@ def models_are_changed_by_the_ledger(module: Module) -> Iterator[Breach]:
         if not (is_self(owner) or is_super(owner)):
             yield Breach(call.lineno, attach)
     for call in calls(module, "setattr", "delattr", "__setattr__", "__delattr__"):
-        # object.__setattr__ goes past nn.Module's registration: what it sets is a plain attribute.
-        is_plain = isinstance(call.func, ast.Attribute) and dotted(call.func.value) == "object"
+        # object.__setattr__ goes past nn.Module's registration: what it sets is a plain attribute. type's is for classes.
+        is_plain = isinstance(call.func, ast.Attribute) and dotted(call.func.value) in {"object", "type"}
         if not is_plain and not (call.args and is_self(call.args[0])):
             yield Breach(call.lineno, attach)
     for node in module.nodes(ast.Assign):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import encoder
-from thawline.algorithms import EMA, LISA, BlockCycle, FreezeOut, LayerFreeze, LayerThaw, LoRAInject
+from thawline.algorithms import EMA, LISA, BlockCycle, FreezeOut, LayerFreeze, LayerThaw, LoRAInject, PrefixCache
 from thawline.engine import Algorithm, ArgumentError, Event, FitResult, RecompileError, State, Trainer, compiling
 from thawline.engine.compiling import GRAPHS, CompiledBlocks
 from thawline.engine.doubles import Residual
@@ -43,14 +43,20 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[CompiledBlocks]]:
 
 
 def fitted(
-    algorithms: list[Algorithm], *, compiled: bool, model: nn.Module | None = None, duration: str = "6ep", **more: Any
+    algorithms: list[Algorithm],
+    *,
+    compiled: bool,
+    model: nn.Module | None = None,
+    duration: str = "6ep",
+    samples: int = 37,
+    **more: Any,
 ) -> tuple[nn.Module, FitResult]:
-    """Train on 37 samples, 8 a batch, the last one shorter; evaluate on 16 a batch."""
+    """Train on so many samples, 8 a batch, the last one shorter; evaluate on 16 a batch."""
     if model is None:
         torch.manual_seed(0)
         model = Residual(depth=4, width=8, dropout=0.0)
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(37, 4, generator=generator), torch.randint(2, (37,), generator=generator)
+    x, y = torch.randn(samples, 4, generator=generator), torch.randint(2, (samples,), generator=generator)
     data = TensorDataset(x, y)
     trainer = Trainer(
         algorithms=algorithms, optimizer=partial(torch.optim.AdamW, lr=1e-2), loss_fn=nn.functional.cross_entropy,
@@ -84,6 +90,54 @@ def test_a_block_structure_has_five_graphs_at_most_and_the_numbers_stay(
     assert list(model.state_dict()) == list(plain.state_dict())
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
     assert result.metrics["eval/loss"] == pytest.approx(expected.metrics["eval/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("samples", [37, 33])
+@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "microbatch_size": 3}])
+def test_a_cached_prefix_beside_it(more: dict[str, int], samples: int, graphs: list[CompiledBlocks]) -> None:
+    """Compiled blocks are skipped as others are, the weights are the same, and a last batch of one sample is no error."""
+    caches = PrefixCache(), PrefixCache()
+    plain, _ = fitted([LayerThaw(every=2), caches[0]], compiled=False, samples=samples, **more)
+    model, _ = fitted([LayerThaw(every=2), caches[1]], compiled=True, samples=samples, **more)
+    assert caches[1].hits == caches[0].hits > 0
+    assert caches[1].off is None
+    assert all(len(each) <= GRAPHS for each in graphs[-1].graphs.values())
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+class Convolutional(nn.Module):
+    """Three convolutions with BatchNorm, their input a view; a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Linear(4, 24)
+        self.blocks = nn.ModuleList(
+            [nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.BatchNorm1d(4), nn.ReLU()) for _ in range(3)]
+        )
+        self.head = nn.Linear(24, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).view(-1, 4, 6)
+        for block in self.blocks:
+            x = x + block(x)
+        y: Tensor = self.head(x.flatten(1))
+        return y
+
+
+CONVOLUTIONAL: dict[str, Callable[[], list[Algorithm]]] = {
+    "thawed": lambda: [LayerThaw(every=1)],
+    "with adapters": lambda: [LoRAInject(rank=2, target=["blocks.*.0"]), LayerThaw(every=1)],
+}
+
+
+@pytest.mark.parametrize("schedule", CONVOLUTIONAL)
+def test_convolutions_and_their_adapters(schedule: str, graphs: list[CompiledBlocks]) -> None:
+    """Batches on both sides of the 16 samples at which torch changes its kernel."""
+    plain, _ = fitted(CONVOLUTIONAL[schedule](), compiled=False, model=Convolutional())
+    model, _ = fitted(CONVOLUTIONAL[schedule](), compiled=True, model=Convolutional())
+    assert all(len(each) <= GRAPHS for each in graphs[-1].graphs.values())
+    torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 class Late(Algorithm):

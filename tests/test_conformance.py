@@ -143,3 +143,28 @@ def test_any_fit_works_or_is_refused_by_a_typed_error(fit: Fit) -> None:
 def test_every_check_says_what_it_promises(name: str) -> None:
     """A check is documented by the promise that it tests."""
     assert (CHECKS[name].__doc__ or "").rstrip().endswith(".")
+
+
+class Refuses(Algorithm):
+    """Ends a fit in which something else has frozen the head before it."""
+
+    events = frozenset({Event.FIT_START})
+
+    def apply(self, event: Event, state: State) -> None:
+        if not any(name in state.ledger.trainable for name in state.layers.head.parameters):
+            raise ThawlineError("the head is frozen already")
+
+
+class FreezesHead(Algorithm):
+    """Freezes the head."""
+
+    events = frozenset({Event.FIT_START})
+
+    def apply(self, event: Event, state: State) -> None:
+        state.ledger.freeze("head", owner=self.owner)
+
+
+def test_an_error_in_one_order_is_quoted() -> None:
+    """Where the other order gives a result."""
+    with pytest.raises(ConformanceError, match="One of the two raises ThawlineError: the head is frozen already"):
+        check_algorithm(Refuses, partners=[FreezesHead], checks=["does_not_depend_on_order"])

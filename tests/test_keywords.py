@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import mlp
 from thawline import algorithms, engine
 from thawline.algorithms import GradClip, LayerThaw
-from thawline.engine import ArgumentError, CallError, Trainer, UnknownArgumentError
-from thawline.engine.keywords import INSTEAD, explained
+from thawline.engine import ArgumentError, CallError, Event, Trainer, UnknownArgumentError
+from thawline.engine.keywords import INSTEAD, LEDGER, explained
 
 fit: Callable[..., Any] = Trainer().fit
 plan: Callable[..., Any] = Trainer().plan
@@ -129,3 +131,41 @@ def test_a_type_error_of_the_function_itself_is_its_own() -> None:
     with pytest.raises(TypeError, match="unsupported operand") as caught:
         Doubler().double(x=1)
     assert not isinstance(caught.value, ArgumentError)
+
+
+on: Callable[..., Any] = engine.on
+
+
+def ledger() -> Any:
+    """Return the ledger of a small model."""
+    model = mlp()
+    return engine.ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda: on(Event.EPOCH_END, evry="2ep"),
+            "on takes no 'evry', only every, stage; got '2ep'. Write: on(every='2ep')",
+        ),
+        (lambda: ledger().freeze("head"), "ledger.freeze(owner=) is missing. Write: ledger.freeze('head', owner='me')"),
+        (lambda: ledger().thaw("head", "me"), "ledger.thaw takes keywords after select, got 'me' without one."),
+        (lambda: ledger().freeze("head", ownr="me"), "ledger.freeze takes no 'ownr'"),
+        (lambda: ledger().scale("head", owner="me"), "ledger.scale(factor=) is missing."),
+        (lambda: ledger().attach("0", "lora", rank=2), "ledger.attach(owner=) is missing."),
+    ],
+)
+def test_on_and_the_ledger_say_what_to_write(call: Callable[[], Any], said: str) -> None:
+    """Where a keyword is misspelled or left out."""
+    with pytest.raises((CallError, UnknownArgumentError), match=re.escape(said)):
+        call()
+
+
+def test_the_calls_of_the_ledger_that_are_written_there_are_correct() -> None:
+    """Each of them can be made."""
+    for name, arguments in LEDGER.items():
+        mine = ledger()
+        if name == "detach":
+            eval(f"mine.attach({LEDGER['attach']})", {"mine": mine, "name": "0"})
+        eval(f"mine.{name}({arguments})", {"mine": mine, "name": "0"})

@@ -569,7 +569,10 @@ class TestFiles:
             ({"peft_type": "IA3"}, "of type 'IA3'"),
             ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
             ({"alpha_pattern": {"(": 3}}, "no regular expression"),
-            ({"lora_alpha": "x"}, "wrong type"),
+            ({"lora_alpha": "x"}, "takes a number above 0"),
+            ({"alpha_pattern": {"0": None}}, "takes an object of patterns"),
+            ({"modules_to_save": 5}, "takes a list of names"),
+            ({"use_rslora": "no"}, "takes true or false"),
         ],
     )
     def test_what_cannot_be_loaded(self, change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -227,6 +227,26 @@ def test_a_thaw_at_a_batch_loads_what_was_not() -> None:
     assert cache.hits > 8
 
 
+class LateThaw(Algorithm):
+    """Releases the trunk at a batch in the middle of an epoch; its turn comes after the cache's."""
+
+    events = frozenset({Event.FIT_START, Event.BATCH_START})
+
+    def apply(self, event: Event, state: State) -> None:
+        if event is Event.FIT_START:
+            state.ledger.freeze(["0.*", "2.*"], owner=self.owner)
+        elif state.clock.batch == 10:
+            state.ledger.thaw("*", owner=self.owner)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 3}, {"accumulate": 2, "microbatch_size": 3}])
+def test_a_thaw_after_its_turn_trains_from_that_batch_on(options: dict[str, int]) -> None:
+    """A batch that was to be fed to the head alone is loaded after all."""
+    plain, cached, cache = both(mlp, lambda: [LateThaw()], lambda: loader(64), duration="4ep", **options)
+    assert same_weights(plain, cached)
+    assert cache.hits > 0
+
+
 @pytest.mark.parametrize("moves", ["head_only", "thaw"])
 def test_a_resumed_fit_is_the_whole_fit(moves: str, tmp_path: Path) -> None:
     """The cache is filled again; weights and the losses are the same."""
@@ -415,6 +435,19 @@ class SequenceFirst(nn.Module):
         return self.head(x.mean(0))
 
 
+class Telling(nn.Module):
+    """Gives what its first block made beside the logits, as models of transformers do with `output_hidden_states`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.blocks[0](x).tanh()
+        return {"logits": self.head(self.blocks[2](self.blocks[1](first).tanh())), "first": first}
+
+
 def hooked() -> nn.Module:
     """Return a model with a hook in its frozen part."""
     model = mlp()
@@ -437,6 +470,24 @@ def test_what_cannot_be_skipped_is_not(make: Callable[[], nn.Module], reason: st
     assert same_weights(*found)
     assert any(reason in why for why in cache.barred.values())
     assert not cache.hits
+
+
+def test_an_output_beside_the_logits_is_the_models_own() -> None:
+    """A `forward_fn` that reads what a frozen block gave is not handed what was made up in its place."""
+    found, cache = [], PrefixCache()
+    for last in (EvalFrozen(), cache):
+        torch.manual_seed(0)
+        model = Telling()
+        data = TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
+        trainer = Trainer(
+            algorithms=[*head_only(), last], optimizer=partial(torch.optim.SGD, lr=0.1), progress=False,
+            forward_fn=lambda model, batch: (made := model(batch[0]))["logits"] * made["first"].mean(),
+            loss_fn=nn.functional.cross_entropy,
+        )  # fmt: skip
+        trainer.fit(model, DataLoader(data, 8), duration="3ep")
+        found.append(weights(model))
+    assert same_weights(*found)
+    assert all("used beyond the frontier" in why for why in cache.barred.values())
 
 
 def test_statistics_that_go_on_are_not_cached() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 import ranks
 from forked import together
 from thawline.algorithms import EMA, GradClip
-from thawline.engine import Checkpointing, Replicate, constant, linear
+from thawline.engine import Checkpointing, Replicate, ThawlineWarning, constant, linear
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked")
 Call = Callable[[bool, Path], Any]
@@ -164,3 +166,35 @@ def test_a_rank_on_its_own_trains_a_model_of_its_own() -> None:
         lambda rank: ranks.fitted(ranks.model(), batches=ranks.loader(24 + 12 * rank), distributed=False)["clock"]
     )
     assert found == {0: [3, 6, 72], 1: [3, 9, 108]}
+
+
+class Split(IterableDataset[Any]):
+    """A stream of which each rank yields its own part."""
+
+    def __iter__(self) -> Any:
+        return itertools.islice(iter(ranks.data()), int(os.environ["RANK"]), None, 2)
+
+
+@pytest.mark.parametrize("kind", ["a subset", "a stream", "ready batches", "an evaluation", "the whole"])
+def test_data_that_were_split_by_rank_are_warned_of(kind: str) -> None:
+    """Each rank would train on its part of a part; the first rank says so, and nothing is said of the same data on all."""
+
+    def train(rank: int) -> list[str]:
+        mine = DataLoader(Subset(ranks.data(), range(rank, 44, 2)), batch_size=4, shuffle=True)
+        cases: dict[str, dict[str, Any]] = {
+            "a subset": {"batches": mine},
+            "a stream": {"batches": DataLoader(Split(), batch_size=4)},
+            "ready batches": {"batches": [*mine]},
+            "an evaluation": {"evaluated": mine},
+            "the whole": {},
+        }
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", ThawlineWarning)
+            ranks.fitted(ranks.model(), duration="1ep", **cases[kind])
+        return [str(each.message) for each in said if each.category is ThawlineWarning]
+
+    found = together(train)
+    name = "eval_loader" if kind == "an evaluation" else "train_loader"
+    expected = [] if kind == "the whole" else [f"rank 1 reads other samples from {name} than rank 0 does"]
+    assert [each.partition(", and")[0] for each in found[0]] == expected
+    assert found[1] == []

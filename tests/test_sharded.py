@@ -203,7 +203,7 @@ REFUSALS = {
     "left": ("ArgumentError: Trainer.fit(model=) takes a whole model", "'stem.weight' lies in shards"),
     "memory": ("OutOfMemoryError: out of memory on rank", "microbatch_size=1"),
     "borrowing": ("DistributedError: rank", "whole only while the module is called", "Replicate()"),
-    "forked": ("DistributedError: the ranks ran different parts of the model: rank 1 ran ['blocks.1.0'], rank 0 ['blocks.0.0']",),
+    "forked": ("DistributedError: the ranks ran different parts of the model: rank 1 ran ['blocks.1'], rank 0 ['blocks.0']",),
 }  # fmt: skip
 
 

@@ -491,6 +491,20 @@ def test_skip_leaves_out_the_step_and_goes_on() -> None:
     assert same_weights(weights(net), weights(plain))
 
 
+def test_the_first_skipped_step_of_a_fit_is_a_warning() -> None:
+    """Once a fit; it names the batch, and how to see the others."""
+    trainer = Trainer_(on_nonfinite="skip")
+    for _ in range(2):
+        batches = poisoned(3)
+        batches[5] = batches[3]
+        with pytest.warns(ThawlineWarning) as caught:
+            trainer.fit(mlp(), batches, duration="1ep")
+        said = [str(each.message) for each in caught if "step skipped" in str(each.message)]
+        assert len(said) == 1
+        assert "epoch 0, batch 3" in said[0]
+        assert "configure_logging('console', level='warning')" in said[0]
+
+
 def test_skip_gives_up_after_five_in_a_row() -> None:
     """A run that is lost does not spin to its end."""
     batches = [(torch.full((4, 4), float("inf")), torch.randint(2, (4,)))] * 9
