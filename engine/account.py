@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from attrs import frozen
@@ -142,12 +143,7 @@ class Account(LedgerOracle):
     ) -> None:
         course: Callable[[Clock], float] | None = None
         if schedule is not None and span is not None:
-            shape, time = as_schedule(schedule), Time(span)
-            start = elapsed(time, self.state.clock)
-
-            def course(clock: Clock) -> float:
-                return shape(min(1.0, max(0.0, (elapsed(time, clock) - start) / time.value)))
-
+            course = partial(_along, as_schedule(schedule), Time(span), elapsed(Time(span), self.state.clock))
         self._put("schedule", self.courses, names, course, owner)
 
     def _evaluate_frozen(self, select: Selector | None, names: Sequence[str], *, owner: str) -> None:
@@ -267,6 +263,11 @@ def elapsed(time: Time, clock: Clock) -> float:
     """
     inside = clock.batch_in_epoch / clock.batches_per_epoch if clock.batches_per_epoch else 0.0
     return {"ba": clock.batch, "sp": clock.sample, "dur": clock.progress, "ep": clock.epoch + inside}[time.unit]
+
+
+def _along(shape: Callable[[float], float], span: Time, start: float, clock: Clock) -> float:
+    """Return the factor of a schedule that began at ``start``; after its span the last one stays."""
+    return shape(min(1.0, max(0.0, (elapsed(span, clock) - start) / span.value)))
 
 
 def beside_of(name: str, known: set[str]) -> str | None:

@@ -352,7 +352,7 @@ class Audit:
             if not names:
                 continue
             clones = {name: twin_of(ledger.parameters[name]) for name in names}
-            kind: Callable[..., torch.optim.Optimizer] = type(optimizer)
+            kind: Any = type(optimizer)
             fresh = kind([{"params": [clones[name] for name in each.parameters]} for each in groups])
             fresh.load_state_dict(saved)
             fresh.step()
