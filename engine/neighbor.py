@@ -79,7 +79,7 @@ class Guest:
         >>> ledger = ParameterLedger(model := mlp(), lambda each: torch.optim.SGD(each, lr=0.1))
         >>> Guest("guest").come(Event.FIT_START, State(model, ledger, duration="1ba"))
         >>> ledger.rates
-        {'blocks[0]': 0.0, 'blocks[1]': 0.05, 'head': 0.05}
+        {'blocks[0]': 0.05, 'blocks[1]': 0.0, 'head': 0.05}
     """
 
     def __init__(self, owner: str) -> None:
