@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import shorten, with_article
+from .shards import is_sharded
 
 # What torch's kernels say, each in words of its own.
 _TYPES = re.compile(r"dtype|data ?type|scalar type|result type|Input type \(", re.IGNORECASE)
@@ -44,7 +45,7 @@ def mistyped(error: Exception, batch: Any, model: nn.Module | None = None) -> st
     if not isinstance(error, RuntimeError) or not _TYPES.search(text):
         return None
     parts = [(name, part) for name, part in _parts(batch) if isinstance(part, Tensor)]
-    weights = next((each.dtype for each in model.parameters() if each.is_floating_point()), None) if model else None
+    weights = None if model is None else _dtype_of(model)
     found_write = _what_to_write(text, parts, weights)
     if found_write is None:
         return None
@@ -54,6 +55,12 @@ def mistyped(error: Exception, batch: Any, model: nn.Module | None = None) -> st
     return (
         f"the batch has {shown}{of_model}: {first}. Write: {found_write} in the dataset or in DataLoader(collate_fn=…)"
     )
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of a model's weights; in shards that of one at rest, since the block that computes may stand in another."""
+    weights = [each for each in model.parameters() if each.is_floating_point()]
+    return next((each.dtype for each in [*filter(is_sharded, weights), *weights]), None)
 
 
 def _what_to_write(text: str, parts: list[tuple[str, Tensor]], weights: torch.dtype | None) -> str | None:

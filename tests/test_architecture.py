@@ -24,9 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from earlier tiers and from its own, never from a later one, and never in a cycle.
 TIERS: tuple[frozenset[str], ...] = (
-    frozenset(
-        {"typing", "errors", "keywords", "mistyped", "log", "clock", "events", "schedule", "curves", "schedules"}
-    ),
+    frozenset({"typing", "errors", "keywords", "log", "clock", "events", "schedule", "curves", "schedules"}),
     frozenset({"forward_order", "splits", "layers", "selectors", "surgery", "shards"}),
     frozenset(
         {"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "rates", "ledger"}
@@ -35,7 +33,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"algorithm"}),
     frozenset({"engine", "functions"}),
     frozenset(
-        {"data", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
+        {"data", "mistyped", "forward", "meters", "settings", "monitor", "precision", "distributed", "plan", "progress"}
         | {
             "backward_cost",
             "compiling",
