@@ -8,6 +8,7 @@ the root's group. At the end the model gets its own parameters back, whole, and 
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -353,25 +354,18 @@ def _check(ledger: ParameterLedger) -> None:
 
 def _blocks(model: nn.Module, layers: LayerMap) -> Iterator[nn.Module]:
     """Yield the modules of blocks that can be groups of their own: called as a whole, and sharing no weight with others."""
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users[id(parameter)] = users.get(id(parameter), 0) + 1
+    users, known = _uses(model), dict(model.named_modules())
     for layer in layers.blocks:
-        modules = [model.get_submodule(path) for path in layer.modules if _is_module(model, path)]
+        modules = [known[path] for path in layer.modules if path in known]
         for module in [part for each in modules for part in _called(each) if part is not model]:
-            own: dict[int, int] = {}
-            for each in module.modules():
-                for parameter in each._parameters.values():
-                    if parameter is not None:
-                        own[id(parameter)] = own.get(id(parameter), 0) + 1
+            own = _uses(module)
             if own and all(users[key] == count for key, count in own.items()):
                 yield module
 
 
-def _is_module(model: nn.Module, path: str) -> bool:
-    return any(path == name for name, _ in model.named_modules())
+def _uses(module: nn.Module) -> Counter[int]:
+    """Return in how many places inside a module each parameter stands, by identity."""
+    return Counter(id(each) for part in module.modules() for each in part._parameters.values() if each is not None)
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

@@ -80,13 +80,7 @@ class Step:
             return
         self.recorder.observe(state.clock)
         self.start.keep()
-        total = None
-        try:
-            total = self._gradients()
-        except (RuntimeError, MemoryError) as error:
-            self.make_room(error)
-        if self.ranks is not None:
-            total = self.ranks.settle(total)
+        total = self._try()
         if total is None:
             total = self._repeat()
         if self._scaled:
@@ -108,6 +102,15 @@ class Step:
             self.report.losses.add(total)
         state.tick(samples)
         emit(BATCH_END)
+
+    def _try(self) -> float | None:
+        """Do forward and backward of the batch; return its loss, None where memory ran out on any rank."""
+        total = None
+        try:
+            total = self._gradients()
+        except (RuntimeError, MemoryError) as error:
+            self.make_room(error)
+        return total if self.ranks is None else self.ranks.settle(total)
 
     def _gradients(self) -> float:
         """Do forward and backward of the batch, a microbatch at a time; return its loss."""
@@ -140,12 +143,7 @@ class Step:
         """Do forward and backward of the batch again, in microbatches so small that they fit."""
         total = None
         while total is None:
-            try:
-                total = self._gradients()
-            except (RuntimeError, MemoryError) as error:
-                self.make_room(error)
-            if self.ranks is not None:
-                total = self.ranks.settle(total)
+            total = self._try()
         self.microbatches.warn(self._state)
         return total
 
