@@ -36,7 +36,7 @@ class Account(LedgerOracle):
 
     Args:
         state: The fit's, before its first call on the ledger.
-        home_of: The rate and the options that the optimizer's factory gives to a parameter.
+        home_of: The rate and the options that a parameter has from the optimizer, by itself and by what it was attached beside, if it was.
         factor: The fit's schedule, from progress to factor.
         min_lr: Below which no rate falls.
 
@@ -45,7 +45,7 @@ class Account(LedgerOracle):
         >>> from thawline.engine.doubles import mlp
         >>> ledger = ParameterLedger(model := mlp(), lambda each: torch.optim.SGD(each, lr=0.1))
         >>> state = State(model, ledger, duration="1ba")
-        >>> account = Account(state, home_of=lambda each: {"lr": 0.1}, factor=lambda progress: 1.0)
+        >>> account = Account(state, home_of=lambda each, beside: {"lr": 0.1}, factor=lambda progress: 1.0)
         >>> account.listen()
         >>> ledger.freeze("blocks[0]", owner="me")
         >>> ledger.scale("head", 0.5, owner="me")
@@ -57,7 +57,7 @@ class Account(LedgerOracle):
         self,
         state: State,
         *,
-        home_of: Callable[[nn.Parameter], Home],
+        home_of: Callable[[nn.Parameter, nn.Parameter | None], Home],
         factor: Callable[[float], float],
         min_lr: float = 0.0,
     ) -> None:
@@ -72,7 +72,7 @@ class Account(LedgerOracle):
         self.own: dict[str, dict[str, Any]] = {"lr": {}, "schedule": {}}
         self.moments: dict[str, Any] = {}
         for name, each in state.ledger.parameters.items():
-            self._house(name, each)
+            self._house(name, each, None)
             if not each.requires_grad:
                 self.holds["user"].add(name)
 
@@ -155,8 +155,9 @@ class Account(LedgerOracle):
         for name in self.names:
             if name in known:
                 continue
-            self._house(name, ledger.parameters[name])
-            if (beside := beside_of(name, known)) is not None:
+            beside = beside_of(name, known)
+            self._house(name, ledger.parameters[name], None if beside is None else ledger.parameters[beside])
+            if beside is not None:
                 for table in (*self._tables(), *self.own.values()):
                     if beside in table:
                         table[name] = table[beside]
@@ -193,8 +194,8 @@ class Account(LedgerOracle):
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _house(self, name: str, parameter: nn.Parameter) -> None:
-        home = self.home_of(parameter)
+    def _house(self, name: str, parameter: nn.Parameter, beside: nn.Parameter | None) -> None:
+        home = self.home_of(parameter, beside)
         self.base[name] = home["lr"]
         self.given[name] = {key: value for key, value in home.items() if key != "lr"}
 

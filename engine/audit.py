@@ -3,71 +3,34 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property, partial
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from attrs import define, field
 from torch import nn
 from torch.nn.functional import cross_entropy
-from typing_extensions import override
 
 from .account import Account
-from .algorithm import Algorithm, Stage
+from .algorithm import Algorithm
 from .batches import batch_size_of
 from .checkpointing import Checkpointing
-from .clock import Clock, Time
-from .doubles import Audited, uneven_loader
+from .clock import Clock
 from .events import Event
 from .forward import predictions, targets_of
-from .neighbor import Guest
+from .neighbor import Before, Guest
+from .promises import REFUSALS
 from .randomness import Randomness
 from .rehearsal import Outcome, Rehearsal, copied, difference, weights_of
-from .schedules import constant, join, linear
 from .state import State
-from .unaided import Right, buffers_of, evaluated_by_hand, gradients_of, share_right, twin_of
+from .tasks import Task, layer_of, uneven, unsized
+from .unaided import buffers_of, evaluated_by_hand, gradients_of, is_hooked, twin_of
 from .weights import load_weights
 
-MIN_LR, PART = 0.004, 3
 CLOCK = "the clock does not tell the samples that were trained on. It is the loop's: read state.clock, and never tick."
 STATE = "Return from state_dict() whatever changes during a fit, and take it back in load_state_dict()."
-SCHEDULE = join([constant(), linear(end=0.1)], [0.5])
-HOMES: dict[bool, dict[str, Any]] = {
-    True: {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.02},
-    False: {"lr": 0.01, "weight_decay": 0.05},
-}
-"""By whether a parameter is a vector: SGD for those, AdamW for the others."""
-
-
-def factor(progress: float) -> float:
-    """Return what the schedule must give."""
-    return 1.0 if progress < 0.5 else 1.0 - 0.9 * (2 * progress - 1)
-
-
-class Before(Algorithm):
-    """Calls a function at every event, before everybody else, and another one when the fit is set up."""
-
-    stage: ClassVar[Stage] = Stage.SURGERY
-
-    def __init__(self, at: Callable[[Event, State], object], setup: Callable[[State], object]) -> None:
-        self.at, self.setup, self.events = at, setup, frozenset(Event)
-
-    @override
-    def attach(self, state: State) -> None:
-        """Call the other one."""
-        self.setup(state)
-
-    @override
-    def apply(self, event: Event, state: State) -> None:
-        """Call it."""
-        self.at(event, state)
-
-    @override
-    def describe(self) -> dict[str, Any]:
-        """Say only that it is one."""
-        return {"name": "Before", "arguments": {}}
 
 
 @define(eq=False, slots=False)
@@ -76,15 +39,18 @@ class Audit:
 
     Args:
         rehearsal: Whose algorithm it is.
+        task: What is trained, and what is known of it.
         faults: The first thing that was wrong, by the name of the check that says so.
         losses: The mean loss of each batch, by epoch.
         evaluated: What evaluations must have come to, by the batches done.
     """
 
     rehearsal: Rehearsal
+    task: Task
     faults: dict[str, str] = field(factory=dict, init=False)
     losses: dict[int, list[float]] = field(factory=dict, init=False)
     evaluated: dict[int, dict[str, float]] = field(factory=dict, init=False)
+    batches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
     account: Account = field(init=False)
     guest: Guest = field(init=False)
@@ -92,55 +58,10 @@ class Audit:
 
     # -- the fit -----------------------------------------------------------------------------------------------
 
-    @cached_property
-    def loader(self) -> Iterable[Any]:
-        """What is trained on, and evaluated."""
-        return uneven_loader() if self.rehearsal.own_task else self.rehearsal.loader
-
-    def model(self) -> nn.Module:
-        """Build the model anew, always the same."""
-        if not self.rehearsal.own_task:
-            return self.rehearsal.model()
-        with Randomness().kept():
-            torch.manual_seed(self.rehearsal.seed)
-            return Audited()
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What the Trainer is given."""
-        flat = {each.ndim < 2 for each in self.model().parameters()}
-        parts = [
-            (lambda _, each: each.ndim < 2, partial(torch.optim.SGD, **HOMES[True])),
-            (lambda _, each: each.ndim >= 2, partial(torch.optim.AdamW, **HOMES[False])),
-        ]
-        optimizer: Any = parts if len(flat) > 1 else parts[not flat.pop()][1]
-        return {
-            "optimizer": optimizer,
-            "schedule": SCHEDULE,
-            "min_lr": MIN_LR,
-            "metrics": {"share": share_right, "right": Right()} if self.rehearsal.own_task else {},
-            "eval_every": "2ba",
-            "microbatch_size": PART if self.rehearsal.own_task else None,
-            "duration": self._duration(),
-        }
-
-    def _duration(self) -> Time:
-        """Return the duration in samples, so that the fit ends inside an epoch, where that can be said."""
-        given = Time(self.rehearsal.duration)
-        if not self.rehearsal.own_task or given.unit != "ep":
-            return given
-        return Time(f"{max(1, int(given.value * 22) - 9)}sp")
-
     def run(self, folder: Path) -> None:
         """Fit, look at what is on the disk, and go on from the middle and from the end."""
-        run, model = folder / "run", self.model()
-        policy = Checkpointing(every="2ba", keep=10_000, monitor="eval/loss", frozen="fingerprint")
-        fit: Callable[..., Outcome] = partial(
-            self.rehearsal.fit, loader=self.loader, checkpoint=policy, **self.settings
-        )
-        whole = fit(
-            [Before(self._first, self._set_up), *self.rehearsal.make()], model=model, probe=self._last, run_dir=run
-        )
+        run, model = folder / "run", self.task.model()
+        whole = self._fit([Before(self._first, self._set_up), *self.task.make()], model, probe=self._last, run_dir=run)
         self._check_history(whole)
         paths = sorted(path for path in run.iterdir() if path.is_dir() and path.name.startswith("ba"))
         self._check_files(paths, whole, model)
@@ -148,10 +69,9 @@ class Audit:
             return
         ends = {int(path.name[2:]): path for path in (*paths[1:2], *paths[-1:])}
         for batch, path in ends.items():
-            before = [Before(self.guest.come, lambda _: None), *self.rehearsal.make()]
-            resumed = fit(
-                before,
-                model=self.model(),
+            resumed = self._fit(
+                [Before(self.guest.come), *self.task.make()],
+                self.task.model(),
                 probe=partial(self.guest.go, taken={}),
                 run_dir=folder / path.name,
                 resume=path,
@@ -161,20 +81,21 @@ class Audit:
             )
             must = whole.after(batch, resumed)
             self._hold("keeps_true_records", resumed.after(batch, resumed), must, "the fit", f"{what} {STATE}")
-        resumed = fit(
-            [Before(lambda *_: None, lambda _: None), *self.rehearsal.make()],
-            model=self.model(),
-            run_dir=run,
-            resume=True,
-        )
+        idle = Before(lambda *_: None)
+        resumed = self._fit([idle, *self.task.make()], self.task.model(), run_dir=run, resume=True)
         now, must = (each.result["weights after the fit"] for each in (resumed, whole))
         self._hold(
             "keeps_true_records", now, must, "weights", "resume=True after the end gives other weights than that end."
         )
 
+    def _fit(self, algorithms: list[Algorithm], model: nn.Module, **settings: Any) -> Outcome:
+        policy = Checkpointing(every="2ba", keep=10_000, monitor="eval/loss", frozen=self.task.frozen)
+        given = self.task.given(model) | settings
+        return self.rehearsal.fit(algorithms, model=model, checkpoint=policy, **given)
+
     def note(self, check: str, what: str) -> None:
         """Note the first thing that a check finds."""
-        self.faults.setdefault(check, f"{self.rehearsal.name}: {what}")
+        self.faults.setdefault(check, f"{self.task.name}: {what}")
 
     def _hold(self, check: str, now: Any, must: Any, place: str, what: str, *, tolerance: float = 0.0) -> None:
         if check not in self.faults and (found := difference(now, must, place, tolerance=tolerance)):
@@ -183,13 +104,8 @@ class Audit:
     # -- at events ---------------------------------------------------------------------------------------------
 
     def _set_up(self, state: State) -> None:
-        several = len(state.ledger.optimizers) > 1
-        alone = {each.ndim < 2 for each in state.model.parameters()}
-
-        def home_of(parameter: nn.Parameter) -> Mapping[str, Any]:
-            return HOMES[parameter.ndim < 2 if several else next(iter(alone))]
-
-        self.account = Account(state, home_of=home_of, factor=factor, min_lr=MIN_LR)
+        task = self.task
+        self.account = Account(state, home_of=task.home_of, factor=task.factor, min_lr=task.min_lr)
         self.account.listen()
         self.guest = Guest("audit.guest")
 
@@ -216,7 +132,9 @@ class Audit:
     def _last(self, event: Event, state: State) -> None:
         self.guest.go(event, state, self.account.own)
         self._check_trainable(event, state)
-        if event is Event.BEFORE_FORWARD:
+        if event is Event.BATCH_START:
+            self._check_layers(state)
+        elif event is Event.BEFORE_FORWARD:
             self._check_modes(state)
             self._seen.update(states=Randomness().states(), buffers=buffers_of(state.model))
         elif event is Event.AFTER_FORWARD:
@@ -250,6 +168,15 @@ class Audit:
                     "be otherwise. Freeze and thaw through the ledger alone: what nobody holds trains.",
                 )
 
+    def _check_layers(self, state: State) -> None:
+        for name in state.ledger.parameters if self.task.own else ():
+            if (now := state.layers.of(name).name) != (must := layer_of(name)):
+                self.note(
+                    "follows_from_its_calls",
+                    f"{name!r} lies in the layer {now!r}, and by its place in the model it must be {must!r}. Modules that surgery puts "
+                    "in keep the place, and what is attached lies inside of the module.",
+                )
+
     def _check_modes(self, state: State) -> None:
         if "follows_from_its_calls" in self.faults:
             return
@@ -269,7 +196,7 @@ class Audit:
         """Hold the outputs, and the buffers that the forward pass left, against those of a second pass."""
         model, batch = state.model, state.microbatch
         given, kept = self._seen["outputs"], copied(self._seen["buffers"])
-        if not isinstance(batch, (tuple, list)) or any(map(_is_hooked, model.modules())):
+        if not isinstance(batch, (tuple, list)) or any(map(is_hooked, model.modules())):
             return
         now = Randomness()
         with now.kept(), torch.no_grad():
@@ -314,7 +241,7 @@ class Audit:
 
     def _share(self, state: State) -> float:
         """Return how much of its batch a microbatch is: of the labels that are not ignored, else of the samples."""
-        if not self.rehearsal.own_task:
+        if not self.task.own:
             return 1.0
         part, whole = targets_of(state.microbatch), targets_of(state.batch)
         if self.rehearsal.loss_fn is cross_entropy and not whole.is_floating_point():
@@ -395,16 +322,17 @@ class Audit:
             self.note("steps_as_torch_does", f"{what} Keep what is needed of gradients in the algorithm, not in .grad.")
         self.samples += batch_size_of(state.batch)
         self.losses.setdefault(state.clock.epoch - (state.clock.batch_in_epoch == 0), []).append(self._seen["loss"])
-        duration, clock = self.settings["duration"], state.clock
-        if duration.unit == "sp":
-            must = min(1.0, self.samples / duration.value)
+        duration, clock = self.task.duration, state.clock
+        self.batches += 1
+        if done := {"sp": self.samples, "ba": self.batches}.get(duration.unit):
+            must = min(1.0, done / duration.value)
             self._hold("keeps_true_records", clock.progress, must, "progress", CLOCK, tolerance=1e-12)
         self._hold("keeps_true_records", clock.sample, self.samples, "samples", CLOCK)
 
     # -- records -----------------------------------------------------------------------------------------------
 
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        return evaluated_by_hand(model, self.loader, self.rehearsal.loss_fn) if self.rehearsal.own_task else {}
+        return evaluated_by_hand(model, self.task.loader, self.rehearsal.loss_fn) if self.task.own else {}
 
     def _check_evaluation(self, state: State) -> None:
         must = self.evaluated[state.clock.batch] = self._seen["evaluated"]
@@ -428,7 +356,7 @@ class Audit:
                 "keeps_true_records", f"result.last is {whole.last}, and the checkpoints in the run_dir are {there}."
             )
             return
-        live = self.model()
+        live = self.task.model()
         load_weights(whole.last, live, "live")
         what = f"the newest checkpoint, {whole.last.name}, does not hold the weights that the fit ended with. Change none at FIT_END."
         self._hold("keeps_true_records", weights_of(live), weights_of(model), "weights", what)
@@ -436,7 +364,7 @@ class Audit:
         for path in paths:
             batch = int(path.name[2:])
             if batch in losses:
-                again = self.model()
+                again = self.task.model()
                 load_weights(path, again)
                 what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there. Say in evaluated_weights() which they are."
                 must = self.evaluated[batch]
@@ -450,15 +378,26 @@ class Audit:
             )
 
 
-def audit_of(rehearsal: Rehearsal) -> Audit:
-    """Return the audit of an algorithm's fit, which is run once for all checks."""
-    if rehearsal.audit is None:
-        audit = Audit(rehearsal)
+def faults_of(rehearsal: Rehearsal) -> dict[str, str]:
+    """Return what the audits of an algorithm's fits found, by the name of the check; they are run once for all checks."""
+    if rehearsal.audited is None:
+        rehearsal.audited = _audited(rehearsal, [uneven(rehearsal)]) or _audited(rehearsal, unsized(rehearsal))
+    return rehearsal.audited
+
+
+def _audited(rehearsal: Rehearsal, tasks: Iterable[Task]) -> dict[str, str]:
+    """Audit the first of some tasks that the algorithm does not refuse."""
+    for task in tasks:
+        audit = Audit(rehearsal, task)
         with tempfile.TemporaryDirectory() as folder:
-            audit.run(Path(folder))
-        rehearsal.audit = audit
-    return rehearsal.audit  # type: ignore[no-any-return]
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+            try:
+                audit.run(Path(folder))
+            except REFUSALS as error:
+                if task.refusable and not str(getattr(error, "argument", "")).startswith("Trainer"):
+                    continue
+                raise
+            except Exception as error:
+                error.add_note(task.name)
+                raise
+        return audit.faults
+    return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .audit import audit_of
+from .audit import faults_of
 from .promises import check, fail
 from .rehearsal import Rehearsal
 
@@ -32,5 +32,5 @@ def keeps_true_records(rehearsal: Rehearsal) -> None:
 
 
 def _says(rehearsal: Rehearsal, name: str) -> None:
-    if fault := audit_of(rehearsal).faults.get(name):
+    if fault := faults_of(rehearsal).get(name):
         fail(fault)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, as_json
-from .errors import ArgumentError, LayerError, LedgerError, SelectorError, SurgeryError, ThawlineError, shorten
+from .errors import LedgerError, ThawlineError, shorten
 from .events import Event
 from .log import jsonable
 from .neighbor import Neighbor
-from .promises import check, fail, same
+from .promises import REFUSALS, check, fail, same
 from .randomness import Randomness, derive_seed
 from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, copied, difference, weights_of
 from .specimens import Nothing, Specimen
@@ -139,7 +139,7 @@ def _try_call(rehearsal: Rehearsal, place: int, call: Specimen) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             whole, paths = other.saved(Path(folder) / "run", every="4ba", probe=_verify)
-        except (ArgumentError, LayerError, SelectorError, SurgeryError):
+        except REFUSALS:
             for half in halves(call, rehearsal.make()[place]):
                 _try_call(rehearsal, place, half)
             return

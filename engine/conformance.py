@@ -23,6 +23,7 @@ from .checks import (
     starts_afresh,
     works_with_other_arguments,
 )
+from .derivatives import has_true_gradients
 from .doubles import tiny_loader, tiny_models
 from .endings import (
     does_not_count_microbatches,
@@ -32,6 +33,7 @@ from .endings import (
     trains_in_bf16,
 )
 from .errors import ArgumentError, nearest
+from .examples import does_as_its_examples_say
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
@@ -43,6 +45,7 @@ CHECKS: dict[str, Check] = {
     for each in (
         comes_back_from_its_description,
         refuses_bad_arguments,
+        does_as_its_examples_say,
         works_with_other_arguments,
         match_is_pure,
         keeps_the_ledger_whole,
@@ -53,6 +56,7 @@ CHECKS: dict[str, Check] = {
         puts_live_weights_back,
         follows_from_its_calls,
         learns_from_its_loss,
+        has_true_gradients,
         steps_as_torch_does,
         keeps_true_records,
         resumes,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +62,30 @@ class Neighbor(Algorithm):
         elif batch == 7:
             for entry in [each for each in ledger.journal if each.op == GAIN]:
                 ledger.detach(entry.module, GAIN, owner=self.owner)
+
+
+class Before(Algorithm):
+    """Calls a function at every event, before everybody else, and another one when the fit is set up."""
+
+    stage: ClassVar[Stage] = Stage.SURGERY
+
+    def __init__(self, at: Callable[[Event, State], object], setup: Callable[[State], object] = lambda _: None) -> None:
+        self.at, self.setup, self.events = at, setup, frozenset(Event)
+
+    @override
+    def attach(self, state: State) -> None:
+        """Call the other one."""
+        self.setup(state)
+
+    @override
+    def apply(self, event: Event, state: State) -> None:
+        """Call it."""
+        self.at(event, state)
+
+    @override
+    def describe(self) -> dict[str, Any]:
+        """Say only that it is one."""
+        return {"name": "Before", "arguments": {}}
 
 
 _SETS = frozenset({0, 3, 4, 7})  # in the other batches nothing changes but what goes by the clock

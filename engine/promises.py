@@ -8,10 +8,14 @@ from typing import Any, NoReturn, TypeAlias
 
 from typing_extensions import override
 
-from .errors import ThawlineError
+from .errors import ArgumentError, LayerError, ScheduleError, SelectorError, SurgeryError, ThawlineError
 from .rehearsal import Rehearsal, difference
 
 Check: TypeAlias = Callable[[Rehearsal], None]
+
+
+REFUSALS = (ArgumentError, LayerError, ScheduleError, SelectorError, SurgeryError)
+"""By which an algorithm says that a model or other arguments are not for it."""
 
 
 class ConformanceError(ThawlineError, AssertionError):

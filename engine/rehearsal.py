@@ -19,9 +19,11 @@ from typing_extensions import override
 from .algorithm import Algorithm, Stage
 from .batches import batch_size_of
 from .checkpointing import Checkpointing
+from .clock import Time
 from .errors import ArgumentError, ThawlineWarning, shorten
 from .events import Event
 from .functions import FunctionAlgorithm
+from .homes import OptimizerLike
 from .plan import Plan
 from .randomness import Randomness
 from .schedules import linear
@@ -158,7 +160,7 @@ class Rehearsal:
     partners: Sequence[Callable[[], Any]]
     accumulates: bool
     own_task: bool = False
-    audit: Any = field(default=None, init=False)
+    audited: dict[str, str] | None = field(default=None, init=False)
     name: str = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -210,8 +212,9 @@ class Rehearsal:
         loader: Iterable[Any] | None = None,
         probe: Callable[[Event, State], object] | None = None,
         closing: Callable[[], object] = lambda: None,
-        duration: str | int | None = None,
+        duration: Time | str | int | None = None,
         resume: Path | bool = False,
+        optimizer: OptimizerLike | None = None,
         **settings: Any,
     ) -> Outcome:
         """Fit, and return what it came to; the global generators are as before."""
@@ -240,7 +243,7 @@ class Rehearsal:
         trainer = self.trainer([*subjects, Probe(watch, closing=closing)], trackers=[tracker], **settings)
         span = self.duration if duration is None else duration
         with Randomness().kept(), heard() as said:
-            result = trainer.fit(model, loader, loader, duration=span, resume=resume)
+            result = trainer.fit(model, loader, loader, duration=span, optimizer=optimizer, resume=resume)
         after = {
             "weights after the fit": weights_of(model),
             "history": result.history,

@@ -76,3 +76,8 @@ def twin_of(parameter: nn.Parameter) -> nn.Parameter:
     if parameter.grad is not None:
         torch.autograd.backward(twin, parameter.grad.detach().clone())  # a leaf's gradient is what it is given
     return twin
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether something else takes part in a module's forward pass."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import attrs
 import torch
 
-from thawline.engine import Algorithm, Event, Stage, State, register
+from thawline.engine import Algorithm, Attachment, Event, Site, Stage, State, register, surgery_op
 
 BROKEN: dict[type[Algorithm], str] = {}
 """Each, and the name of the check that is meant for it."""
@@ -365,3 +365,62 @@ class Sampling(Algorithm):
         for module in state.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.train()
+
+
+@caught_by("does_as_its_examples_say")
+@attrs.define(slots=False, eq=False)
+class Outdated(Algorithm):
+    """Logs the loss, less often than its documentation says.
+
+    Example:
+        >>> Outdated().every
+        2
+    """
+
+    events = frozenset({Event.BATCH_END})
+    every: int = 3
+
+    def apply(self, event: Event, state: State) -> None:
+        if state.loss is not None and state.clock.batch % self.every == 0:
+            state.log({"seen": state.loss})
+
+
+class _Square(torch.autograd.Function):
+    """The square of a number, with half of its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(value)
+        return value * value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (value,) = ctx.saved_tensors
+        return gradient * value
+
+
+class _SquaredLinear(torch.nn.Linear):
+    gain: torch.nn.Parameter
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * _Square.apply(self.gain)
+
+
+@surgery_op("broken_square")
+def squared(site: Site) -> list[Attachment]:
+    """Attach a gain that counts by its square."""
+    assert isinstance(site.module, torch.nn.Linear)
+    one = torch.ones((), dtype=site.module.weight.dtype, device=site.module.weight.device)
+    return [Attachment(site.name, parameters={"gain": torch.nn.Parameter(one)}, new_class=_SquaredLinear)]
+
+
+@caught_by("has_true_gradients")
+class Squaring(Algorithm):
+    """Trains the gain of the head, by a function that computes its own gradient, and not the right one."""
+
+    events = frozenset({Event.FIT_START})
+    stage: ClassVar[Stage] = Stage.SURGERY
+
+    def apply(self, event: Event, state: State) -> None:
+        if not hasattr(state.model.head, "gain"):
+            state.ledger.attach("head", "broken_square", owner=self.owner)

@@ -83,6 +83,9 @@ TIERS: tuple[frozenset[str], ...] = (
             "audit",
             "audits",
             "unaided",
+            "tasks",
+            "examples",
+            "derivatives",
             "ranked",
         }
         | {"conformance", "oracle", "machine", "strategies", "testing"}

@@ -5,16 +5,22 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import thawline.algorithms
 from thawline.algorithms import presets
 from thawline.engine import Algorithm, Event, LedgerError, State, ThawlineError, on, registered, registered_names
+from thawline.engine.audit import Audit
+from thawline.engine.rehearsal import Rehearsal
+from thawline.engine.tasks import uneven, unsized
 from thawline.engine.testing import (
     CHECKS,
     ConformanceError,
@@ -25,6 +31,7 @@ from thawline.engine.testing import (
     fits,
     models,
     specimen,
+    tiny_loader,
     tiny_models,
 )
 
@@ -143,6 +150,20 @@ def test_any_fit_works_or_is_refused_by_a_typed_error(fit: Fit) -> None:
 def test_every_check_says_what_it_promises(name: str) -> None:
     """A check is documented by the promise that it tests."""
     assert (CHECKS[name].__doc__ or "").rstrip().endswith(".")
+
+
+@pytest.mark.parametrize("factory", ALL, ids=NAMES)
+def test_no_audit_is_passed_over(factory: Callable[[], Any]) -> None:
+    """Each audit runs to its end with the arguments that it tries first: a refusal would hide what it looks for."""
+    rehearsal = Rehearsal(
+        factory=factory, build_model=tiny_models()["residual"], loader=tiny_loader(24), loss_fn=cross_entropy, duration="3ep",
+        seed=0, thorough=False, partners=[], accumulates=True, own_task=True,
+    )  # fmt: skip
+    for task, batches in ((uneven(rehearsal), 8), (next(unsized(rehearsal)), 8)):
+        audit = Audit(rehearsal, task)
+        with TemporaryDirectory() as folder:
+            audit.run(Path(folder))
+        assert (audit.faults, audit.batches) == ({}, batches)
 
 
 class Refuses(Algorithm):

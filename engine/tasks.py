@@ -1,0 +1,182 @@
+"""What the audited fits of the conformance kit train: models, data, optimizers and settings of which it is known what they come to."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from attrs import evolve, field, frozen
+from torch import nn
+
+from .account import Home
+from .algorithm import Algorithm
+from .clock import Time
+from .doubles import Audited, Transformer, uneven_loader
+from .rehearsal import Rehearsal
+from .schedules import constant, cosine, join, linear, warmup
+from .specimens import Specimen
+from .unaided import Right, share_right
+from .variants import other_calls, together
+
+DECAYED: Mapping[str, Any] = {"lr": 0.01, "weight_decay": 0.05}
+PLAIN: Mapping[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.02}
+LEVEL: Mapping[str, Any] = {"lr": 0.004, "weight_decay": 0.0}
+
+
+@frozen
+class Task:
+    """An audited fit, and what is known of it besides.
+
+    Args:
+        name: What faults are told of.
+        make: Builds the algorithms.
+        model: Builds the model.
+        loader: What is trained on, and evaluated.
+        optimizer: Returns what the Trainer is given, for a model.
+        home_of: The rate and the options that a parameter has from there, by itself and, where it was attached, by what it stands beside.
+        factor: What the schedule must give, from progress.
+        own: Whether model and data are the kit's own.
+        duration: Of the fit; the kit's own ends inside an epoch.
+        min_lr: Below which no rate may fall.
+        frozen: How checkpoints keep what is frozen.
+        refusable: Whether an algorithm may refuse it by a typed error.
+        settings: What else the Trainer is given.
+    """
+
+    name: str
+    make: Callable[[], list[Algorithm]]
+    model: Callable[[], nn.Module]
+    loader: Iterable[Any]
+    optimizer: Callable[[nn.Module], Any]
+    home_of: Callable[[nn.Parameter, nn.Parameter | None], Home]
+    factor: Callable[[float], float]
+    own: bool
+    duration: Time
+    min_lr: float = 0.0
+    frozen: Literal["store", "fingerprint"] = "store"
+    refusable: bool = False
+    settings: Mapping[str, Any] = field(factory=dict)
+
+    def given(self, model: nn.Module) -> dict[str, Any]:
+        """Return what the Trainer is given for a model."""
+        metrics = {"metrics": {"share": share_right, "right": Right()}} if self.own else {}
+        rest = {"loader": self.loader, "duration": self.duration, "min_lr": self.min_lr, "eval_every": "2ba"}
+        return {**metrics, **rest, "optimizer": self.optimizer(model), **self.settings}
+
+
+def uneven(rehearsal: Rehearsal) -> Task:
+    """Return a fit of uneven microbatches with two optimizers, ending inside an epoch."""
+    own = rehearsal.own_task
+    model = evolve(rehearsal, build_model=Audited).model if own else rehearsal.model
+    flat = {each.ndim < 2 for each in model().parameters()}
+
+    def home_of(parameter: nn.Parameter, _: nn.Parameter | None) -> Home:
+        return PLAIN if (parameter.ndim < 2 if len(flat) > 1 else next(iter(flat))) else DECAYED
+
+    parts = [
+        (lambda _, each: each.ndim < 2, partial(torch.optim.SGD, **PLAIN)),
+        (lambda _, each: each.ndim >= 2, partial(torch.optim.AdamW, **DECAYED)),
+    ]
+    optimizer: Any = parts if len(flat) > 1 else parts[not next(iter(flat))][1]
+    given = Time(rehearsal.duration)
+    samples = max(1, int(given.value * 22) - 9)
+    return Task(
+        name=rehearsal.name,
+        make=rehearsal.make,
+        model=model,
+        loader=uneven_loader() if own else rehearsal.loader,
+        optimizer=lambda _: optimizer,
+        home_of=home_of,
+        factor=lambda progress: 1.0 if progress < 0.5 else 1.0 - 0.9 * (2 * progress - 1),
+        own=own,
+        duration=Time(f"{samples}sp") if own and given.unit == "ep" else given,
+        min_lr=0.004,
+        frozen="fingerprint",
+        settings={
+            "schedule": join([constant(), linear(end=0.1)], [0.5]),
+            "microbatch_size": 3 if own else None,
+        },
+    )
+
+
+def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
+    """Yield a fit of batches of which nobody says how many there are, with an optimizer that a user made.
+
+    First with as many other arguments as go together, then, for where these are refused, with the given ones.
+    """
+    own, given = rehearsal.own_task, Time(rehearsal.duration)
+    others = [_other_call(each) for each in rehearsal.make()]
+    task = Task(
+        name=f"{rehearsal.name}, with batches of which nobody says how many there are,",
+        make=rehearsal.make,
+        model=evolve(rehearsal, build_model=partial(Transformer, depth=3, dropout=0.1)).model
+        if own
+        else rehearsal.model,
+        loader=Unsized(uneven_loader() if own else rehearsal.loader),
+        optimizer=_by_hand,
+        home_of=lambda each, beside: LEVEL if (each if beside is None else beside).ndim < 2 else DECAYED,
+        factor=lambda progress: progress / 0.25 if progress < 0.25 else _half_wave((progress - 0.25) / 0.75),
+        own=own,
+        duration=Time(f"{max(1, 3 * int(given.value) - 1)}ba") if own and given.unit == "ep" else given,
+        refusable=True,
+        settings={"schedule": warmup(0.25, cosine())},
+    )
+    if any(others):
+        told = ", ".join(repr(each) for each in others if each)
+        yield evolve(task, name=f"{task.name} as {told}:", make=partial(_made, rehearsal, others))
+    yield task
+
+
+def _half_wave(part: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * part))
+
+
+def _by_hand(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer over all but the first vector, which is to find its home beside the others of its kind."""
+    vectors = [each for each in model.parameters() if each.ndim < 2]
+    matrices = [each for each in model.parameters() if each.ndim >= 2]
+    groups = [{"params": vectors[1:] or vectors, **LEVEL}, {"params": matrices}]
+    return torch.optim.AdamW([each for each in groups if each["params"]], **DECAYED)
+
+
+def _made(rehearsal: Rehearsal, others: Sequence[Specimen | None]) -> list[Algorithm]:
+    return [each if other is None else other() for each, other in zip(rehearsal.make(), others, strict=True)]
+
+
+def _other_call(algorithm: Algorithm) -> Specimen | None:
+    """Return a call of an algorithm's class with as many other arguments as go together; None where it takes no others."""
+    return next(iter(together(other_calls(algorithm), algorithm)), None)
+
+
+class Unsized:
+    """Batches in turn, without a length.
+
+    Args:
+        loader: Where they come from.
+
+    Example:
+        >>> hasattr(Unsized([1, 2]), "__len__"), list(Unsized([1, 2]))
+        (False, [1, 2])
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield them."""
+        yield from self.loader
+
+
+def layer_of(name: str) -> str:
+    """Return the layer in which a parameter of the kit's own models lies.
+
+    Example:
+        >>> [layer_of(name) for name in ("embed.bias", "encoder.layers.1.norm1.bias", "head.lora_A")]
+        ['stem', 'blocks[1]', 'head']
+    """
+    number = re.search(r"\.(\d+)\.", name)
+    return f"blocks[{number[1]}]" if number else "stem" if name.startswith("embed.") else "head"
