@@ -402,7 +402,7 @@ class _Square(torch.autograd.Function):
 class _SquaredLinear(torch.nn.Linear):
     gain: torch.nn.Parameter
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch calls it so
         return super().forward(input) * _Square.apply(self.gain)
 
 
