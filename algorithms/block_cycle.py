@@ -74,8 +74,12 @@ class BlockCycle(Turns):
     Source: Luo et al., BAdam, arXiv:2404.02827, algorithm 1.
 
     Example:
-        >>> BlockCycle("50ba", order="descending").describe()["arguments"]
-        {'every': '50ba', 'order': 'descending', 'always': ['head'], 'stem': True}
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=[BlockCycle("1ep", order="descending", stem=False)])
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="3ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'blocks[2]', 'head'), (1, 'blocks[1]', 'head'), (2, 'blocks[0]', 'head')]
     """
 
     every: Time = attrs.field(default=Time("100ba"), converter=_every)

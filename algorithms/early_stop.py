@@ -80,8 +80,13 @@ class EarlyStop(Algorithm):
         ArgumentError: An argument of the wrong type or out of range; at the first evaluation, a monitor that nobody logged.
 
     Example:
-        >>> EarlyStop("eval/accuracy", patience=5).direction
-        'max'
+        >>> import torch
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(loss_fn=torch.nn.functional.cross_entropy, algorithms=[EarlyStop(patience=2, min_delta=9.0)])
+        >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(), tiny_loader(), duration="9ep")
+        >>> result.stop_reason, len(result.history)
+        ('early stop: eval/loss has not improved on ... for 2 evaluations', 3)
     """
 
     stage: ClassVar[Stage] = Stage.CONTROL

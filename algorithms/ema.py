@@ -145,10 +145,19 @@ class EMA(Algorithm):
         ``(1 + t) / (10 + t)`` is that of ``tf.train.ExponentialMovingAverage``.
 
     Example:
+        >>> from thawline.engine import Trainer, on
+        >>> from thawline.engine.testing import tiny_loader
+        >>> model, weights = nn.Linear(4, 2), []
+        >>> @on(Event.AFTER_STEP)
+        ... def note_weight(state):
+        ...     weights.append(state.model.weight.detach().clone())
+        >>> averaging, first = EMA(decay=0.5), model.weight.detach().clone()
+        >>> trainer = Trainer(loss_fn=nn.functional.cross_entropy, algorithms=[averaging, note_weight()])
+        >>> result = trainer.fit(model, tiny_loader(), duration="2ba")
+        >>> bool(torch.allclose(averaging.average["weight"], 0.25 * first + 0.25 * weights[0] + 0.5 * weights[1]))
+        True
         >>> EMA(half_life="200ba").decay_at(elapsed=1.0)
         0.9965402628278678
-        >>> EMA(decay=0.999).describe()["arguments"]["decay"]
-        0.999
     """
 
     stage: ClassVar[Stage] = Stage.WEIGHTS

@@ -43,8 +43,12 @@ class FreezeAt(Algorithm):
         ThawlineWarning: At the start of a fit that ends before one of the times.
 
     Example:
-        >>> FreezeAt({"stem": "1ep", "blocks[0]": "0.3dur"}).describe()["arguments"]["times"]
-        {'stem': '1ep', 'blocks[0]': '0.3dur'}
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=[FreezeAt({"stem": "1ep", "blocks": "0.5dur"})])
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'stem', 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head'), (1, 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head'), (2, 'head')]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY

@@ -69,8 +69,12 @@ class FreezeOut(Algorithm):
     arXiv:1706.04983; the defaults are those that they recommend.
 
     Example:
-        >>> FreezeOut(t_0=0.5, cubed=False)
-        FreezeOut(t_0=0.5, cubed=False, scale_lr=True)
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=[FreezeOut(t_0=0.5, cubed=False)])
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
+        >>> [(span.start.progress, len(span.layers)) for span in plan.spans]
+        [(0.0, 5), (0.5, 4), (0.625, 3), (0.75, 2), (0.875, 1)]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY

@@ -237,8 +237,16 @@ class GradClip(Algorithm):
         arXiv:1211.5063, algorithm 1; adaptive: Brock et al., arXiv:2102.06171, equation 3.
 
     Example:
-        >>> GradClip(max_norm=1.0).describe()["arguments"]["max_norm"]
-        1.0
+        >>> from thawline.engine import Trainer, on
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> norms = []
+        >>> @on(Event.BEFORE_STEP)
+        ... def note_norm(state):
+        ...     norms.append(round(float(gradient_norm([each.grad for each in state.ledger.trainable_parameters])), 4))
+        >>> trainer = Trainer(loss_fn=torch.nn.functional.cross_entropy, algorithms=[GradClip(max_norm=0.1), note_norm()])
+        >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(), duration="3ba")
+        >>> norms
+        [0.1, 0.1, 0.1]
     """
 
     stage: ClassVar[Stage] = Stage.GRADIENTS

@@ -179,8 +179,12 @@ class LayerFreeze(Algorithm):
     Source: MosaicML Composer, ``layer_freezing``; Brock et al., FreezeOut, arXiv:1706.04983.
 
     Example:
-        >>> LayerFreeze(start=0.25, level=0.5).describe()["arguments"]["granularity"]
-        'block'
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=[LayerFreeze(start=0.25, level=0.5)])
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'stem', 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head'), (3, 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head')]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY

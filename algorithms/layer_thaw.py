@@ -177,8 +177,12 @@ class LayerThaw(Algorithm):
     Source: Howard and Ruder, ULMFiT, arXiv:1801.06146, section 3.3; lr_scale=1/2.6 is theirs.
 
     Example:
-        >>> LayerThaw(every=2, lr_scale=1 / 2.6, limit=3).describe()["arguments"]["limit"]
-        3
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=[LayerThaw(every=2, limit=2)])
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="8ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'head'), (2, 'blocks[2]', 'head'), (4, 'blocks[1]', 'blocks[2]', 'head')]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY

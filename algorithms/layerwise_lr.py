@@ -67,8 +67,13 @@ class LayerwiseLR(Algorithm):
     Source: Clark et al., ELECTRA, arXiv:2003.10555, appendix B; Howard and Ruder, arXiv:1801.06146.
 
     Example:
-        >>> LayerwiseLR(decay=0.8).describe()
-        {'name': 'LayerwiseLR', 'arguments': {'decay': 0.8, 'lr_head': None, 'convention': 'timm', 'lowest': None}}
+        >>> import torch
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(optimizer=lambda each: torch.optim.AdamW(each, lr=1.0), algorithms=[LayerwiseLR(decay=0.5)])
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
+        >>> plan.samples[0].rates
+        {'stem': 0.0625, 'blocks[0]': 0.125, 'blocks[1]': 0.25, 'blocks[2]': 0.5, 'head': 1.0}
     """
 
     events = frozenset({Event.FIT_START})

@@ -71,8 +71,12 @@ class LISA(Turns):
     Source: Pan et al., LISA, arXiv:2403.17919, algorithm 1.
 
     Example:
-        >>> LISA(every="5ba", layers=4).describe()["arguments"]
-        {'every': '5ba', 'layers': 4, 'always': ['stem', 'head']}
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=[LISA(every="1ep", layers=1)])
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="2ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'stem', 'blocks[0]', 'head'), (1, 'stem', 'blocks[2]', 'head')]
     """
 
     every: Time = attrs.field(default=Time("20ba"), converter=_every)

@@ -182,8 +182,16 @@ class LoRAInject(Algorithm):
         arXiv:2312.03732; lr_ratio: Hayou, Ghosh, Yu, LoRA+, arXiv:2402.12354.
 
     Example:
-        >>> LoRAInject(rank=4, target=["query", "value"]).describe()["arguments"]["rank"]
-        4
+        >>> import torch
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader
+        >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(3, 4)
+        >>> trainer = Trainer(loss_fn=nn.functional.cross_entropy, algorithms=[LoRAInject(rank=2, alpha=6)])
+        >>> result = trainer.fit(model, tiny_loader(), duration="2ep")
+        >>> adapted = model[0]
+        >>> weight = adapted.weight + 6 / 2 * adapted.lora_B @ adapted.lora_A
+        >>> torch.allclose(adapted(x), nn.functional.linear(x, weight, adapted.bias))
+        True
         >>> LoRAInject(rank=0)
         Traceback (most recent call last):
         thawline.engine.errors.ArgumentError: LoRAInject(rank=) takes a whole number, 1 or above and 65536 or below, got 0. Write: LoRAInject(rank=8)

@@ -84,8 +84,14 @@ class PrefixCache(Algorithm):
     Source: Liu, Agarwal, Venkataraman, AutoFreeze, arXiv:2102.01386.
 
     Example:
-        >>> PrefixCache(budget="500MB", dtype="bf16").describe()["arguments"]["budget"]
-        500000000
+        >>> from thawline.algorithms import TrainOnly
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> cache = PrefixCache(budget="500MB")
+        >>> trainer = Trainer(loss_fn=nn.functional.cross_entropy, algorithms=[TrainOnly("head"), cache])
+        >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(32), duration="3ep")
+        >>> cache.hits  # batches of the second and third epoch, in which the trunk was not computed
+        8
     """
 
     stage: ClassVar[Stage] = Stage.DATA  # after those that freeze and thaw, before those that read gradients

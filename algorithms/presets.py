@@ -27,8 +27,13 @@ def head_only(*, lr: float | None = None) -> list[Algorithm]:
         ArgumentError: ``lr`` is not above 0.
 
     Example:
-        >>> [type(each).__name__ for each in head_only(lr=1e-3)]
-        ['TrainOnly']
+        >>> import torch
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(optimizer=lambda each: torch.optim.AdamW(each, lr=1.0), algorithms=head_only(lr=3.0))
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
+        >>> plan.samples[0].rates
+        {'head': 3.0}
     """
     return [TrainOnly("head", lr=_rates("head_only", lr=("head", lr)))]
 
@@ -58,8 +63,13 @@ def lora(
         ArgumentError: An argument of the wrong type or out of range.
 
     Example:
-        >>> [type(each).__name__ for each in lora(lr_head=1e-3, lr_lora=1e-4)]
-        ['LoRAInject', 'LayerwiseLR']
+        >>> import torch
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(optimizer=lambda each: torch.optim.AdamW(each, lr=1.0), algorithms=lora(lr_head=3.0, lr_lora=0.5))
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
+        >>> plan.samples[0].rates
+        {'stem': 0.5, 'blocks[0]': 0.5, 'blocks[1]': 0.5, 'blocks[2]': 0.5, 'head': 3.0}
     """
     _rates("lora", lr_head=("head", lr_head), lr_lora=("*", lr_lora))
     inject = LoRAInject(
@@ -88,8 +98,13 @@ def partial(
         ArgumentError: An argument of the wrong type or out of range.
 
     Example:
-        >>> partial(last=2, lr_trunk=1e-5)[0].describe()["arguments"]
-        {'select': ['blocks[-2:]', 'head'], 'lr': {'blocks[-2:]': 1e-05}}
+        >>> import torch
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(optimizer=lambda each: torch.optim.AdamW(each, lr=1.0), algorithms=partial(last=2, lr_trunk=0.1))
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
+        >>> plan.samples[0].rates
+        {'blocks[1]': 0.1, 'blocks[2]': 0.1, 'head': 1.0}
     """
     check_whole("partial(last=)", last, at_least=1, example="partial(last=2)")
     if isinstance(also, str) or not isinstance(also, Sequence) or not all(isinstance(each, str) for each in also):
@@ -114,8 +129,13 @@ def full(*, lr_head: float | None = None, layer_decay: float | None = 0.9) -> li
         ArgumentError: An argument of the wrong type or out of range.
 
     Example:
-        >>> full(layer_decay=0.8)[0].describe()["arguments"]["decay"]
-        0.8
+        >>> import torch
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(optimizer=lambda each: torch.optim.AdamW(each, lr=1.0), algorithms=full(layer_decay=0.5))
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
+        >>> plan.samples[0].rates
+        {'stem': 0.0625, 'blocks[0]': 0.125, 'blocks[1]': 0.25, 'blocks[2]': 0.5, 'head': 1.0}
     """
     _rates("full", lr_head=("head", lr_head))
     if layer_decay is not None:
@@ -148,8 +168,12 @@ def progressive(
     Source: Howard and Ruder, ULMFiT, arXiv:1801.06146.
 
     Example:
-        >>> progressive(every=2)[0].describe()["arguments"]["every"]
-        '2ep'
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=progressive(every=2))
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="6ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'head'), (2, 'blocks[2]', 'head'), (4, 'blocks[1]', 'blocks[2]', 'head')]
     """
     return [LayerThaw(every, limit=limit, lr_scale=lr_scale, order=order, warmup=warmup)]
 
@@ -173,8 +197,12 @@ def ulmfit(
     Source: Howard and Ruder, ULMFiT, arXiv:1801.06146, sections 3.2 and 3.3.
 
     Example:
-        >>> ulmfit()[0].describe()["arguments"]["lr_scale"] * 2.6
-        1.0
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=ulmfit())
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="3ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'head'), (1, 'blocks[2]', 'head'), (2, 'blocks[1]', 'blocks[2]', 'head')]
     """
     return [LayerThaw(every, lr_scale=lr_scale, warmup=warmup)]
 
@@ -198,8 +226,12 @@ def fine_tune(
     Source: Howard and Gugger, fastai, ``Learner.fine_tune``.
 
     Example:
-        >>> [type(each).__name__ for each in fine_tune(freeze_epochs=2, base_lr=2e-3)]
-        ['LayerThaw', 'LayerwiseLR', 'TrainOnly']
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=fine_tune(freeze_epochs=2, base_lr=2e-3))
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'head'), (2, 'stem', 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head')]
     """
     check_in_range("fine_tune(lr_mult=)", lr_mult, at_least=1, example="fine_tune(lr_mult=100)")
     rates = _rates("fine_tune", base_lr=("*", base_lr))
@@ -221,8 +253,12 @@ def lp_ft(probe: Time | str | int = "0.5dur", *, lr_scale: float = 0.1) -> list[
     arXiv:2202.10054.
 
     Example:
-        >>> lp_ft("2ep", lr_scale=0.01)[0].describe()["arguments"]["order"]
-        'together'
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(algorithms=lp_ft("2ep", lr_scale=0.01))
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'head'), (2, 'stem', 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head')]
     """
     return [LayerThaw(probe, order="together", lr_scale=lr_scale)]
 

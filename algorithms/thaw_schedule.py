@@ -82,9 +82,12 @@ class ThawSchedule(Algorithm):
     Source: the phases of finetuning-scheduler (Dale, 2021, doi:10.5281/zenodo.5595185).
 
     Example:
-        >>> schedule = ThawSchedule([Phase(thaw="head", until="1ep"), Phase(thaw="blocks[-2:]", lr=1e-4, lr_scale=0.5)])
-        >>> [phase.name for phase in schedule.phases]
-        ['phase 1', 'phase 2']
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> schedule = ThawSchedule([Phase(thaw="head", until="1ep"), Phase(thaw="blocks", lr=1e-4, lr_scale=0.5)])
+        >>> plan = Trainer(algorithms=[schedule]).plan(tiny_models()["mlp"](), tiny_loader(), duration="4ep")
+        >>> [(span.start.epoch, *span.layers) for span in plan.spans]
+        [(0, 'head'), (1, 'blocks[0]', 'blocks[1]', 'head')]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY

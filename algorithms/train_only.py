@@ -117,8 +117,13 @@ class TrainOnly(Algorithm):
             instance does not hold.
 
     Example:
-        >>> TrainOnly(["blocks[-2:]", "head"], lr={"head": 1e-3}).describe()["arguments"]["lr"]
-        {'head': 0.001}
+        >>> import torch
+        >>> from thawline.engine import Trainer
+        >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> trainer = Trainer(optimizer=lambda each: torch.optim.AdamW(each, lr=1.0), algorithms=[TrainOnly(["blocks[-2:]", "head"], lr={"head": 3.0})])
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
+        >>> plan.samples[0].rates
+        {'blocks[1]': 1.0, 'blocks[2]': 1.0, 'head': 3.0}
     """
 
     events = frozenset({Event.FIT_START})

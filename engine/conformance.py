@@ -169,7 +169,7 @@ class AlgorithmContract:
 
     Example:
         >>> sorted(name for name in dir(AlgorithmContract) if name.startswith("test_"))[:2]
-        ['test_comes_back_from_its_description', 'test_does_not_count_microbatches']
+        ['test_comes_back_from_its_description', 'test_does_as_its_examples_say']
     """
 
     factory: Callable[[], Any]
