@@ -95,7 +95,7 @@ def clip_gradients(
     limits = _Limits(max_norm, value, adaptive, norm_type, floor)
     limits.check("clip_gradients", "clip_gradients(parameters, max_norm=1.0")
     each_parameter = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    return _clip([each for each in each_parameter if each.grad is not None], limits)
+    return _clip(each_parameter, limits)
 
 
 @torch.no_grad()
@@ -187,7 +187,7 @@ class _Limits:
 
 
 def _clip(parameters: Sequence[Tensor], limits: _Limits) -> Tensor:
-    """Clip the gradients of parameters that have one."""
+    """Clip the gradients of those parameters that have one."""
     gradients = [grad for each in parameters if (grad := each.grad) is not None]
     norm = gradient_norm(gradients, limits.norm_type).cpu()
     if not math.isfinite(norm):
@@ -201,7 +201,8 @@ def _clip(parameters: Sequence[Tensor], limits: _Limits) -> Tensor:
             torch._foreach_clamp_min_(gradients, -limits.value)  # pyright: ignore[reportPrivateImportUsage]
             torch._foreach_clamp_max_(gradients, limits.value)  # pyright: ignore[reportPrivateImportUsage]
     elif limits.adaptive is not None:
-        clip_adaptively(parameters, gradients, limits.adaptive, floor=limits.floor)
+        trained = [each for each in parameters if each.grad is not None]
+        clip_adaptively(trained, gradients, limits.adaptive, floor=limits.floor)
     return norm
 
 
@@ -275,9 +276,7 @@ class GradClip(Algorithm):
             if self.per_layer and self.max_norm is not None:
                 found = clip_by_layer(self._gathered(state), self.max_norm, norm_type=self.norm_type)
             else:
-                found = _clip(
-                    [each for each in state.ledger.trainable_parameters if each.grad is not None], self._limits
-                )
+                found = _clip(state.ledger.trainable_parameters, self._limits)
         norm = float(found)
         state.grad_norm = norm
         state.log({"grad_norm": norm})
@@ -303,11 +302,13 @@ def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
     norms: list[Tensor] = []
     if math.isinf(norm_type):  # a rank's rows may be none, and nothing is the largest of them
         gradients = [unsharded(each) for each in gradients]
-    for dtype in dict.fromkeys([each.dtype for each in gradients]):
-        alike = [each for each in gradients if each.dtype is dtype]
+    dtypes = dict.fromkeys([each.dtype for each in gradients])
+    for dtype in dtypes:
+        alike = gradients if len(dtypes) == 1 else [each for each in gradients if each.dtype is dtype]
         norms += torch._foreach_norm(alike, norm_type, dtype=_wide(dtype))  # pyright: ignore[reportPrivateImportUsage]
-    device = norms[0].device
-    return [each if each.device == device else each.to(device) for each in norms]
+    if len({each.device for each in norms}) == 1:
+        return norms
+    return [each.to(norms[0].device) for each in norms]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:

@@ -156,7 +156,7 @@ def hf_fit(model: nn.Module, batches: Batches) -> None:
 def fastai_fit(model: nn.Module, batches: Batches) -> None:
     """Run fastai's Learner without its recorder and bar."""
     fastai: Any = import_module("fastai.basics")
-    loaders = fastai.DataLoaders(batches, batches)
+    loaders = fastai.DataLoaders(batches, [])
     learner = fastai.Learner(
         loaders, model, loss_func=nn.functional.cross_entropy, opt_func=partial(fastai.OptimWrapper, opt=torch.optim.SGD),
         lr=0.01,
