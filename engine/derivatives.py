@@ -16,7 +16,7 @@ from .rehearsal import Rehearsal, copied, cut
 from .state import State
 from .unaided import buffers_of, is_hooked
 
-STEP = 1e-5
+STEP = 1e-7
 TOLERANCE = 1e-4
 
 
