@@ -40,7 +40,7 @@ def gradient_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor
     if not gradients:
         return torch.zeros(())
     try:
-        norms = _norms(gradients, norm_type)
+        norms = _norms(list(gradients), norm_type)
     except NotImplementedError:
         raise ArgumentError(
             "GradClip", got="a sparse gradient", takes="dense gradients", example="nn.Embedding(…, sparse=False)"
@@ -297,7 +297,7 @@ class GradClip(Algorithm):
         return [each for each in gradients if each]
 
 
-def _norms(gradients: Sequence[Tensor], norm_type: float) -> list[Tensor]:
+def _norms(gradients: list[Tensor], norm_type: float) -> list[Tensor]:
     """Return the norm of each gradient, all on the device of the first."""
     norms: list[Tensor] = []
     if math.isinf(norm_type):  # a rank's rows may be none, and nothing is the largest of them

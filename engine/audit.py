@@ -43,6 +43,7 @@ class Audit:
         faults: The first thing that was wrong, by the name of the check that says so.
         losses: The mean loss of each batch, by epoch.
         evaluated: What evaluations must have come to, by the batches done.
+        steps: The loss and the rates of each batch, as they must be told.
     """
 
     rehearsal: Rehearsal
@@ -50,6 +51,7 @@ class Audit:
     faults: dict[str, str] = field(factory=dict, init=False)
     losses: dict[int, list[float]] = field(factory=dict, init=False)
     evaluated: dict[int, dict[str, float]] = field(factory=dict, init=False)
+    steps: dict[int, dict[str, float]] = field(factory=dict, init=False)
     batches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
     account: Account = field(init=False)
@@ -261,6 +263,13 @@ class Audit:
     def _foresee(self, state: State) -> None:
         """Compute what torch's own optimizers make of the weights, gradients, options and states at hand."""
         ledger, account, clock = state.ledger, self.account, state.clock
+        self._seen.update(clock=clock, version=ledger.version)
+        if wrong := sorted(self.account.trainable() ^ {name for each in ledger.groups for name in each.parameters}):
+            self.note(
+                "follows_from_its_calls",
+                f"in batch {clock.batch} {wrong[0]!r} trains and is in no group of the optimizer, or the other way round. Groups are "
+                "the ledger's: freeze and thaw through it alone.",
+            )
         steps: list[Any] = []
         for number, optimizer in enumerate(ledger.optimizers):
             groups = [each for each in ledger.groups if each.optimizer == number]
@@ -287,6 +296,15 @@ class Audit:
             steps.append((clones, {name: left.get(place, {}) for place, name in enumerate(names)}))
         self._seen["steps"] = steps
         self._seen["stood"] = {name: ledger.parameters[name].detach().clone() for name in ledger.trainable}
+
+    def _rates(self, state: State) -> dict[str, float]:
+        """Return the highest rate of all that trains, and in each layer, by the names under which they are told."""
+        told = dict.fromkeys(["lr", *(f"lr/{each.name}" for each in state.layers if each.parameters)], 0.0)
+        for name in self.account.trainable():
+            rate = self.account.rate(name, self._seen["clock"])
+            for place in ("lr", f"lr/{layer_of(name) if self.task.own else state.layers.of(name).name}"):
+                told[place] = max(rate, told[place])
+        return told
 
     def _check_group(self, group: Any, entry: Mapping[str, Any], clock: Clock) -> None:
         for name in group.parameters:
@@ -324,6 +342,8 @@ class Audit:
         self.losses.setdefault(state.clock.epoch - (state.clock.batch_in_epoch == 0), []).append(self._seen["loss"])
         duration, clock = self.task.duration, state.clock
         self.batches += 1
+        stands = state.ledger.version == self._seen["version"]  # else rates of the next batch may be told
+        self.steps[self.batches] = {"train/loss": self._seen["loss"]} | (self._rates(state) if stands else {})
         if done := {"sp": self.samples, "ba": self.batches}.get(duration.unit):
             must = min(1.0, done / duration.value)
             self._hold("keeps_true_records", clock.progress, must, "progress", CLOCK, tolerance=1e-12)
@@ -348,6 +368,11 @@ class Audit:
         now = [row.get("train/loss") for row in rows]
         what = "history's train/loss is not the mean of the losses of the epoch's batches. train/ is the engine's: log under another name."
         self._hold("keeps_true_records", now, means, "train/loss", what, tolerance=1e-5)
+        for batch, metrics in outcome.told:
+            if "train/loss" in metrics:
+                told = {name: metrics.get(name) for name in self.steps[batch]}
+                what = f"what trackers were told of batch {batch} is not its loss and the highest rates. train/ and lr are the engine's: log under another name."
+                self._hold("keeps_true_records", told, self.steps[batch], "metrics", what, tolerance=1e-5)
 
     def _check_files(self, paths: list[Path], whole: Outcome, model: nn.Module) -> None:
         if not paths or whole.last is None or whole.last.name != paths[-1].name:

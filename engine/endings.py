@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -49,12 +52,30 @@ _REMOVE = (
 )
 
 
+def _process() -> dict[str, Any]:
+    """Return what could be left in the process: open files, threads, handlers, torch's switches."""
+    open_files = Path("/proc/self/fd")
+    return {
+        "open files": len(list(open_files.iterdir())) if open_files.exists() else 0,
+        "threads": sorted(each.name for each in threading.enumerate()),
+        "handlers of signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
+        "sys.excepthook": sys.excepthook,
+        "gradients on": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
 @check
 def leaves_nothing_behind(rehearsal: Rehearsal) -> None:
-    """After the fit the model has no hook, attribute, mode or flag that it had not before, but for recorded surgery."""
+    """After the fit there is no hook, attribute, mode or flag on the model, and no file, thread or handler, that was not before."""
     model, before = rehearsal.model(), _marks(rehearsal.model())
-    algorithms = rehearsal.make()
-    outcome = rehearsal.fit(algorithms, model=model)
+    algorithms, around = rehearsal.make(), _process()
+    with tempfile.TemporaryDirectory() as folder:
+        outcome, _ = rehearsal.saved(Path(folder) / "run", every="4ba", algorithms=algorithms, model=model)
+    same(
+        around, _process(), "the process", f"{rehearsal.name} leaves something in the process after the fit. {_REMOVE}"
+    )
     after = _marks(model, outcome.journal)
     same(
         {key: before[key] for key in after if key in before}, {key: after[key] for key in after if key in before}, "the model",

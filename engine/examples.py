@@ -7,7 +7,6 @@ import inspect
 import io
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import chdir, redirect_stderr
 from types import ModuleType
 from typing import Any
@@ -21,8 +20,9 @@ from .specimens import Specimen
 
 @check
 def does_as_its_examples_say(rehearsal: Rehearsal) -> None:
-    """The examples in its docstring, in those of its methods and of what else its module offers, give what they show."""
-    for module, documented in _documented(rehearsal):
+    """The examples in the docstrings of its module, and of what that imports from its package, give what they show."""
+    for documented in _documented(rehearsal):
+        module = documented if isinstance(documented, ModuleType) else sys.modules[documented.__module__]
         for examples in doctest.DocTestFinder().find(documented, documented.__name__, module=module):
             printed: list[str] = []
             runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
@@ -38,10 +38,23 @@ def does_as_its_examples_say(rehearsal: Rehearsal) -> None:
                 fail(f"{examples.name}: an example of its docstring does not give what it shows.\n{''.join(printed)}")
 
 
-def _documented(rehearsal: Rehearsal) -> Iterator[tuple[ModuleType, Any]]:
-    """Yield the modules of what builds the algorithms and of their classes, each once; of a script or notebook only these."""
+def _documented(rehearsal: Rehearsal) -> list[Any]:
+    """Return the modules of what builds the algorithms and of their classes; of a script or notebook only these."""
     build = rehearsal.factory.build if isinstance(rehearsal.factory, Specimen) else rehearsal.factory
     made = [each.function if isinstance(each, FunctionAlgorithm) else type(each) for each in rehearsal.make()]
-    for each in dict.fromkeys([build, *made] if inspect.isroutine(build) else made):
-        module = sys.modules[each.__module__]
-        yield module, each if module.__name__ == "__main__" else module
+    found: dict[Any, None] = {}
+    for each in [build, *made] if inspect.isroutine(build) else made:
+        if each.__module__ == "__main__":
+            found[each] = None
+        else:
+            _follow(sys.modules[each.__module__], found)
+    return list(found)
+
+
+def _follow(module: ModuleType, found: dict[Any, None]) -> None:
+    """Add a module, and those of its package whose classes and functions it has."""
+    found[module] = None
+    for each in list(vars(module).values()):
+        name = str(getattr(each, "__module__", ""))
+        if module.__package__ and name.startswith(f"{module.__package__}.") and sys.modules[name] not in found:
+            _follow(sys.modules[name], found)
