@@ -98,6 +98,7 @@ def fit(way: str, seed: int, given: argparse.Namespace) -> Outcome:
 
     split = reviews.load_reviews(ARCHIVE, train=given.train, test=1000, seed=seed)
     lr, algorithms = ways()[way]
+    lr *= given.lr_times
     watch = Watch()
     trainer = Trainer(
         algorithms=[*algorithms(), watch],
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the split, the head, and the training"
     )
+    parser.add_argument("--lr-times", type=float, default=1.0, help="by how much to multiply the learning rates")
     parser.add_argument("--only", choices=ways(), action="append", help="one way; may be repeated")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", type=Path, help="where to write the points")
