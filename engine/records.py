@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .errors import ArgumentError
 from .events import Event
-from .promises import check, fail, same
-from .rehearsal import BY_TURNS, LIVE_EVENTS, Rehearsal, quiet, weights_of
+from .promises import REFUSALS, check, fail, same
+from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, quiet, weights_of
 from .state import State
 
 
@@ -47,13 +47,23 @@ def is_recorded_as_it_happened(rehearsal: Rehearsal) -> None:
 
 @check
 def keeps_to_its_plan(rehearsal: Rehearsal) -> None:
-    """A plan changes nothing; and the fit is as planned, where the plan notes nothing that it cannot know."""
+    """A plan changes nothing; and a fit, also one that ends inside an epoch, is as planned, where the plan notes nothing that it cannot know."""
+    _keeps(rehearsal, rehearsal.duration, rehearsal.whole)
+    for duration in ("20sp", "5ba"):
+        try:
+            fit = rehearsal.fit(duration=duration)
+        except REFUSALS:  # times in epochs, say, which this duration does not relate
+            continue
+        _keeps(rehearsal, duration, fit)
+
+
+def _keeps(rehearsal: Rehearsal, duration: str | int, fit: Outcome) -> None:
     algorithms, model = rehearsal.make(), rehearsal.model()
     before = {"weights": weights_of(model), "algorithms": [each.state_dict() for each in algorithms]}
     trainer = rehearsal.trainer(algorithms)
     try:
         with quiet():
-            plan = trainer.plan(model, rehearsal.loader, duration=rehearsal.duration)
+            plan = trainer.plan(model, rehearsal.loader, duration=duration)
     except ArgumentError as error:
         if error.argument.startswith("Trainer.plan("):  # this model cannot be copied, or this loader has no length
             return
@@ -67,8 +77,8 @@ def keeps_to_its_plan(rehearsal: Rehearsal) -> None:
             fail(f"{rehearsal.name}: the plan does not say that {each.owner} {words}, as its unplanned() does.")
     if not plan.notes:
         same(
-            list(plan.spans), rehearsal.whole.result[BY_TURNS], "the spans",
-            f"{rehearsal.name}: the fit is not as planned, and the plan does not say so. What the clock does not decide, say in "
+            list(plan.spans), fit.result[BY_TURNS], "the spans",
+            f"{rehearsal.name}: a fit of {duration} is not as planned, and the plan does not say so. What the clock does not decide, say in "
             "unplanned(); what trains is decided in the stages SURGERY, TRAINABILITY and CONTROL, which a plan runs.",
         )  # fmt: skip
 
