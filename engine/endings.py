@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import tempfile
-import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,10 +15,11 @@ from .engine import Engine
 from .errors import LedgerError
 from .events import Event
 from .ledger import ParameterLedger
-from .promises import check, fail, same
+from .promises import check, fail, same, unless_alone
 from .randomness import Randomness
-from .rehearsal import LIVE_EVENTS, Rehearsal, copied, cut, quiet, weights_of
+from .rehearsal import LIVE_EVENTS, Rehearsal, copied, cut, in_float64, quiet, weights_of
 from .state import State
+from .surroundings import Opened
 
 # -- ending ------------------------------------------------------------------------------------------------------------
 
@@ -52,30 +50,26 @@ _REMOVE = (
 )
 
 
-def _process() -> dict[str, Any]:
-    """Return what could be left in the process: open files, threads, handlers, torch's switches."""
-    open_files = Path("/proc/self/fd")
-    return {
-        "open files": len(list(open_files.iterdir())) if open_files.exists() else 0,
-        "threads": sorted(each.name for each in threading.enumerate()),
-        "handlers of signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
-        "sys.excepthook": sys.excepthook,
-        "gradients on": torch.is_grad_enabled(),
-        "default dtype": torch.get_default_dtype(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
+_CLOSE = "Close and stop in close() what attach() opened and started, and put back what it set; it is called after errors too."
+
+
+def _check_process(rehearsal: Rehearsal, before: Opened, when: str) -> None:
+    """Fail where the last fit left something in the process."""
+    if left := before.left():
+        fail(f"{rehearsal.name} leaves {left} in the process {when}. {_CLOSE}")
+    if rehearsal.changed:
+        fail(f"{rehearsal.name} leaves {rehearsal.changed[0]} changed {when}. {_CLOSE}")
 
 
 @check
 def leaves_nothing_behind(rehearsal: Rehearsal) -> None:
     """After the fit there is no hook, attribute, mode or flag on the model, and no file, thread or handler, that was not before."""
+    _ = rehearsal.whole  # what a loader, a model or a library opens once, it keeps
     model, before = rehearsal.model(), _marks(rehearsal.model())
-    algorithms, around = rehearsal.make(), _process()
+    algorithms, opened = rehearsal.make(), Opened()
     with tempfile.TemporaryDirectory() as folder:
         outcome, _ = rehearsal.saved(Path(folder) / "run", every="4ba", algorithms=algorithms, model=model)
-    same(
-        around, _process(), "the process", f"{rehearsal.name} leaves something in the process after the fit. {_REMOVE}"
-    )
+    _check_process(rehearsal, opened, "after the fit")
     after = _marks(model, outcome.journal)
     same(
         {key: before[key] for key in after if key in before}, {key: after[key] for key in after if key in before}, "the model",
@@ -87,11 +81,13 @@ def leaves_nothing_behind(rehearsal: Rehearsal) -> None:
 
 @check
 def survives_an_exception(rehearsal: Rehearsal) -> None:
-    """An exception at any event leaves ledger and live weights as they were then, and nothing on the model."""
+    """An exception at any event leaves ledger and live weights as they were then, and nothing on the model or in the process."""
     before = _marks(rehearsal.model())
     kinds = dict.fromkeys(event for event, *_ in rehearsal.whole.events)
+    opened = Opened()
     for event in kinds:
         _explode(rehearsal, event, 1 + (sum(each is event for each, *_ in rehearsal.whole.events) > 1), before)
+        _check_process(rehearsal, opened, f"after an exception at {event.name}")
 
 
 class _Boom(Exception):  # noqa: N818 - no error of anybody's
@@ -205,6 +201,10 @@ def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
     """One batch, the same in four parts with accumulate=4, and sample by sample give the same updates (float64, up to rounding)."""
     if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
         return  # statistics of a batch are not those of its parts
+    unless_alone(rehearsal, _cut_up)
+
+
+def _cut_up(rehearsal: Rehearsal) -> None:
     with Randomness().kept():  # a loader draws its order from the global generator
         batches = list(rehearsal.loader)
     parts = [part for batch in batches for part in cut(batch, 4)]
@@ -222,7 +222,8 @@ def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
     for loader, cuts in fits:
         model = _without_dropout(rehearsal.model().double())
         optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-        ends.append(rehearsal.fit(model=model, loader=loader, optimizer=optimizer, eval_every="1ep", **cuts).result)
+        settings = {"optimizer": optimizer, "loss_fn": in_float64(rehearsal.loss_fn), "eval_every": "1ep", **cuts}
+        ends.append(rehearsal.fit(model=model, loader=loader, **settings).result)
     for cut_into, end in (("in four parts", ends[1]), ("sample by sample", ends[2])):
         same(
             ends[0], end, "the fit",
