@@ -71,5 +71,9 @@ def _differentiate(rehearsal: Rehearsal) -> None:
     with Randomness().kept():
         batches = [part for batch in rehearsal.loader for part in cut(batch, 1)]
     rehearsal.fit(
-        [Before(compare), *rehearsal.make()], model=rehearsal.model().double(), loader=batches, loss_fn=loss_fn, eval_every="1ep"
+        [Before(compare), *rehearsal.make()],
+        model=rehearsal.model().double(),
+        loader=batches,
+        loss_fn=loss_fn,
+        eval_every="1ep",
     )

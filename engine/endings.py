@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .algorithm import Algorithm
 from .engine import Engine
 from .errors import LedgerError
 from .events import Event
@@ -66,7 +67,7 @@ def leaves_nothing_behind(rehearsal: Rehearsal) -> None:
     """After the fit there is no hook, attribute, mode or flag on the model, and no file, thread or handler, that was not before."""
     _ = rehearsal.whole  # what a loader, a model or a library opens once, it keeps
     model, before = rehearsal.model(), _marks(rehearsal.model())
-    algorithms, opened = rehearsal.make(), Opened()
+    algorithms, opened = rehearsal.make(), Opened.now()
     with tempfile.TemporaryDirectory() as folder:
         outcome, _ = rehearsal.saved(Path(folder) / "run", every="4ba", algorithms=algorithms, model=model)
     _check_process(rehearsal, opened, "after the fit")
@@ -84,9 +85,11 @@ def survives_an_exception(rehearsal: Rehearsal) -> None:
     """An exception at any event leaves ledger and live weights as they were then, and nothing on the model or in the process."""
     before = _marks(rehearsal.model())
     kinds = dict.fromkeys(event for event, *_ in rehearsal.whole.events)
-    opened = Opened()
+    opened = Opened.now()
     for event in kinds:
-        _explode(rehearsal, event, 1 + (sum(each is event for each, *_ in rehearsal.whole.events) > 1), before)
+        algorithms = rehearsal.make()  # held until the process was looked at: what they hold open is open
+        times = 1 + (sum(each is event for each, *_ in rehearsal.whole.events) > 1)
+        _explode(rehearsal, algorithms, event, times, before)
         _check_process(rehearsal, opened, f"after an exception at {event.name}")
 
 
@@ -105,7 +108,9 @@ def _look(then: dict[str, Any]) -> None:
         then["broken"] = error
 
 
-def _explode(rehearsal: Rehearsal, at: Event, times: int, before: Mapping[str, Any]) -> None:
+def _explode(
+    rehearsal: Rehearsal, algorithms: list[Algorithm], at: Event, times: int, before: Mapping[str, Any]
+) -> None:
     """Let a fit end with an exception at the ``times``-th event of a kind, and look at what it leaves."""
     model, left = rehearsal.model(), times
     live: dict[str, Tensor] = {}
@@ -125,7 +130,7 @@ def _explode(rehearsal: Rehearsal, at: Event, times: int, before: Mapping[str, A
 
     where = f"{rehearsal.name}: after an exception at {at.name}"
     try:
-        rehearsal.fit(model=model, probe=explode, closing=partial(_look, then))
+        rehearsal.fit(algorithms, model=model, probe=explode, closing=partial(_look, then))
     except _Boom as error:
         if failed := [note for note in getattr(error, "__notes__", ()) if "failed as well" in note]:
             then["failed"] = failed[0]

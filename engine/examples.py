@@ -64,5 +64,10 @@ def _follow(module: ModuleType, found: dict[Any, None]) -> None:
     for each in list(vars(module).values()):
         name = each.__name__ if isinstance(each, ModuleType) else str(getattr(each, "__module__", ""))
         other = sys.modules.get(name)
-        if module.__package__ and name.startswith(f"{module.__package__}.") and other is not None and other not in found:
+        if (
+            module.__package__
+            and name.startswith(f"{module.__package__}.")
+            and other is not None
+            and other not in found
+        ):
             _follow(other, found)

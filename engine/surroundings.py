@@ -73,7 +73,7 @@ class Opened:
     """What the process had open, and what ran in it, at the time that this was made.
 
     Example:
-        >>> opened = Opened()
+        >>> opened = Opened.now()
         >>> opened.left() is None
         True
     """
@@ -82,14 +82,17 @@ class Opened:
     threads: list[threading.Thread] = Factory(threading.enumerate)
     children: list[Any] = Factory(multiprocessing.active_children)
 
+    @classmethod
+    def now(cls) -> Opened:
+        """Look at the process once what nobody holds any more is closed."""
+        gc.collect()
+        return cls()
+
     def left(self) -> str | None:
         """Say what is there that was not; None where there is nothing."""
-        if self._new():
-            gc.collect()  # what nobody holds any more is closed then
-        return self._new()
+        return self._new(Opened()) and self._new(Opened.now())
 
-    def _new(self) -> str | None:
-        now = Opened()
+    def _new(self, now: Opened) -> str | None:
         files = [f"the open file {each!r}" for each in sorted((now.files - self.files).elements())]
         threads = [f"the thread {each.name!r}" for each in now.threads if each not in self.threads]
         children = [f"the process {each.name!r}" for each in now.children if each not in self.children]

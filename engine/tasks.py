@@ -127,7 +127,9 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
         settings={"schedule": warmup(0.25, cosine())},
     )
     if any(others):
-        told = [repr(other) if other else type(each).__name__ for each, other in zip(rehearsal.make(), others, strict=True)]
+        told = [
+            repr(other) if other else type(each).__name__ for each, other in zip(rehearsal.make(), others, strict=True)
+        ]
         yield evolve(task, name=f"{', '.join(told)}{_UNSIZED}", make=partial(_made, rehearsal, others))
     yield task
 
