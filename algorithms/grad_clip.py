@@ -248,6 +248,10 @@ class GradClip(Algorithm):
         >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(), duration="3ba")
         >>> norms
         [0.1, 0.1, 0.1]
+        >>> trainer = Trainer(loss_fn=torch.nn.functional.cross_entropy, algorithms=[GradClip(max_norm=0.01, per_layer=True), note_norm()])
+        >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(), duration="1ba")
+        >>> norms[-1] <= round(0.01 * 5**0.5, 4)  # five layers, each clipped by itself
+        True
     """
 
     stage: ClassVar[Stage] = Stage.GRADIENTS

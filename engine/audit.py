@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from attrs import define, field
+from safetensors import safe_open
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -44,6 +45,7 @@ class Audit:
         losses: The mean loss of each batch, by epoch.
         evaluated: What evaluations must have come to, by the batches done.
         steps: The loss and the rates of each batch, as they must be told.
+        trained: Names of the parameters that a step has changed.
     """
 
     rehearsal: Rehearsal
@@ -52,6 +54,7 @@ class Audit:
     losses: dict[int, list[float]] = field(factory=dict, init=False)
     evaluated: dict[int, dict[str, float]] = field(factory=dict, init=False)
     steps: dict[int, dict[str, float]] = field(factory=dict, init=False)
+    trained: set[str] = field(factory=set, init=False)
     batches: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
     account: Account = field(init=False)
@@ -342,6 +345,7 @@ class Audit:
         self.losses.setdefault(state.clock.epoch - (state.clock.batch_in_epoch == 0), []).append(self._seen["loss"])
         duration, clock = self.task.duration, state.clock
         self.batches += 1
+        self.trained |= self.account.trainable()
         stands = state.ledger.version == self._seen["version"]  # else rates of the next batch may be told
         self.steps[self.batches] = {"train/loss": self._seen["loss"]} | (self._rates(state) if stands else {})
         if done := {"sp": self.samples, "ba": self.batches}.get(duration.unit):
@@ -385,6 +389,12 @@ class Audit:
         load_weights(whole.last, live, "live")
         what = f"the newest checkpoint, {whole.last.name}, does not hold the weights that the fit ended with. Change none at FIT_END."
         self._hold("keeps_true_records", weights_of(live), weights_of(model), "weights", what)
+        with safe_open(whole.last / "tensors.safetensors", "pt") as file:
+            stored = {name.removeprefix("model/") for name in file.keys() if name.startswith("model/")}  # noqa: SIM118 - no dict
+        untouched = [name for name, _ in model.named_parameters() if name not in self.trained]
+        if self.task.frozen == "fingerprint" and (kept := stored.intersection(untouched)):
+            what = f"{whole.last.name} holds {min(kept)!r}, which never trained, though Checkpointing(frozen='fingerprint') keeps its digest alone."
+            self.note("keeps_true_records", f"{what} Write to no weight that the ledger says is frozen.")
         losses = {batch: each["eval/loss"] for batch, each in self.evaluated.items() if each}
         for path in paths:
             batch = int(path.name[2:])

@@ -28,6 +28,7 @@ from .doubles import tiny_loader, tiny_models
 from .endings import (
     does_not_count_microbatches,
     leaves_nothing_behind,
+    repeats_what_does_not_fit,
     survives_an_exception,
     takes_short_fits,
     trains_in_bf16,
@@ -68,6 +69,7 @@ CHECKS: dict[str, Check] = {
         takes_short_fits,
         trains_in_bf16,
         does_not_count_microbatches,
+        repeats_what_does_not_fit,
         stays_equal_on_two_ranks,
     )
 }

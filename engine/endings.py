@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .algorithm import Algorithm
+from .batches import batch_size_of
 from .engine import Engine
 from .errors import LedgerError
 from .events import Event
@@ -236,6 +237,34 @@ def _cut_up(rehearsal: Rehearsal) -> None:
             "times a step: count steps at BATCH_END or with state.clock, and read gradients at BEFORE_STEP, where they are whole.",
             tolerance=1e-7,
         )  # fmt: skip
+
+
+@check
+def repeats_what_does_not_fit(rehearsal: Rehearsal) -> None:
+    """A batch that runs out of memory is done again in smaller microbatches, and counts once (float64, up to rounding)."""
+    if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
+        return
+    with Randomness().kept():
+        batches = [part for batch in rehearsal.loader for part in cut(batch, 1)]
+    largest = max(map(batch_size_of, batches))
+
+    def refuse(module: nn.Module, *given: Any) -> None:
+        if module.training and batch_size_of(given) > largest / 2:
+            raise torch.OutOfMemoryError("of the kit's own making")
+
+    ends: list[dict[str, Any]] = []
+    for cramped in (False, True):
+        model = _without_dropout(rehearsal.model().double())
+        if cramped:
+            model.register_forward_pre_hook(refuse, with_kwargs=True)
+        optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+        ends.append(rehearsal.fit(model=model, loader=batches, optimizer=optimizer, eval_every="1ep").result)
+    same(
+        ends[0], ends[1], "the fit",
+        f"{rehearsal.name}: where a batch does not fit and is done again in smaller parts, the fit is another one. The events of a "
+        "microbatch come for what is given up, too: keep nothing from BEFORE_FORWARD to AFTER_BACKWARD that is not begun anew at BATCH_START.",
+        tolerance=1e-7,
+    )  # fmt: skip
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:

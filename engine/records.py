@@ -62,6 +62,9 @@ def keeps_to_its_plan(rehearsal: Rehearsal) -> None:
     same(
         before, after, "it", f"{rehearsal.name}: a plan changes something. Keep nothing on the class or in the module."
     )
+    for each in algorithms:
+        if (words := each.unplanned()) and not any(words in note for note in plan.notes):
+            fail(f"{rehearsal.name}: the plan does not say that {each.owner} {words}, as its unplanned() does.")
     if not plan.notes:
         same(
             list(plan.spans), rehearsal.whole.result[BY_TURNS], "the spans",

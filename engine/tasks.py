@@ -17,7 +17,7 @@ from .algorithm import Algorithm
 from .clock import Time
 from .doubles import Audited, Transformer, uneven_loader
 from .rehearsal import Rehearsal
-from .schedules import constant, cosine, join, linear, warmup
+from .schedules import Schedule, constant, cosine, join, linear, warmup
 from .specimens import Specimen
 from .unaided import Right, share_right
 from .variants import other_calls, together
@@ -110,6 +110,8 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
     First with as many other arguments as go together, then, for where these are refused, with the given ones.
     """
     own, given = rehearsal.own_task, Time(rehearsal.duration)
+    duration = Time(f"{max(1, 3 * int(given.value) - 1)}ba") if own and given.unit == "ep" else given
+    rise, schedule = _in_three_parts(duration)
     others = [_other_call(each) for each in rehearsal.make()]
     task = Task(
         name=f"{rehearsal.name}{_UNSIZED}",
@@ -120,11 +122,11 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
         loader=Unsized(uneven_loader() if own else rehearsal.loader),
         optimizer=_by_hand,
         home_of=lambda each, beside: LEVEL if (each if beside is None else beside).ndim < 2 else DECAYED,
-        factor=lambda progress: progress / 0.25 if progress < 0.25 else _half_wave((progress - 0.25) / 0.75),
+        factor=partial(_rise_rest_and_fall, rise),
         own=own,
-        duration=Time(f"{max(1, 3 * int(given.value) - 1)}ba") if own and given.unit == "ep" else given,
+        duration=duration,
         refusable=True,
-        settings={"schedule": warmup(0.25, cosine())},
+        settings={"schedule": schedule},
     )
     if any(others):
         told = [
@@ -134,8 +136,19 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
     yield task
 
 
-def _half_wave(part: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * part))
+def _in_three_parts(duration: Time) -> tuple[float, Schedule]:
+    """Return a schedule that rises, rests as long, and falls along half a cosine; and the share in which it rises."""
+    if duration.unit != "ba" or duration.value < 3:
+        return 0.25, warmup(0.25, join([constant(), cosine()], [1 / 3]))
+    part = max(1, int(duration.value) // 4)
+    return part / duration.value, warmup(f"{part}ba", join([constant(), cosine()], [f"{part}ba"]))
+
+
+def _rise_rest_and_fall(rise: float, progress: float) -> float:
+    """Return what its factor must be."""
+    if progress < 2 * rise:
+        return min(1.0, progress / rise)
+    return 0.5 * (1.0 + math.cos(math.pi * (progress - 2 * rise) / (1.0 - 2 * rise)))
 
 
 def _by_hand(model: nn.Module) -> torch.optim.Optimizer:

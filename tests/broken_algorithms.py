@@ -460,3 +460,22 @@ class Deaf(Algorithm):
 
     def attach(self, state: State) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@caught_by("repeats_what_does_not_fit")
+@attrs.define(slots=False, eq=False)
+class Tallying(Algorithm):
+    """Counts the samples of each forward pass, also of one that ran out of memory and is done again."""
+
+    events = frozenset({Event.BEFORE_FORWARD, Event.BATCH_END})
+    stage: ClassVar[Stage] = Stage.OBSERVE
+    seen: int = attrs.field(default=0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        if event is Event.BEFORE_FORWARD:
+            self.seen += len(state.microbatch[0])
+        else:
+            state.log({"seen": self.seen})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
