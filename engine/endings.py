@@ -211,6 +211,7 @@ def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
 
 
 def _cut_up(rehearsal: Rehearsal) -> None:
+    """Hold fits of batches in parts against one of whole batches."""
     with Randomness().kept():  # a loader draws its order from the global generator
         batches = list(rehearsal.loader)
     parts = [part for batch in batches for part in cut(batch, 4)]
@@ -244,6 +245,11 @@ def repeats_what_does_not_fit(rehearsal: Rehearsal) -> None:
     """A batch that runs out of memory is done again in smaller microbatches, and counts once (float64, up to rounding)."""
     if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
         return
+    unless_alone(rehearsal, _cramp)
+
+
+def _cramp(rehearsal: Rehearsal) -> None:
+    """Hold a fit of batches that do not fit against one of those that do."""
     with Randomness().kept():
         batches = [part for batch in rehearsal.loader for part in cut(batch, 1)]
     largest = max(map(batch_size_of, batches))
@@ -257,8 +263,9 @@ def repeats_what_does_not_fit(rehearsal: Rehearsal) -> None:
         model = _without_dropout(rehearsal.model().double())
         if cramped:
             model.register_forward_pre_hook(refuse, with_kwargs=True)
-        optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-        ends.append(rehearsal.fit(model=model, loader=batches, optimizer=optimizer, eval_every="1ep").result)
+        optimizer, loss_fn = partial(torch.optim.SGD, lr=0.05, momentum=0.9), in_float64(rehearsal.loss_fn)
+        end = rehearsal.fit(model=model, loader=batches, optimizer=optimizer, loss_fn=loss_fn, eval_every="1ep")
+        ends.append(end.result)
     same(
         ends[0], ends[1], "the fit",
         f"{rehearsal.name}: where a batch does not fit and is done again in smaller parts, the fit is another one. The events of a "

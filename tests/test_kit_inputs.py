@@ -134,7 +134,14 @@ GIVEN: dict[str, dict[str, Any]] = {
 def test_a_model_a_loader_or_a_loss_is_no_fault_of_the_algorithm(given: dict[str, Any]) -> None:
     """Whatever a Trainer takes, an algorithm that keeps its promises passes on."""
     known = {} if given.get("model") is tiny_models()["shared"] else {"loader": PAIRS}
-    checks = [*AUDITS, "has_true_gradients", "does_not_count_microbatches", "keeps_the_ledger_whole", "resumes"]
+    checks = [
+        *AUDITS,
+        "has_true_gradients",
+        "does_not_count_microbatches",
+        "repeats_what_does_not_fit",
+        "keeps_the_ledger_whole",
+        "resumes",
+    ]
     check_algorithm(partial(GradClip, 1.0), **(known | given), partners=[], checks=checks)
 
 
