@@ -27,7 +27,7 @@ from .randomness import Randomness
 from .rehearsal import Outcome, Rehearsal, copied, difference, weights_of
 from .state import State
 from .tasks import Task, layer_of, uneven, unsized
-from .unaided import buffers_of, evaluated_by_hand, gradients_of, is_hooked, twin_of
+from .unaided import buffers_of, evaluated_by_hand, gradients_of, is_hooked, outputs_with, tensors_of, twin_of
 from .weights import load_weights
 
 CLOCK = "the clock does not tell the samples that were trained on. It is the loop's: read state.clock, and never tick."
@@ -201,15 +201,15 @@ class Audit:
         """Hold the outputs, and the buffers that the forward pass left, against those of a second pass."""
         model, batch = state.model, state.microbatch
         given, kept = self._seen["outputs"], copied(self._seen["buffers"])
-        if not isinstance(batch, (tuple, list)) or any(map(is_hooked, model.modules())):
+        if any(map(is_hooked, model.modules())):
             return
         now = Randomness()
         with now.kept(), torch.no_grad():
             now.restore(self._seen["states"])
-            again = predictions(torch.func.functional_call(model, kept, tuple(batch[:-1])))
+            again = outputs_with(model, kept, batch, has_loss=self.rehearsal.loss_fn is not None)
         where = f"in the forward pass of batch {state.clock.batch}"
         self._hold(
-            "learns_from_its_loss", predictions(given), again, "outputs",
+            "learns_from_its_loss", tensors_of(given), tensors_of(again), "outputs",
             f"{where} the model gives other outputs than for the same inputs, weights and random numbers a second time.", tolerance=1e-5,
         )  # fmt: skip
         self._hold(

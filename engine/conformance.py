@@ -87,7 +87,7 @@ def check_algorithm(
     seed: int = 0,
     partners: Sequence[Callable[[], Any]] | None = None,
     accumulates: bool = True,
-    checks: Sequence[str] | None = None,
+    checks: Iterable[str] | None = None,
 ) -> None:
     """Run an algorithm through every check of the kit; return where it passes all.
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import tempfile
-import threading
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .algorithm import Algorithm
 from .batches import batch_size_of
 from .engine import Engine
 from .errors import LedgerError
 from .events import Event
 from .ledger import ParameterLedger
-from .promises import check, fail, same
+from .promises import check, fail, same, unless_alone
 from .randomness import Randomness
-from .rehearsal import LIVE_EVENTS, Rehearsal, copied, cut, quiet, weights_of
+from .rehearsal import LIVE_EVENTS, Rehearsal, copied, cut, in_float64, quiet, weights_of
 from .state import State
+from .surroundings import Opened
 
 # -- ending ------------------------------------------------------------------------------------------------------------
 
@@ -53,30 +52,26 @@ _REMOVE = (
 )
 
 
-def _process() -> dict[str, Any]:
-    """Return what could be left in the process: open files, threads, handlers, torch's switches."""
-    open_files = Path("/proc/self/fd")
-    return {
-        "open files": len(list(open_files.iterdir())) if open_files.exists() else 0,
-        "threads": sorted(each.name for each in threading.enumerate()),
-        "handlers of signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
-        "sys.excepthook": sys.excepthook,
-        "gradients on": torch.is_grad_enabled(),
-        "default dtype": torch.get_default_dtype(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-    }
+_CLOSE = "Close and stop in close() what attach() opened and started, and put back what it set; it is called after errors too."
+
+
+def _check_process(rehearsal: Rehearsal, before: Opened, when: str) -> None:
+    """Fail where the last fit left something in the process."""
+    if left := before.left():
+        fail(f"{rehearsal.name} leaves {left} in the process {when}. {_CLOSE}")
+    if rehearsal.changed:
+        fail(f"{rehearsal.name} leaves {rehearsal.changed[0]} changed {when}. {_CLOSE}")
 
 
 @check
 def leaves_nothing_behind(rehearsal: Rehearsal) -> None:
     """After the fit there is no hook, attribute, mode or flag on the model, and no file, thread or handler, that was not before."""
+    _ = rehearsal.whole  # what a loader, a model or a library opens once, it keeps
     model, before = rehearsal.model(), _marks(rehearsal.model())
-    algorithms, around = rehearsal.make(), _process()
+    algorithms, opened = rehearsal.make(), Opened.now()
     with tempfile.TemporaryDirectory() as folder:
         outcome, _ = rehearsal.saved(Path(folder) / "run", every="4ba", algorithms=algorithms, model=model)
-    same(
-        around, _process(), "the process", f"{rehearsal.name} leaves something in the process after the fit. {_REMOVE}"
-    )
+    _check_process(rehearsal, opened, "after the fit")
     after = _marks(model, outcome.journal)
     same(
         {key: before[key] for key in after if key in before}, {key: after[key] for key in after if key in before}, "the model",
@@ -88,11 +83,15 @@ def leaves_nothing_behind(rehearsal: Rehearsal) -> None:
 
 @check
 def survives_an_exception(rehearsal: Rehearsal) -> None:
-    """An exception at any event leaves ledger and live weights as they were then, and nothing on the model."""
+    """An exception at any event leaves ledger and live weights as they were then, and nothing on the model or in the process."""
     before = _marks(rehearsal.model())
     kinds = dict.fromkeys(event for event, *_ in rehearsal.whole.events)
+    opened = Opened.now()
     for event in kinds:
-        _explode(rehearsal, event, 1 + (sum(each is event for each, *_ in rehearsal.whole.events) > 1), before)
+        algorithms = rehearsal.make()  # held until the process was looked at: what they hold open is open
+        times = 1 + (sum(each is event for each, *_ in rehearsal.whole.events) > 1)
+        _explode(rehearsal, algorithms, event, times, before)
+        _check_process(rehearsal, opened, f"after an exception at {event.name}")
 
 
 class _Boom(Exception):  # noqa: N818 - no error of anybody's
@@ -110,7 +109,9 @@ def _look(then: dict[str, Any]) -> None:
         then["broken"] = error
 
 
-def _explode(rehearsal: Rehearsal, at: Event, times: int, before: Mapping[str, Any]) -> None:
+def _explode(
+    rehearsal: Rehearsal, algorithms: list[Algorithm], at: Event, times: int, before: Mapping[str, Any]
+) -> None:
     """Let a fit end with an exception at the ``times``-th event of a kind, and look at what it leaves."""
     model, left = rehearsal.model(), times
     live: dict[str, Tensor] = {}
@@ -130,7 +131,7 @@ def _explode(rehearsal: Rehearsal, at: Event, times: int, before: Mapping[str, A
 
     where = f"{rehearsal.name}: after an exception at {at.name}"
     try:
-        rehearsal.fit(model=model, probe=explode, closing=partial(_look, then))
+        rehearsal.fit(algorithms, model=model, probe=explode, closing=partial(_look, then))
     except _Boom as error:
         if failed := [note for note in getattr(error, "__notes__", ()) if "failed as well" in note]:
             then["failed"] = failed[0]
@@ -206,6 +207,11 @@ def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
     """One batch, the same in four parts with accumulate=4, and sample by sample give the same updates (float64, up to rounding)."""
     if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
         return  # statistics of a batch are not those of its parts
+    unless_alone(rehearsal, _cut_up)
+
+
+def _cut_up(rehearsal: Rehearsal) -> None:
+    """Hold fits of batches in parts against one of whole batches."""
     with Randomness().kept():  # a loader draws its order from the global generator
         batches = list(rehearsal.loader)
     parts = [part for batch in batches for part in cut(batch, 4)]
@@ -223,7 +229,8 @@ def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
     for loader, cuts in fits:
         model = _without_dropout(rehearsal.model().double())
         optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-        ends.append(rehearsal.fit(model=model, loader=loader, optimizer=optimizer, eval_every="1ep", **cuts).result)
+        settings = {"optimizer": optimizer, "loss_fn": in_float64(rehearsal.loss_fn), "eval_every": "1ep", **cuts}
+        ends.append(rehearsal.fit(model=model, loader=loader, **settings).result)
     for cut_into, end in (("in four parts", ends[1]), ("sample by sample", ends[2])):
         same(
             ends[0], end, "the fit",
@@ -238,6 +245,11 @@ def repeats_what_does_not_fit(rehearsal: Rehearsal) -> None:
     """A batch that runs out of memory is done again in smaller microbatches, and counts once (float64, up to rounding)."""
     if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
         return
+    unless_alone(rehearsal, _cramp)
+
+
+def _cramp(rehearsal: Rehearsal) -> None:
+    """Hold a fit of batches that do not fit against one of those that do."""
     with Randomness().kept():
         batches = [part for batch in rehearsal.loader for part in cut(batch, 1)]
     largest = max(map(batch_size_of, batches))
@@ -251,8 +263,9 @@ def repeats_what_does_not_fit(rehearsal: Rehearsal) -> None:
         model = _without_dropout(rehearsal.model().double())
         if cramped:
             model.register_forward_pre_hook(refuse, with_kwargs=True)
-        optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-        ends.append(rehearsal.fit(model=model, loader=batches, optimizer=optimizer, eval_every="1ep").result)
+        optimizer, loss_fn = partial(torch.optim.SGD, lr=0.05, momentum=0.9), in_float64(rehearsal.loss_fn)
+        end = rehearsal.fit(model=model, loader=batches, optimizer=optimizer, loss_fn=loss_fn, eval_every="1ep")
+        ends.append(end.result)
     same(
         ends[0], ends[1], "the fit",
         f"{rehearsal.name}: where a batch does not fit and is done again in smaller parts, the fit is another one. The events of a "

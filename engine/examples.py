@@ -11,7 +11,6 @@ from contextlib import chdir, redirect_stderr
 from types import ModuleType
 from typing import Any
 
-from .functions import FunctionAlgorithm
 from .promises import check, fail
 from .randomness import Randomness
 from .rehearsal import Rehearsal, quiet
@@ -22,10 +21,12 @@ from .specimens import Specimen
 def does_as_its_examples_say(rehearsal: Rehearsal) -> None:
     """The examples in the docstrings of its module, and of what that imports from its package, give what they show."""
     for documented in _documented(rehearsal):
-        module = documented if isinstance(documented, ModuleType) else sys.modules[documented.__module__]
-        for examples in doctest.DocTestFinder().find(documented, documented.__name__, module=module):
+        whole = isinstance(documented, ModuleType)
+        module = documented if whole else sys.modules[documented.__module__]
+        named = {} if whole else {documented.__name__: documented}
+        for examples in doctest.DocTestFinder().find(documented, documented.__name__, module=module, extraglobs=named):
             printed: list[str] = []
-            runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+            runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
             with (
                 tempfile.TemporaryDirectory() as folder,
                 chdir(folder),
@@ -35,16 +36,22 @@ def does_as_its_examples_say(rehearsal: Rehearsal) -> None:
             ):
                 failed, _ = runner.run(examples, out=printed.append)
             if failed:
-                fail(f"{examples.name}: an example of its docstring does not give what it shows.\n{''.join(printed)}")
+                fail(
+                    f"{rehearsal.name}: an example in the docstring of {examples.name} does not give what it shows. Correct one of "
+                    "the two; each docstring begins anew, in an empty folder. One that needs what is not there, a file or a network, "
+                    f"ends in: # doctest: +SKIP\n{''.join(printed)}"
+                )
 
 
 def _documented(rehearsal: Rehearsal) -> list[Any]:
-    """Return the modules of what builds the algorithms and of their classes; of a script or notebook only these."""
+    """Return the modules of what builds the algorithms and of their classes; of what stands in no module's names, only these."""
     build = rehearsal.factory.build if isinstance(rehearsal.factory, Specimen) else rehearsal.factory
-    made = [each.function if isinstance(each, FunctionAlgorithm) else type(each) for each in rehearsal.make()]
+    made: list[Any] = [type(each) for each in rehearsal.make()]
     found: dict[Any, None] = {}
-    for each in [build, *made] if inspect.isroutine(build) else made:
-        if each.__module__ == "__main__":
+    for each in [build, *made] if inspect.isroutine(build) and build.__name__ != "<lambda>" else made:
+        if each.__module__ not in sys.modules:
+            continue
+        if each.__module__ == "__main__" or "<locals>" in each.__qualname__:
             found[each] = None
         else:
             _follow(sys.modules[each.__module__], found)
@@ -52,9 +59,15 @@ def _documented(rehearsal: Rehearsal) -> list[Any]:
 
 
 def _follow(module: ModuleType, found: dict[Any, None]) -> None:
-    """Add a module, and those of its package whose classes and functions it has."""
+    """Add a module, and those of its package which it imports, or whose classes and functions it has."""
     found[module] = None
     for each in list(vars(module).values()):
-        name = str(getattr(each, "__module__", ""))
-        if module.__package__ and name.startswith(f"{module.__package__}.") and sys.modules[name] not in found:
-            _follow(sys.modules[name], found)
+        name = each.__name__ if isinstance(each, ModuleType) else str(getattr(each, "__module__", ""))
+        other = sys.modules.get(name)
+        if (
+            module.__package__
+            and name.startswith(f"{module.__package__}.")
+            and other is not None
+            and other not in found
+        ):
+            _follow(other, found)

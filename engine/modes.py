@@ -53,7 +53,8 @@ class ModeKeeper:
             of[path] = mine or before.get(parent, ()) or of.get(parent, ())
             if mine and path:
                 before[parent] = mine
-            self._all.append((module, of[path]))
+            if path:  # the model's own mode is its caller's, and what the others follow
+                self._all.append((module, of[path]))
         self._norms = [(module, names) for module, names in self._all if _has_statistics(module) and names]
 
     def refresh(self, trainable: AbstractSet[str], holds: Holds) -> None:

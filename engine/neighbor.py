@@ -49,12 +49,13 @@ class Neighbor(Algorithm):
         """Do what is due at this batch."""
         ledger, batch = state.ledger, state.clock.batch
         names = [name for name in ledger.parameters if not name.endswith(".gain")]
-        if batch == 0:
+        weights = [name for name in names if name.endswith(".weight")]
+        several = len(names) > 1  # else nothing would train
+        if batch == 0 and several:
             ledger.freeze(names[::2], owner=self.owner)
-        elif batch == 1:
-            weight = next(name for name in reversed(names) if name.endswith(".weight"))
-            ledger.attach(weight.rpartition(".")[0], GAIN, owner=self.owner)
-        elif batch == 3:
+        elif batch == 1 and weights:
+            ledger.attach(weights[-1].rpartition(".")[0], GAIN, owner=self.owner)
+        elif batch == 3 and several:
             ledger.thaw(names[::2], owner=self.owner)
             ledger.freeze(names[1::2], owner=self.owner)
         elif batch == 6:

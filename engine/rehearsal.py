@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -29,6 +30,7 @@ from .randomness import Randomness
 from .schedules import linear
 from .settings import duration_of
 from .state import State
+from .surroundings import settings_kept
 from .tracking import MemoryTracker
 from .trainer import Trainer
 
@@ -161,6 +163,7 @@ class Rehearsal:
     accumulates: bool
     own_task: bool = False
     audited: dict[str, str] | None = field(default=None, init=False)
+    changed: list[str] = field(factory=list, init=False)
     name: str = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -188,6 +191,10 @@ class Rehearsal:
         with Randomness().kept():
             torch.manual_seed(self.seed)
             return self.build_model()
+
+    def alone(self) -> Rehearsal:
+        """Return the same without the algorithm."""
+        return evolve(self, factory=lambda: [Probe(lambda *_: None)])
 
     def trainer(self, algorithms: Sequence[Algorithm], **settings: Any) -> Trainer:
         """Return the Trainer of all fits."""
@@ -217,7 +224,7 @@ class Rehearsal:
         optimizer: OptimizerLike | None = None,
         **settings: Any,
     ) -> Outcome:
-        """Fit, and return what it came to; the global generators are as before."""
+        """Fit, and return what it came to; the global generators and settings are as before, and ``changed`` names these."""
         subjects = self.make() if algorithms is None else list(algorithms)
         model = self.model() if model is None else model
         loader = self.loader if loader is None else loader
@@ -242,7 +249,7 @@ class Rehearsal:
 
         trainer = self.trainer([*subjects, Probe(watch, closing=closing)], trackers=[tracker], **settings)
         span = self.duration if duration is None else duration
-        with Randomness().kept(), heard() as said:
+        with Randomness().kept(), settings_kept() as self.changed, heard() as said:
             result = trainer.fit(model, loader, loader, duration=span, optimizer=optimizer, resume=resume)
         after = {
             "weights after the fit": weights_of(model),
@@ -364,6 +371,11 @@ def _tensors(first: Tensor, second: Tensor, place: str, tolerance: float) -> str
     if tolerance and first.is_floating_point() and torch.allclose(first, second, rtol=tolerance, atol=tolerance):
         return None
     return f"{place}: they differ by up to {(first.double() - second.double()).abs().max().item():.3g}"
+
+
+def in_float64(loss_fn: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor] | None:
+    """Return a loss with its own tensors, such as weights of classes, in float64."""
+    return copy.deepcopy(loss_fn).double() if isinstance(loss_fn, nn.Module) else loss_fn
 
 
 def cut(batch: Any, parts: int) -> list[Any]:

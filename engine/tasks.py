@@ -25,6 +25,7 @@ from .variants import other_calls, together
 DECAYED: Mapping[str, Any] = {"lr": 0.01, "weight_decay": 0.05}
 PLAIN: Mapping[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.02}
 LEVEL: Mapping[str, Any] = {"lr": 0.004, "weight_decay": 0.0}
+_UNSIZED = ", on batches without a length and with an optimizer instance"
 
 
 @frozen
@@ -113,7 +114,7 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
     rise, schedule = _in_three_parts(duration)
     others = [_other_call(each) for each in rehearsal.make()]
     task = Task(
-        name=f"{rehearsal.name}, with batches of which nobody says how many there are,",
+        name=f"{rehearsal.name}{_UNSIZED}",
         make=rehearsal.make,
         model=evolve(rehearsal, build_model=partial(Transformer, depth=3, dropout=0.1)).model
         if own
@@ -128,8 +129,10 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
         settings={"schedule": schedule},
     )
     if any(others):
-        told = ", ".join(repr(each) for each in others if each)
-        yield evolve(task, name=f"{task.name} as {told}:", make=partial(_made, rehearsal, others))
+        told = [
+            repr(other) if other else type(each).__name__ for each, other in zip(rehearsal.make(), others, strict=True)
+        ]
+        yield evolve(task, name=f"{', '.join(told)}{_UNSIZED}", make=partial(_made, rehearsal, others))
     yield task
 
 

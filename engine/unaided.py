@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batches import batch_size_of
+from .data import forward_arguments
 from .forward import predictions
 from .ledger import ParameterLedger
 from .randomness import Randomness
@@ -76,6 +77,40 @@ def twin_of(parameter: nn.Parameter) -> nn.Parameter:
     if parameter.grad is not None:
         torch.autograd.backward(twin, parameter.grad.detach().clone())  # a leaf's gradient is what it is given
     return twin
+
+
+def outputs_with(model: nn.Module, tensors: Mapping[str, Tensor], batch: Any, *, has_loss: bool) -> Any:
+    """Return what a model makes of a batch with other parameters or buffers; without a loss function it is given the labels too."""
+    arguments, keywords, _ = forward_arguments(batch, has_loss)
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    others = {id(each): tensors[name] for name, each in held.items() if name in tensors}
+    given = {
+        f"{path}.{name}".removeprefix("."): others[id(each)]
+        for path, module in model.named_modules()  # a module with two names once: torch would not put its tensors back
+        for name, each in [*module._parameters.items(), *module._buffers.items()]
+        if id(each) in others
+    }
+    return torch.func.functional_call(model, given, arguments, keywords, tie_weights=False)
+
+
+def tensors_of(outputs: Any) -> dict[str, Tensor]:
+    """Return the logits, else all tensors in the outputs of a model, an object that has some as attributes among them.
+
+    Example:
+        >>> tensors_of({"hidden": (torch.zeros(1), torch.ones(1)), "cache": object()})
+        {'.hidden.0': tensor([0.]), '.hidden.1': tensor([1.])}
+    """
+    found = predictions(outputs)
+    containers = (Tensor, Mapping, list, tuple)
+    return dict(_tensors(found if isinstance(found, containers) else getattr(found, "__dict__", {}), ""))
+
+
+def _tensors(value: Any, place: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _tensors(each, f"{place}.{key}")
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -424,6 +425,41 @@ class Squaring(Algorithm):
     def apply(self, event: Event, state: State) -> None:
         if not hasattr(state.model.head, "gain"):
             state.ledger.attach("head", "broken_square", owner=self.owner)
+
+
+class _LeakyLinear(torch.nn.Linear):
+    gain: torch.nn.Parameter
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch calls it so
+        return super().forward(input) + 1e-3 * self.gain.detach() * input.sum()
+
+
+@surgery_op("broken_leak")
+def leaky(site: Site) -> list[Attachment]:
+    """Attach a gain that counts little, and of which no gradient knows."""
+    assert isinstance(site.module, torch.nn.Linear)
+    one = torch.ones((), dtype=site.module.weight.dtype)
+    return [Attachment(site.name, parameters={"gain": torch.nn.Parameter(one)}, new_class=_LeakyLinear)]
+
+
+@caught_by("has_true_gradients")
+class Leaking(Algorithm):
+    """Trains a gain that is detached by mistake."""
+
+    events = frozenset({Event.FIT_START})
+    stage: ClassVar[Stage] = Stage.SURGERY
+
+    def apply(self, event: Event, state: State) -> None:
+        if not hasattr(state.model.blocks[0].linear, "gain"):
+            state.ledger.attach("blocks.0.linear", "broken_leak", owner=self.owner)
+
+
+@caught_by("leaves_nothing_behind")
+class Deaf(Algorithm):
+    """Ignores a signal from then on."""
+
+    def attach(self, state: State) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @caught_by("repeats_what_does_not_fit")

@@ -74,6 +74,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "trace",
             "specimens",
             "variants",
+            "surroundings",
             "rehearsal",
             "promises",
             "checks",
