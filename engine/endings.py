@@ -220,20 +220,12 @@ def _cut_up(rehearsal: Rehearsal) -> None:
         fail(
             "no batch of the loader can be cut into four. Give check_algorithm(loader=) batches of 4, 8 or 16 samples."
         )
-    ends: list[dict[str, Any]] = []
-    fits: list[tuple[list[Any], dict[str, Any]]] = [
-        (wholes, {}),
-        (parts, {"accumulate": 4}),
-        (wholes, {"microbatch_size": 1}),
-    ]
-    for loader, cuts in fits:
-        model = _without_dropout(rehearsal.model().double())
-        optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
-        settings = {"optimizer": optimizer, "loss_fn": in_float64(rehearsal.loss_fn), "eval_every": "1ep", **cuts}
-        ends.append(rehearsal.fit(model=model, loader=loader, **settings).result)
-    for cut_into, end in (("in four parts", ends[1]), ("sample by sample", ends[2])):
+    whole = _in_float64(rehearsal, wholes)
+    quartered = _in_float64(rehearsal, parts, accumulate=4)
+    single = _in_float64(rehearsal, wholes, microbatch_size=1)
+    for cut_into, end in (("in four parts", quartered), ("sample by sample", single)):
         same(
-            ends[0], end, "the fit",
+            whole, end, "the fit",
             f"{rehearsal.name}: a batch {cut_into} gives other updates than the batch at once. Microbatch events come several "
             "times a step: count steps at BATCH_END or with state.clock, and read gradients at BEFORE_STEP, where they are whole.",
             tolerance=1e-7,
@@ -258,20 +250,22 @@ def _cramp(rehearsal: Rehearsal) -> None:
         if module.training and batch_size_of(given) > largest / 2:
             raise torch.OutOfMemoryError("of the kit's own making")
 
-    ends: list[dict[str, Any]] = []
-    for cramped in (False, True):
-        model = _without_dropout(rehearsal.model().double())
-        if cramped:
-            model.register_forward_pre_hook(refuse, with_kwargs=True)
-        optimizer, loss_fn = partial(torch.optim.SGD, lr=0.05, momentum=0.9), in_float64(rehearsal.loss_fn)
-        end = rehearsal.fit(model=model, loader=batches, optimizer=optimizer, loss_fn=loss_fn, eval_every="1ep")
-        ends.append(end.result)
     same(
-        ends[0], ends[1], "the fit",
+        _in_float64(rehearsal, batches), _in_float64(rehearsal, batches, refuse), "the fit",
         f"{rehearsal.name}: where a batch does not fit and is done again in smaller parts, the fit is another one. The events of a "
         "microbatch come for what is given up, too: keep nothing from BEFORE_FORWARD to AFTER_BACKWARD that is not begun anew at BATCH_START.",
         tolerance=1e-7,
     )  # fmt: skip
+
+
+def _in_float64(rehearsal: Rehearsal, loader: list[Any], hook: Any = None, **cuts: Any) -> dict[str, Any]:
+    """Return what a fit without dropout comes to in float64; a hook is called before each forward pass."""
+    model = _without_dropout(rehearsal.model().double())
+    if hook is not None:
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+    optimizer, loss_fn = partial(torch.optim.SGD, lr=0.05, momentum=0.9), in_float64(rehearsal.loss_fn)
+    outcome = rehearsal.fit(model=model, loader=loader, optimizer=optimizer, loss_fn=loss_fn, eval_every="1ep", **cuts)
+    return outcome.result
 
 
 def _without_dropout(model: nn.Module) -> nn.Module:
