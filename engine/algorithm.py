@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, IntEnum
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -166,6 +166,24 @@ class Algorithm(_Remembering):
         fields = attrs.fields(kind) if attrs.has(kind) else ()
         kept = [each.name for each in fields if each.init and each.alias == argument]
         return getattr(self, kept[0], value) if kept else value
+
+
+def evaluated_weights(algorithms: Iterable[Algorithm]) -> Mapping[str, Tensor]:
+    """Return what evaluations run with instead of the live weights: what the first that acts says, of those that say some.
+
+    Raises:
+        ArgumentError: One returns something else than tensors by name.
+    """
+    for each in sorted(algorithms, key=lambda each: each.stage):
+        found: object = each.evaluated_weights()
+        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise ArgumentError(
+                f"{each.owner}.evaluated_weights()", got=found, takes="a mapping of parameter names to tensors to return",
+                example="return dict(self.average)",
+            )  # fmt: skip
+        if found:
+            return found
+    return {}
 
 
 def _check_keywords(kind: type[_Remembering], keywords: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeAlias, cast
 from attrs import frozen
 from torch import Tensor
 
-from .algorithm import Algorithm, Stage
+from .algorithm import Algorithm, Stage, evaluated_weights
 from .errors import ArgumentError, CheckpointError, LedgerError
 from .events import Event, nearest_event
 from .ledger import ParameterLedger
@@ -221,8 +221,7 @@ class Engine:
 
     def evaluated_weights(self) -> Mapping[str, Tensor]:
         """Return what evaluations run with instead of the live weights, by name; empty where with the live ones."""
-        ordered = sorted(self.algorithms, key=lambda each: each.stage)
-        return next((found for each in ordered if (found := each.evaluated_weights())), {})
+        return evaluated_weights(self.algorithms)
 
     def _handler(self, algorithm: Algorithm) -> Handler:
         """Return what to call for an algorithm: its bare ``apply`` where nothing else is needed."""

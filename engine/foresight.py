@@ -83,7 +83,9 @@ class Foresight:
             twin, over_twins(optimizer, twins), copy.deepcopy(layers) if isinstance(layers, LayerMap) else layers,
             schedule=schedule, min_lr=trainer.min_lr, seed=trainer.seed,
         )  # fmt: skip
-        self.state = _PlannedState(twin, ledger, duration, trainer.seed, clock, metrics=_Metrics())
+        self.state = _PlannedState(
+            twin, ledger, duration, trainer.seed, clock, metrics=_Metrics(), accumulate=trainer.accumulate
+        )
         self.algorithms = [each.fresh() for each in trainer.algorithms]
         self.engine = _Engine([each for each in self.algorithms if each.stage in _ACTING], self.state)
         counter = FlopCounter(twin, self.data.peek(), trainer.forward())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .algorithm import evaluated_weights
 from .errors import ArgumentError
 from .events import Event
 from .promises import REFUSALS, check, fail, same
@@ -91,10 +92,8 @@ def puts_live_weights_back(rehearsal: Rehearsal) -> None:
 
     def look(event: Event, state: State) -> None:
         if event is Event.EVAL_BATCH_START:
-            ordered = sorted(algorithms, key=lambda each: each.stage)
-            named = next((found for each in ordered if (found := each.evaluated_weights())), {})
             _compare(
-                live | dict(named),
+                live | dict(evaluated_weights(algorithms)),
                 state,
                 "an evaluation runs with other weights than evaluated_weights() says. Return them",
             )

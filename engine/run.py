@@ -102,7 +102,10 @@ class Run:
             )
             for each in trainer.algorithms:
                 each.reset()
-            self.state = State(model, ledger, duration, trainer.seed, clock, sharded=team is not None and team.shards)
+            sharded = team is not None and team.shards
+            self.state = State(
+                model, ledger, duration, trainer.seed, clock, sharded=sharded, accumulate=trainer.accumulate
+            )
             self.engine = Engine(trainer.algorithms, self.state, debug=trainer.debug)
             self.recorder = Recorder(ledger, total_batches(duration, clock))
         except BaseException:

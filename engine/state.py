@@ -43,6 +43,7 @@ class State:
         restored: Whether earlier weights were put back at the fit's last EPOCH_END: the loop then evaluates them anew.
         stop_reason: Why the fit is to stop, once somebody asked.
         world: How many ranks train together, each with its share of every batch.
+        accumulate: How many batches of the loader are one step; a loader's own batch may be a list as well.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -73,6 +74,7 @@ class State:
     restored: bool = False
     stop_reason: str | None = None
     world: int = 1
+    accumulate: int = 1
     logged: dict[str, float] = field(factory=dict)
 
     @property

@@ -28,10 +28,12 @@ from thawline.engine import (
     Trainer,
     UnknownArgumentError,
     linear,
+    on,
     register,
     registered,
     registered_names,
 )
+from thawline.engine.testing import tiny_loader, tiny_models
 
 
 def state_of(model: nn.Module | None = None, **more: Any) -> State:
@@ -421,3 +423,32 @@ def test_an_unknown_argument_of_an_algorithm_is_answered_with_those_there_are() 
         UnknownArgumentError, match=r"GradClip takes no 'clip', only max_norm, value, norm_type, .*; got 1"
     ):
         GradClip(clip=1.0)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize("answer", ["average", {"weight": 1.0}, None, [("weight", torch.zeros(2))]])
+def test_evaluated_weights_that_are_no_tensors_by_name_are_refused(answer: Any) -> None:
+    """The error names the algorithm and what its method returns instead."""
+
+    class Averaging(GradClip):
+        def evaluated_weights(self) -> Any:
+            return answer
+
+    with pytest.raises(
+        ArgumentError, match=r"^Averaging.evaluated_weights\(\) takes a mapping of .* Write: return dict\("
+    ):
+        Engine([Averaging(1.0)], state_of()).evaluated_weights()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_algorithm_knows_whether_a_batch_is_several_of_the_loader(accumulate: int) -> None:
+    """A loader's own batch is a list as well, so its type does not tell."""
+    found: list[tuple[int, int]] = []
+
+    @on(Event.BATCH_START)
+    def look(state: State) -> None:
+        batches = state.batch if state.accumulate > 1 else [state.batch]
+        found.append((state.accumulate, sum(len(x) for x, _ in batches)))
+
+    trainer = Trainer(loss_fn=nn.functional.cross_entropy, algorithms=[look()], accumulate=accumulate, progress=False)
+    trainer.fit(tiny_models()["mlp"](), tiny_loader(16, 4), duration="1ep")
+    assert found == [(accumulate, 4 * accumulate)] * (4 // accumulate)
