@@ -31,6 +31,10 @@ from .unaided import buffers_of, evaluated_by_hand, gradients_of, is_hooked, out
 from .weights import load_weights
 
 CLOCK = "the clock does not tell the samples that were trained on. It is the loop's: read state.clock, and never tick."
+_MEASURED = (
+    "Say in evaluated_weights() which they are, and move an average at BATCH_END: an evaluation comes before EPOCH_END, and the "
+    "checkpoint after it."
+)
 STATE = "Return from state_dict() whatever changes during a fit, and take it back in load_state_dict()."
 
 
@@ -401,7 +405,7 @@ class Audit:
             if batch in losses:
                 again = self.task.model()
                 load_weights(path, again)
-                what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there. Say in evaluated_weights() which they are."
+                what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there. {_MEASURED}"
                 must = self.evaluated[batch]
                 self._hold("keeps_true_records", self._evaluate(again), must, "metrics", what, tolerance=1e-5)
         best = None if whole.best is None else losses.get(int(whole.best.name[2:]))

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import thawline.algorithms
 from thawline.algorithms import presets
-from thawline.engine import Algorithm, Event, LedgerError, State, ThawlineError, on, registered, registered_names
+from thawline.engine import Algorithm, Event, LedgerError, Stage, State, ThawlineError, on, registered, registered_names
 from thawline.engine.audit import Audit
 from thawline.engine.rehearsal import Rehearsal
 from thawline.engine.tasks import uneven, unsized
@@ -189,3 +190,82 @@ def test_an_error_in_one_order_is_quoted() -> None:
     """Where the other order gives a result."""
     with pytest.raises(ConformanceError, match="One of the two raises ThawlineError: the head is frozen already"):
         check_algorithm(Refuses, partners=[FreezesHead], checks=["does_not_depend_on_order"])
+
+
+@attrs.define(slots=False, eq=False)
+class TrainsBeside(Algorithm):
+    """Trains a little beside the weights that it steps from, along the last gradients, as sharpness-aware minimization does."""
+
+    events = frozenset({Event.BATCH_START, Event.BEFORE_STEP, Event.FIT_ABORT})
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    last: dict[str, Tensor] = attrs.field(factory=dict, init=False)
+    live: dict[str, Tensor] = attrs.field(factory=dict, init=False)
+
+    @torch.no_grad()
+    def apply(self, event: Event, state: State) -> None:
+        parameters = state.ledger.parameters
+        if event is Event.BATCH_START:
+            for name in self.last.keys() & state.ledger.trainable:
+                self.live[name] = parameters[name].clone()
+                parameters[name].add_(self.last[name], alpha=0.05)
+            return
+        for name, live in self.live.items():
+            parameters[name].copy_(live)
+        self.live = {}
+        if event is Event.BEFORE_STEP:
+            self.last = {name: each.grad.clone() for name, each in parameters.items() if each.grad is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last}
+
+
+def test_weights_that_a_batch_trains_at_may_be_put_back() -> None:
+    """After an exception within the batch the model holds what the step would have begun from."""
+    check_algorithm(
+        TrainsBeside, partners=PARTNERS, checks=["survives_an_exception", "resumes", "puts_live_weights_back"]
+    )
+
+
+@attrs.define(slots=False, eq=False)
+class Average(Algorithm):
+    """Evaluates with the mean of the weights at some event."""
+
+    moves: Event = Event.BATCH_END
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    count: int = attrs.field(default=0, init=False)
+    average: dict[str, Tensor] = attrs.field(factory=dict, init=False)
+    live: dict[str, Tensor] = attrs.field(factory=dict, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.events = frozenset({self.moves, Event.EVAL_START, Event.EVAL_END, Event.FIT_ABORT})
+
+    @torch.no_grad()
+    def apply(self, event: Event, state: State) -> None:
+        parameters = state.ledger.parameters
+        if event is self.moves:
+            self.count += 1
+            for name, each in parameters.items():
+                mean = self.average.setdefault(name, each.detach().clone())
+                mean += (each - mean) / self.count
+        elif event is Event.EVAL_START:
+            for name in self.average.keys() & parameters.keys():
+                self.live[name] = parameters[name].detach().clone()
+                parameters[name].copy_(self.average[name])
+        else:
+            for name, live in self.live.items():
+                parameters[name].copy_(live)
+            self.live = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "average": self.average}
+
+    def evaluated_weights(self) -> Mapping[str, Tensor]:
+        return self.average
+
+
+def test_an_average_that_moves_between_evaluation_and_checkpoint_is_told_where_to_move() -> None:
+    """At EPOCH_END it comes after the evaluation, so the checkpoint names other weights than were measured."""
+    checks = ["keeps_true_records", "puts_live_weights_back"]
+    check_algorithm(Average, partners=PARTNERS, checks=checks)
+    with pytest.raises(ConformanceError, match="move an average at BATCH_END: an evaluation comes before EPOCH_END"):
+        check_algorithm(lambda: Average(Event.EPOCH_END), partners=PARTNERS, checks=checks)
