@@ -96,7 +96,7 @@ def check_algorithm(
             list of algorithms.
         model: Builds the model to train; None is a small residual network of stem, three blocks and head.
         loader: Batches that fit the model, fewer than about ten; None is :func:`tiny_loader`.
-        loss_fn: As the Trainer's.
+        loss_fn: As the Trainer's: None for a model that returns its own loss, as causal language models do.
         duration: Of the fits: long enough for the algorithm to act.
         thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``; and
             train on two ranks, where processes can fork and the batches can be halved.

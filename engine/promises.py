@@ -27,6 +27,8 @@ class ConformanceError(ThawlineError, AssertionError):
     Example:
         >>> print(ConformanceError({"match_is_pure": "match() changed 'seen'"}))
         match_is_pure: match() changed 'seen'
+        >>> print(ConformanceError({"resumes": "KeyError: 'x'", "trains_in_bf16": "KeyError: 'x'"}))
+        resumes, trains_in_bf16: KeyError: 'x'
     """
 
     def __init__(self, failures: Mapping[str, str]) -> None:
@@ -35,7 +37,10 @@ class ConformanceError(ThawlineError, AssertionError):
 
     @override
     def __str__(self) -> str:
-        return "\n".join(f"{name}: {message}" for name, message in self.failures.items())
+        alike: dict[str, list[str]] = {}
+        for name, message in self.failures.items():
+            alike.setdefault(message, []).append(name)
+        return "\n".join(f"{', '.join(names)}: {message}" for message, names in alike.items())
 
 
 class _BrokenPromiseError(AssertionError):
