@@ -42,7 +42,8 @@ _SAID: tuple[tuple[tuple[str, ...], str], ...] = (
         ("DTensor", "FSDP", "DeviceMesh", "sharding strategy"),
         (
             "the model, or an algorithm, does with weights in shards what these cannot do: {0}. A weight is whole only while the module is "
-            f"called that it lies in. Write: {REPLICATE}."
+            "called that it lies in. Write in an algorithm: unsharded(tensor) for all of a weight or gradient, shard_like(tensor, parameter) "
+            f"for this rank's rows of a whole one; else {REPLICATE}."
         ),
     ),
 )
@@ -84,7 +85,7 @@ def _explained(error: BaseException, team: Team, batch: int) -> ThawlineError | 
     text = str(error)
     for words, said in _SAID:
         if any(each in text for each in words) and (mixed or words != (_BF16,)):
-            first = text.partition("\n")[0][:300]
+            first = text.partition("\n")[0][:300].rstrip(".!")
             return DistributedError(f"rank {team.rank} at batch {batch}: {said.format(first)}")
     return None
 

@@ -202,7 +202,7 @@ REFUSALS = {
     "cache": ("ArgumentError: Trainer(algorithms=)", "PrefixCache beside FullyShard"),
     "left": ("ArgumentError: Trainer.fit(model=) takes a whole model", "'stem.weight' lies in shards"),
     "memory": ("OutOfMemoryError: out of memory on rank", "microbatch_size=1"),
-    "borrowing": ("DistributedError: rank", "whole only while the module is called", "Replicate()"),
+    "borrowing": ("DistributedError: rank", "whole only while the module is called", "shard_like(tensor, parameter)", "Replicate()"),
     "forked": ("DistributedError: the ranks ran different parts of the model: rank 1 ran ['blocks.1'], rank 0 ['blocks.0']",),
 }  # fmt: skip
 
