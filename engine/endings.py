@@ -237,7 +237,8 @@ def _cut_up(rehearsal: Rehearsal) -> None:
         same(
             whole, end, "the fit",
             f"{rehearsal.name}: a batch {cut_into} gives other updates than the batch at once. Microbatch events come several "
-            "times a step: count steps at BATCH_END or with state.clock, and read gradients at BEFORE_STEP, where they are whole.",
+            "times a step: count steps at BATCH_END or with state.clock, and read gradients at BEFORE_STEP, where they are whole. "
+            "For one that looks at the samples of a part together, as mixup does: check_algorithm(accumulates=False).",
             tolerance=1e-7,
         )  # fmt: skip
 

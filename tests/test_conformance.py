@@ -269,3 +269,18 @@ def test_an_average_that_moves_between_evaluation_and_checkpoint_is_told_where_t
     check_algorithm(Average, partners=PARTNERS, checks=checks)
     with pytest.raises(ConformanceError, match="move an average at BATCH_END: an evaluation comes before EPOCH_END"):
         check_algorithm(lambda: Average(Event.EPOCH_END), partners=PARTNERS, checks=checks)
+
+
+@on(Event.BEFORE_FORWARD)
+def mix_neighbors(state: State) -> None:
+    """Mix each sample with another of its microbatch."""
+    x, y = state.microbatch
+    state.microbatch = [0.9 * x + 0.1 * x.flip(0), y]
+
+
+def test_what_mixes_samples_may_say_that_the_parts_of_a_batch_count() -> None:
+    """The kit says how, and asks no more of it then."""
+    checks = ["does_not_count_microbatches", "repeats_what_does_not_fit"]
+    with pytest.raises(ConformanceError, match=r"as mixup does: check_algorithm\(accumulates=False\)"):
+        check_algorithm(mix_neighbors, checks=checks)
+    check_algorithm(mix_neighbors, checks=checks, accumulates=False)
