@@ -21,10 +21,7 @@ from .specimens import Specimen
 def does_as_its_examples_say(rehearsal: Rehearsal) -> None:
     """The examples in the docstrings of its module, and of what that imports from its package, give what they show."""
     for documented in _documented(rehearsal):
-        whole = isinstance(documented, ModuleType)
-        module = documented if whole else sys.modules[documented.__module__]
-        named = {} if whole else {documented.__name__: documented}
-        for examples in doctest.DocTestFinder().find(documented, documented.__name__, module=module, extraglobs=named):
+        for examples in _examples(documented):
             printed: list[str] = []
             runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
             with (
@@ -56,6 +53,17 @@ def _documented(rehearsal: Rehearsal) -> list[Any]:
         else:
             _follow(sys.modules[each.__module__], found)
     return list(found)
+
+
+def _examples(documented: Any) -> list[doctest.DocTest]:
+    """Return the examples of a module, or of a class or function whose source may be nowhere, as where a notebook defines it."""
+    if isinstance(documented, ModuleType):
+        return doctest.DocTestFinder().find(documented, documented.__name__, module=documented)
+    names = vars(sys.modules[documented.__module__]) | {documented.__name__: documented}
+    inside = [each for each in vars(documented).values() if inspect.isroutine(each) or isinstance(each, property)]
+    texts = [text for each in (documented, *inside) if isinstance(text := each.__doc__, str)]
+    parser = doctest.DocTestParser()
+    return [parser.get_doctest(text, names.copy(), documented.__name__, None, None) for text in texts]
 
 
 def _follow(module: ModuleType, found: dict[Any, None]) -> None:
