@@ -68,8 +68,7 @@ def _differentiate(rehearsal: Rehearsal) -> None:
                 "checks=CHECKS.keys() - {'has_true_gradients'}."
             )
 
-    with Randomness().kept():
-        batches = [part for batch in rehearsal.loader for part in cut(batch, 1)]
+    batches = [part for batch in rehearsal.batches() for part in cut(batch, 1)]
     rehearsal.fit(
         [Before(compare), *rehearsal.make()],
         model=rehearsal.model().double(),

@@ -17,7 +17,7 @@ from .engine import Engine
 from .errors import LedgerError
 from .events import Event
 from .ledger import ParameterLedger
-from .promises import check, fail, same, unless_alone
+from .promises import Check, check, fail, same, unless_alone
 from .randomness import Randomness
 from .rehearsal import LIVE_EVENTS, Rehearsal, copied, cut, in_float64, quiet, weights_of
 from .state import State
@@ -215,24 +215,21 @@ def trains_in_bf16(rehearsal: Rehearsal) -> None:
 @check
 def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
     """One batch, the same in four parts with accumulate=4, and sample by sample give the same updates (float64, up to rounding)."""
-    if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
-        return  # statistics of a batch are not those of its parts
-    unless_alone(rehearsal, _cut_up)
+    _if_parts_add_up(rehearsal, _cut_up)
 
 
 def _cut_up(rehearsal: Rehearsal) -> None:
     """Hold fits of batches in parts against one of whole batches."""
-    with Randomness().kept():  # a loader draws its order from the global generator
-        batches = list(rehearsal.loader)
+    batches = rehearsal.batches()
     parts = [part for batch in batches for part in cut(batch, 4)]
     wholes = [part for batch in batches for part in cut(batch, 1) if cut(batch, 4)]
     if not parts:
         fail(
             "no batch of the loader can be cut into four. Give check_algorithm(loader=) batches of 4, 8 or 16 samples."
         )
-    whole = _in_float64(rehearsal, wholes)
-    quartered = _in_float64(rehearsal, parts, accumulate=4)
-    single = _in_float64(rehearsal, wholes, microbatch_size=1)
+    whole = _end_in_float64(rehearsal, wholes)
+    quartered = _end_in_float64(rehearsal, parts, accumulate=4)
+    single = _end_in_float64(rehearsal, wholes, microbatch_size=1)
     for cut_into, end in (("in four parts", quartered), ("sample by sample", single)):
         same(
             whole, end, "the fit",
@@ -246,15 +243,12 @@ def _cut_up(rehearsal: Rehearsal) -> None:
 @check
 def repeats_what_does_not_fit(rehearsal: Rehearsal) -> None:
     """A batch that runs out of memory is done again in smaller microbatches, and counts once (float64, up to rounding)."""
-    if not rehearsal.accumulates or any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
-        return
-    unless_alone(rehearsal, _cramp)
+    _if_parts_add_up(rehearsal, _cramp)
 
 
 def _cramp(rehearsal: Rehearsal) -> None:
     """Hold a fit of batches that do not fit against one of those that do."""
-    with Randomness().kept():
-        batches = [part for batch in rehearsal.loader for part in cut(batch, 1)]
+    batches = [part for batch in rehearsal.batches() for part in cut(batch, 1)]
     largest = max(map(batch_size_of, batches))
 
     def refuse(module: nn.Module, *given: Any) -> None:
@@ -262,14 +256,20 @@ def _cramp(rehearsal: Rehearsal) -> None:
             raise torch.OutOfMemoryError("of the kit's own making")
 
     same(
-        _in_float64(rehearsal, batches), _in_float64(rehearsal, batches, refuse), "the fit",
+        _end_in_float64(rehearsal, batches), _end_in_float64(rehearsal, batches, refuse), "the fit",
         f"{rehearsal.name}: where a batch does not fit and is done again in smaller parts, the fit is another one. The events of a "
         "microbatch come for what is given up, too: keep nothing from BEFORE_FORWARD to AFTER_BACKWARD that is not begun anew at BATCH_START.",
         tolerance=1e-7,
     )  # fmt: skip
 
 
-def _in_float64(rehearsal: Rehearsal, loader: list[Any], hook: Any = None, **cuts: Any) -> dict[str, Any]:
+def _if_parts_add_up(rehearsal: Rehearsal, function: Check) -> None:
+    """Run a part of a check where microbatches claim to be worth their batch; statistics of a batch are not those of its parts."""
+    if rehearsal.accumulates and not any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
+        unless_alone(rehearsal, function)
+
+
+def _end_in_float64(rehearsal: Rehearsal, loader: list[Any], hook: Any = None, **cuts: Any) -> dict[str, Any]:
     """Return what a fit without dropout comes to in float64; a hook is called before each forward pass."""
     model = _without_dropout(rehearsal.model().double())
     if hook is not None:

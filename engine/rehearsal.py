@@ -192,6 +192,11 @@ class Rehearsal:
             torch.manual_seed(self.seed)
             return self.build_model()
 
+    def batches(self) -> list[Any]:
+        """Return the batches of an epoch; a loader draws their order from the global generator, which is as before."""
+        with Randomness().kept():
+            return list(self.loader)
+
     def alone(self) -> Rehearsal:
         """Return the same without the algorithm."""
         return evolve(self, factory=lambda: [Probe(lambda *_: None)])
