@@ -17,16 +17,15 @@ from torch.nn.functional import cross_entropy
 from .account import Account
 from .algorithm import Algorithm
 from .batches import batch_size_of
-from .checkpointing import Checkpointing
 from .clock import Clock
 from .events import Event
 from .forward import predictions, targets_of
 from .neighbor import Before, Guest
 from .promises import REFUSALS
 from .randomness import Randomness
-from .rehearsal import Outcome, Rehearsal, copied, difference, weights_of
+from .rehearsal import Outcome, Rehearsal, batch_of, copied, difference, weights_of
 from .state import State
-from .tasks import Task, layer_of, uneven, unsized
+from .tasks import KEPT, Task, layer_of, uneven, unsized
 from .unaided import buffers_of, evaluated_by_hand, gradients_of, is_hooked, outputs_with, tensors_of, twin_of
 from .weights import load_weights
 
@@ -76,8 +75,9 @@ class Audit:
         self._check_files(paths, whole, model)
         if "follows_from_its_calls" in self.faults:  # what the guest may set was told wrongly
             return
-        ends = {int(path.name[2:]): path for path in (*paths[1:2], *paths[-1:])}
-        for batch, path in ends.items():
+        saved = {batch_of(path): path for path in paths}
+        middle = [path for batch, path in saved.items() if batch >= KEPT]
+        for batch, path in {batch_of(each): each for each in (*middle[:1], *paths[-1:])}.items():
             resumed = self._fit(
                 [Before(self.guest.come), *self.task.make()],
                 self.task.model(),
@@ -98,9 +98,7 @@ class Audit:
         )
 
     def _fit(self, algorithms: list[Algorithm], model: nn.Module, **settings: Any) -> Outcome:
-        policy = Checkpointing(every="2ba", keep=10_000, monitor="eval/loss", frozen=self.task.frozen)
-        given = self.task.given(model) | settings
-        return self.rehearsal.fit(algorithms, model=model, checkpoint=policy, **given)
+        return self.rehearsal.fit(algorithms, model=model, **(self.task.given(model) | settings))
 
     def note(self, check: str, what: str) -> None:
         """Note the first thing that a check finds."""
@@ -119,7 +117,6 @@ class Audit:
         self.guest = Guest("audit.guest")
 
     def _first(self, event: Event, state: State) -> None:
-        self.guest.come(event, state)
         if event is Event.AFTER_FORWARD:
             self._seen["outputs"] = state.outputs
         elif event is Event.AFTER_LOSS:
@@ -137,12 +134,14 @@ class Audit:
             self._check_step(state)
         elif event is Event.BATCH_START:
             self._seen["loss"] = 0.0
+        self.guest.come(event, state)
 
     def _last(self, event: Event, state: State) -> None:
         self.guest.go(event, state, self.account.own)
         self._check_trainable(event, state)
         if event is Event.BATCH_START:
             self._check_layers(state)
+            self._seen["statistics"] = buffers_of(state.model)
         elif event is Event.BEFORE_FORWARD:
             self._check_modes(state)
             self._seen.update(states=Randomness().states(), buffers=buffers_of(state.model))
@@ -252,10 +251,11 @@ class Audit:
         """Return how much of its batch a microbatch is: of the labels that are not ignored, else of the samples."""
         if not self.task.own:
             return 1.0
-        part, whole = targets_of(state.microbatch), targets_of(state.batch)
-        if self.rehearsal.loss_fn is cross_entropy and not whole.is_floating_point():
-            return int((part != -100).sum()) / int((whole != -100).sum())
-        return batch_size_of(state.microbatch) / batch_size_of(state.batch)
+        part, whole = state.microbatch, _batches(state)
+        if self.rehearsal.loss_fn is cross_entropy and not targets_of(part).is_floating_point():
+            labels, *others = (int((targets_of(each) != -100).sum()) for each in (part, *whole))
+            return labels / sum(others)
+        return batch_size_of(part) / sum(map(batch_size_of, whole))
 
     def _check_gradients(self, state: State) -> None:
         now, must = gradients_of(state.ledger), self._seen["must"]
@@ -301,6 +301,9 @@ class Audit:
             fresh.step()
             left = fresh.state_dict()["state"]
             steps.append((clones, {name: left.get(place, {}) for place, name in enumerate(names)}))
+        norm, gradients = state.grad_norm, gradients_of(ledger).values()
+        numbers = [each for each in (norm, self._seen["loss"], *gradients) if each is not None]
+        self._seen["finite"] = all(bool(torch.as_tensor(each).isfinite().all()) for each in numbers)
         self._seen["steps"] = steps
         self._seen["stood"] = {name: ledger.parameters[name].detach().clone() for name in ledger.trainable}
 
@@ -327,6 +330,11 @@ class Audit:
         parameters = state.ledger.parameters
         what = f"the step of batch {state.clock.batch} is not that of"
         mend = "Leave optimizers and weights alone between BEFORE_STEP and AFTER_STEP, and put no hook on an optimizer."
+        if state.step_skipped:
+            self._hold(
+                "steps_as_torch_does", buffers_of(state.model), self._seen["statistics"], "buffers",
+                f"the step of batch {state.clock.batch} was skipped, and the model's buffers are not as before it. {mend}",
+            )  # fmt: skip
         for clones, moments in self._seen["steps"]:
             stood = self._seen["stood"]
             must = {name: stood[name] if state.step_skipped else each.detach() for name, each in clones.items()}
@@ -345,7 +353,14 @@ class Audit:
         if left := [name for name, each in state.ledger.parameters.items() if each.grad is not None]:
             what = f"{left[0]!r} has a gradient at BATCH_END, batch {state.clock.batch}, which the next batch would add to."
             self.note("steps_as_torch_does", f"{what} Keep what is needed of gradients in the algorithm, not in .grad.")
-        self.samples += batch_size_of(state.batch)
+        if state.step_skipped is self._seen["finite"]:
+            said = "skipped, and all gradients were" if state.step_skipped else "made, and not all gradients were"
+            mend = "state.step_skipped is the loop's, and only read."
+            self.note(
+                "steps_as_torch_does",
+                f"at BATCH_END, batch {state.clock.batch}, the step is said to be {said} finite. {mend}",
+            )
+        self.samples += sum(map(batch_size_of, _batches(state)))
         self.losses.setdefault(state.clock.epoch - (state.clock.batch_in_epoch == 0), []).append(self._seen["loss"])
         duration, clock = self.task.duration, state.clock
         self.batches += 1
@@ -376,11 +391,16 @@ class Audit:
         now = [row.get("train/loss") for row in rows]
         what = "history's train/loss is not the mean of the losses of the epoch's batches. train/ is the engine's: log under another name."
         self._hold("keeps_true_records", now, means, "train/loss", what, tolerance=1e-5)
+        before = 0
         for batch, metrics in outcome.told:
             if "train/loss" in metrics:
-                told = {name: metrics.get(name) for name in self.steps[batch]}
-                what = f"what trackers were told of batch {batch} is not its loss and the highest rates. train/ and lr are the engine's: log under another name."
-                self._hold("keeps_true_records", told, self.steps[batch], "metrics", what, tolerance=1e-5)
+                since = [self.steps[each]["train/loss"] for each in range(before + 1, batch + 1)]
+                must = self.steps[batch] | {"train/loss": sum(since) / len(since)}
+                told = {name: metrics.get(name) for name in must}
+                what = f"what trackers were told at batch {batch} is not the mean loss since batch {before} and the highest rates."
+                mend = "train/ and lr are the engine's: log under another name."
+                self._hold("keeps_true_records", told, must, "metrics", f"{what} {mend}", tolerance=1e-5)
+                before = batch
 
     def _check_files(self, paths: list[Path], whole: Outcome, model: nn.Module) -> None:
         if not paths or whole.last is None or whole.last.name != paths[-1].name:
@@ -389,6 +409,12 @@ class Audit:
                 "keeps_true_records", f"result.last is {whole.last}, and the checkpoints in the run_dir are {there}."
             )
             return
+        if (every := self.task.policy.keep_every) is not None:
+            lasting = {*range(int(every.value), self.batches + 1, int(every.value)), self.batches}
+            wanted = sorted(lasting if whole.best is None else lasting | {batch_of(whole.best)})
+            if (now := list(map(batch_of, paths))) != wanted:
+                what = f"the checkpoints of the batches {now} are there; to be kept were those of {wanted}."
+                self.note("keeps_true_records", f"{what} Leave the files of the run_dir to Checkpointing.")
         live = self.task.model()
         load_weights(whole.last, live, "live")
         what = f"the newest checkpoint, {whole.last.name}, does not hold the weights that the fit ended with. Change none at FIT_END."
@@ -396,25 +422,30 @@ class Audit:
         with safe_open(whole.last / "tensors.safetensors", "pt") as file:
             stored = {name.removeprefix("model/") for name in file.keys() if name.startswith("model/")}  # noqa: SIM118 - no dict
         untouched = [name for name, _ in model.named_parameters() if name not in self.trained]
-        if self.task.frozen == "fingerprint" and (kept := stored.intersection(untouched)):
+        if self.task.policy.frozen == "fingerprint" and (kept := stored.intersection(untouched)):
             what = f"{whole.last.name} holds {min(kept)!r}, which never trained, though Checkpointing(frozen='fingerprint') keeps its digest alone."
             self.note("keeps_true_records", f"{what} Write to no weight that the ledger says is frozen.")
         losses = {batch: each["eval/loss"] for batch, each in self.evaluated.items() if each}
         for path in paths:
-            batch = int(path.name[2:])
+            batch = batch_of(path)
             if batch in losses:
                 again = self.task.model()
                 load_weights(path, again)
                 what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there. {_MEASURED}"
                 must = self.evaluated[batch]
                 self._hold("keeps_true_records", self._evaluate(again), must, "metrics", what, tolerance=1e-5)
-        best = None if whole.best is None else losses.get(int(whole.best.name[2:]))
+        best = None if whole.best is None else losses.get(batch_of(whole.best))
         if losses and (best is None or best > min(losses.values()) + 1e-6):
             what = f"result.best is {whole.best}, and the evaluations came to {losses}."
             self.note(
                 "keeps_true_records",
                 f"{what} Checkpointing(monitor='eval/loss') keeps the checkpoint of the smallest loss.",
             )
+
+
+def _batches(state: State) -> list[Any]:
+    """Return the loader batches of a step."""
+    return [state.batch] if state.accumulate == 1 else list(state.batch)
 
 
 def faults_of(rehearsal: Rehearsal) -> dict[str, str]:

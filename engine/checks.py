@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 
 from .algorithm import Algorithm, as_json
+from .batches import Unloaded
+from .doubles import augmented_loader
 from .errors import LedgerError, ThawlineError, shorten
 from .events import Event
 from .log import jsonable
-from .neighbor import Neighbor
+from .neighbor import Before, Neighbor
 from .promises import REFUSALS, check, fail, same
 from .randomness import Randomness, derive_seed
-from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, copied, difference, weights_of
+from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, batch_of, copied, difference, weights_of
 from .specimens import Nothing, Specimen
 from .state import State
 from .variants import halves, other_calls, together
@@ -218,7 +220,9 @@ def keeps_the_ledger_whole(rehearsal: Rehearsal) -> None:
     def beside() -> list[Algorithm]:
         return [*rehearsal.make(), Neighbor()]
 
-    other = attrs.evolve(rehearsal, factory=beside)
+    other = attrs.evolve(
+        rehearsal, factory=beside, loader=augmented_loader() if rehearsal.own_task else rehearsal.loader
+    )
     other.name = f"{rehearsal.name} beside another that freezes and attaches"
     with tempfile.TemporaryDirectory() as folder:
         whole, paths = other.saved(Path(folder) / "run", every="4ba", probe=look, debug=True)
@@ -235,17 +239,67 @@ _EVALUATION = re.compile(r"EVAL_START (EVAL_BATCH_START EVAL_BATCH_END )*EVAL_EN
 
 @check
 def leaves_the_loop_alone(rehearsal: Rehearsal) -> None:
-    """The events come in the order of the loop, and the clock ticks one batch at each BATCH_END."""
-    events = rehearsal.whole.events
+    """The events come in the order of the loop, the clock ticks at each BATCH_END, and the loader's samples come once an epoch, as they are."""
+    _check_events(rehearsal, rehearsal.whole)
+    _check_samples(rehearsal)
+    batches = rehearsal.batches()[:1]
+    before = copied(batches)
+    try:
+        short = rehearsal.fit(loader=batches, duration="3ep")
+    except REFUSALS:
+        return
+    same(
+        before, copied(batches), "the batch",
+        f"{rehearsal.name}: a batch that the loader holds was written to, so the next epoch begins with another one. Put a new one into "
+        "state.batch at BATCH_START, in the stage DATA.",
+    )  # fmt: skip
+    _check_events(rehearsal, short)
+    done = sum(event is Event.BATCH_END for event, *_ in short.events)
+    same(
+        list(range(1, done + 1)), [row["epoch"] for row in short.result["history"]], "the epochs",
+        f"{rehearsal.name}: over epochs of one batch, not each epoch has a row of history. {_LOOP}",
+    )  # fmt: skip
+
+
+_LOOP = "emit(), tick(), the state's clock and the loader are the loop's; an algorithm only acts and asks: state.stop(reason)."
+
+
+def _check_events(rehearsal: Rehearsal, outcome: Outcome) -> None:
+    events = outcome.events
     text = _EVALUATION.sub("EVAL ", "".join(f"{event.name} " for event, *_ in events))
-    mend = "emit(), tick() and the state's clock are the loop's; an algorithm only acts and asks: state.stop(reason)."
     if not _GRAMMAR.fullmatch(text):
-        fail(f"{rehearsal.name}: the events are not those of the loop: {text}. {mend}")
+        fail(f"{rehearsal.name}: the events are not those of the loop: {text}. {_LOOP}")
     done = 0
     for event, _, batch, _ in events:
         done += event is Event.BATCH_END
         if batch != done:
-            fail(f"{rehearsal.name}: at {event.name} the clock stands at batch {batch} after {done} batches. {mend}")
+            fail(f"{rehearsal.name}: at {event.name} the clock stands at batch {batch} after {done} batches. {_LOOP}")
+
+
+def _check_samples(rehearsal: Rehearsal) -> None:
+    """Hold the batches of the kit's own data against the ids of their samples."""
+    if not rehearsal.own_task:
+        return
+    loader, seen = augmented_loader(), set[int]()
+    data: Any = loader.dataset
+
+    def look(event: Event, state: State) -> None:
+        if event is Event.EPOCH_START:
+            seen.clear()
+        elif event is Event.BATCH_START and not isinstance(state.batch, Unloaded):
+            ids, (inputs, targets) = list(state.sample_ids or ()), state.batch
+            noise = inputs - data.x[ids]
+            alike = torch.equal(targets, data.y[ids]) and noise.min() >= 0 and noise.max() <= data.AMOUNT
+            if not alike or seen.intersection(ids) or len(ids) != len(set(ids)):
+                fail(
+                    f"{rehearsal.name}: batch {state.clock.batch} does not begin with the samples of state.sample_ids, each once an "
+                    f"epoch. {_LOOP}"
+                )
+            seen.update(ids)
+        elif event is Event.EPOCH_END and state.clock.batch_in_epoch == 0 and len(seen) != len(data):
+            fail(f"{rehearsal.name}: the epoch had {len(seen)} of {len(data)} samples. {_LOOP}")
+
+    rehearsal.fit([Before(look), *rehearsal.make()], loader=loader)
 
 
 @check
@@ -312,7 +366,7 @@ _FUNCTION = (
 
 def _goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
     """Resume from a checkpoint, and compare with the uninterrupted fit."""
-    batch = int(path.name[2:])
+    batch = batch_of(path)
     resumed = rehearsal.fit(resume=path)
     where = f"{rehearsal.name}, resumed at batch {batch},"
     same(
@@ -329,7 +383,7 @@ def _goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
 def _is_saved_at_each_batch(rehearsal: Rehearsal, whole: Outcome, run: Path, paths: list[Path]) -> None:
     """Hold the checkpoints against the batches, and the metrics that were written against those that were told."""
     batches = {batch for event, _, batch, _ in whole.events if event is Event.BATCH_END}
-    if missing := sorted(batches - {int(path.name[2:]) for path in paths}):
+    if missing := sorted(batches - {batch_of(path) for path in paths}):
         fail(
             f"{rehearsal.name}: no checkpoint was written after batch {missing[0]}. state_dict() returns tensors, numbers, "
             "text, None, and lists and dicts of these, at every batch."

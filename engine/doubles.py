@@ -9,7 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 from typing_extensions import override
 
 FEATURES, CLASSES = 4, 2
@@ -137,6 +137,36 @@ def uneven_loader() -> DataLoader[tuple[Tensor, ...]]:
     x, y = tiny_loader(22).dataset.tensors  # type: ignore[attr-defined]  # a TensorDataset
     ignored = torch.arange(len(y)) % 5 == 0
     return DataLoader(TensorDataset(x, y.masked_fill(ignored, -100)), batch_size=8, shuffle=True)
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """The task of :func:`tiny_loader` with noise on each sample, of all generators and of one that it keeps to itself.
+
+    Args:
+        samples: How many.
+    """
+
+    AMOUNT = 0.1
+    """How much noise there is at most on a number."""
+
+    def __init__(self, samples: int = 22) -> None:
+        self.x, self.y = tiny_loader(samples).dataset.tensors  # type: ignore[attr-defined]  # a TensorDataset
+        self.kept = {"own": [random.Random(0)]}  # noqa: S311 - noise
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.y)
+
+    @override
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        numbers = random.random() * float(np.random.random()) * self.kept["own"][0].random()  # noqa: NPY002, S311 - the global ones
+        return self.x[index] + self.AMOUNT * numbers * torch.rand(FEATURES), self.y[index]
+
+
+def augmented_loader() -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return batches of samples that are never twice the same, drawn by a sampler of batches."""
+    data = Augmented()
+    return DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 8, drop_last=False))
 
 
 def mlp(width: int = FEATURES, depth: int = 3) -> nn.Sequential:

@@ -215,7 +215,7 @@ def trains_in_bf16(rehearsal: Rehearsal) -> None:
 @check
 def does_not_count_microbatches(rehearsal: Rehearsal) -> None:
     """One batch, the same in four parts with accumulate=4, and sample by sample give the same updates (float64, up to rounding)."""
-    _if_parts_add_up(rehearsal, _cut_up)
+    if_parts_add_up(rehearsal, _cut_up)
 
 
 def _cut_up(rehearsal: Rehearsal) -> None:
@@ -227,9 +227,9 @@ def _cut_up(rehearsal: Rehearsal) -> None:
         fail(
             "no batch of the loader can be cut into four. Give check_algorithm(loader=) batches of 4, 8 or 16 samples."
         )
-    whole = _end_in_float64(rehearsal, wholes)
-    quartered = _end_in_float64(rehearsal, parts, accumulate=4)
-    single = _end_in_float64(rehearsal, wholes, microbatch_size=1)
+    whole = end_in_float64(rehearsal, wholes)
+    quartered = end_in_float64(rehearsal, parts, accumulate=4)
+    single = end_in_float64(rehearsal, wholes, microbatch_size=1)
     for cut_into, end in (("in four parts", quartered), ("sample by sample", single)):
         same(
             whole, end, "the fit",
@@ -243,7 +243,7 @@ def _cut_up(rehearsal: Rehearsal) -> None:
 @check
 def repeats_what_does_not_fit(rehearsal: Rehearsal) -> None:
     """A batch that runs out of memory is done again in smaller microbatches, and counts once (float64, up to rounding)."""
-    _if_parts_add_up(rehearsal, _cramp)
+    if_parts_add_up(rehearsal, _cramp)
 
 
 def _cramp(rehearsal: Rehearsal) -> None:
@@ -256,20 +256,20 @@ def _cramp(rehearsal: Rehearsal) -> None:
             raise torch.OutOfMemoryError("of the kit's own making")
 
     same(
-        _end_in_float64(rehearsal, batches), _end_in_float64(rehearsal, batches, refuse), "the fit",
+        end_in_float64(rehearsal, batches), end_in_float64(rehearsal, batches, refuse), "the fit",
         f"{rehearsal.name}: where a batch does not fit and is done again in smaller parts, the fit is another one. The events of a "
         "microbatch come for what is given up, too: keep nothing from BEFORE_FORWARD to AFTER_BACKWARD that is not begun anew at BATCH_START.",
         tolerance=1e-7,
     )  # fmt: skip
 
 
-def _if_parts_add_up(rehearsal: Rehearsal, function: Check) -> None:
+def if_parts_add_up(rehearsal: Rehearsal, function: Check) -> None:
     """Run a part of a check where microbatches claim to be worth their batch; statistics of a batch are not those of its parts."""
     if rehearsal.accumulates and not any(hasattr(each, "running_mean") for each in rehearsal.model().modules()):
         unless_alone(rehearsal, function)
 
 
-def _end_in_float64(rehearsal: Rehearsal, loader: list[Any], hook: Any = None, **cuts: Any) -> dict[str, Any]:
+def end_in_float64(rehearsal: Rehearsal, loader: list[Any], hook: Any = None, **cuts: Any) -> dict[str, Any]:
     """Return what a fit without dropout comes to in float64; a hook is called before each forward pass."""
     model = _without_dropout(rehearsal.model().double())
     if hook is not None:

@@ -89,11 +89,14 @@ class Before(Algorithm):
         return {"name": "Before", "arguments": {}}
 
 
+_SPOILED = 2
 _SETS = frozenset({0, 3, 4, 7})  # in the other batches nothing changes but what goes by the clock
 
 
 class Guest:
     """Makes every call on a ledger by the clock alone, and leaves to the others what they set and the last that trains.
+
+    In one batch it makes a gradient infinite, so that the step is skipped.
 
     Args:
         owner: Under which name.
@@ -127,6 +130,11 @@ class Guest:
             weights = [name for name in ledger.parameters if name.endswith(".weight")]
             for name in weights[-1:]:
                 ledger.attach(name.rpartition(".")[0], GAIN, owner=self.owner)
+        elif event is Event.AFTER_BACKWARD and batch == _SPOILED:
+            for grad in [
+                each for name in sorted(ledger.trainable) if (each := ledger.parameters[name].grad) is not None
+            ][:1]:
+                grad.fill_(torch.inf)
         elif event is Event.BATCH_START and batch == 6:
             for entry in [each for each in ledger.journal if each.owner == self.owner]:
                 ledger.detach(entry.module, GAIN, owner=self.owner)

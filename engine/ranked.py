@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distributed import FullyShard, Replicate, can_fork, join
-from .errors import ThawlineError
+from .distributed import FullyShard, Replicate, join, ready_to_fork
+from .endings import end_in_float64, if_parts_add_up
+from .errors import DistributedError, ThawlineError
 from .promises import check, fail
-from .rehearsal import Rehearsal
+from .rehearsal import Rehearsal, cut, difference
 from .shards import unsharded
 
 _RANKS = 2
@@ -26,11 +27,11 @@ _IN_SHARDS = FullyShard(timeout=120)
 
 @check
 def stays_equal_on_two_ranks(rehearsal: Rehearsal) -> None:
-    """On two ranks weights, optimizer, algorithm and history are the same; only where ``thorough``, and processes can fork.
+    """On two ranks weights, optimizer, algorithm and history are the same, and up to rounding those of one; where processes can fork.
 
     With weights in shards as well, unless the fit is refused by a typed error that names ``Replicate()``.
     """
-    if not rehearsal.thorough or not can_fork() or not _divides(rehearsal):
+    if not ready_to_fork() or not _divides(rehearsal):
         return
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -93,9 +94,18 @@ def _train(rehearsal: Rehearsal, rank: int, port: int) -> str:
     except ThawlineError as error:
         if "Replicate()" not in str(error):
             raise
-        return ""
-    team.compare("what a fit with weights in shards came to", json.dumps(sharded), lambda: sharded)
+    else:
+        team.compare("what a fit with weights in shards came to", json.dumps(sharded), lambda: sharded)
+    if_parts_add_up(rehearsal, _hold_against_one)
     return ""
+
+
+def _hold_against_one(rehearsal: Rehearsal) -> None:
+    """Hold a fit of two ranks against one of a process alone."""
+    batches = [part for batch in rehearsal.batches() for part in cut(batch, 1)]
+    one, two = end_in_float64(rehearsal, batches), end_in_float64(rehearsal, batches, distributed=_TOGETHER)
+    if found := difference(one, two, "the fit", tolerance=1e-7):
+        raise DistributedError(f"the fit is not that of a process alone. First difference, of one and of two: {found}.")
 
 
 def _facts(value: Any, place: str = "") -> list[tuple[str, str]]:

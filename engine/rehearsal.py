@@ -277,6 +277,16 @@ class Rehearsal:
         return outcome, sorted(path for path in folder.iterdir() if path.is_dir() and path.name.startswith("ba"))
 
 
+def batch_of(checkpoint: Path) -> int:
+    """Return after how many batches a checkpoint was cut.
+
+    Example:
+        >>> batch_of(Path("runs/mine/ba00000012"))
+        12
+    """
+    return int(checkpoint.name.removeprefix("ba"))
+
+
 @contextmanager
 def quiet() -> Generator[None, None, None]:
     """Leave out the warnings of what is allowed and probably not meant: so small a fit is not."""

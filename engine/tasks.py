@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from attrs import evolve, field, frozen
@@ -14,6 +14,7 @@ from torch import nn
 
 from .account import Home
 from .algorithm import Algorithm
+from .checkpointing import Checkpointing
 from .clock import Time
 from .doubles import Audited, Transformer, uneven_loader
 from .rehearsal import Rehearsal
@@ -25,6 +26,8 @@ from .variants import other_calls, together
 DECAYED: Mapping[str, Any] = {"lr": 0.01, "weight_decay": 0.05}
 PLAIN: Mapping[str, Any] = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.02}
 LEVEL: Mapping[str, Any] = {"lr": 0.004, "weight_decay": 0.0}
+KEPT = 4
+"""Batches between checkpoints that are kept for good, where not all are."""
 _UNSIZED = ", on batches without a length and with an optimizer instance"
 
 
@@ -43,7 +46,7 @@ class Task:
         own: Whether model and data are the kit's own.
         duration: Of the fit; the kit's own ends inside an epoch.
         min_lr: Below which no rate may fall.
-        frozen: How checkpoints keep what is frozen.
+        policy: When to save, and what to keep.
         refusable: Whether an algorithm may refuse it by a typed error.
         settings: What else the Trainer is given.
     """
@@ -58,14 +61,17 @@ class Task:
     own: bool
     duration: Time
     min_lr: float = 0.0
-    frozen: Literal["store", "fingerprint"] = "store"
+    policy: Checkpointing = field(
+        factory=lambda: Checkpointing(every="2ba", keep=10_000, monitor="eval/loss", frozen="fingerprint")
+    )
     refusable: bool = False
     settings: Mapping[str, Any] = field(factory=dict)
 
     def given(self, model: nn.Module) -> dict[str, Any]:
         """Return what the Trainer is given for a model."""
         metrics = {"metrics": {"share": share_right, "right": Right()}} if self.own else {}
-        rest = {"loader": self.loader, "duration": self.duration, "min_lr": self.min_lr, "eval_every": "2ba"}
+        rest: dict[str, Any] = {"loader": self.loader, "duration": self.duration, "checkpoint": self.policy}
+        rest |= {"min_lr": self.min_lr, "eval_every": "2ba", "on_nonfinite": "skip", "log_every": "3ba"}
         return {**metrics, **rest, "optimizer": self.optimizer(model), **self.settings}
 
 
@@ -96,7 +102,6 @@ def uneven(rehearsal: Rehearsal) -> Task:
         own=own,
         duration=Time(f"{samples}sp") if own and given.unit == "ep" else given,
         min_lr=0.004,
-        frozen="fingerprint",
         settings={
             "schedule": join([constant(), linear(end=0.1)], [0.5]),
             "microbatch_size": 3 if own else None,
@@ -105,7 +110,7 @@ def uneven(rehearsal: Rehearsal) -> Task:
 
 
 def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
-    """Yield a fit of batches of which nobody says how many there are, with an optimizer that a user made.
+    """Yield a fit of batches of which nobody says how many there are, two a step, with an optimizer that a user made.
 
     First with as many other arguments as go together, then, for where these are refused, with the given ones.
     """
@@ -125,8 +130,9 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
         factor=partial(_rise_rest_and_fall, rise),
         own=own,
         duration=duration,
+        policy=Checkpointing(every="2ba", keep=1, keep_every=f"{KEPT}ba", monitor="eval/loss"),
         refusable=True,
-        settings={"schedule": schedule},
+        settings={"schedule": schedule, "accumulate": 2 if own else 1},
     )
     if any(others):
         told = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import attrs
@@ -460,6 +460,47 @@ class Deaf(Algorithm):
 
     def attach(self, state: State) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@caught_by("leaves_the_loop_alone")
+class Centering(Algorithm):
+    """Centers the inputs in place, also where the loader is a list that holds them."""
+
+    events = frozenset({Event.BATCH_START})
+    stage: ClassVar[Stage] = Stage.DATA
+
+    def apply(self, event: Event, state: State) -> None:
+        inputs = state.batch[0]
+        inputs.sub_(inputs.mean(0))
+
+
+@caught_by("steps_as_torch_does")
+class Optimistic(Algorithm):
+    """Says of every step that it was made, to have its loss counted by others."""
+
+    events = frozenset({Event.AFTER_STEP})
+
+    def apply(self, event: Event, state: State) -> None:
+        state.step_skipped = False
+
+
+@caught_by("stays_equal_on_two_ranks")
+@attrs.define(slots=False, eq=False)
+class Weighing(Algorithm):
+    """Keeps the mean number of samples of a batch, and counts those of its own rank."""
+
+    events = frozenset({Event.BATCH_END})
+    samples: int = attrs.field(default=0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        self.samples += len(state.batch[0])
+        state.log({"samples_of_a_batch": self.samples / state.clock.batch})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.samples = saved["samples"]
 
 
 @caught_by("repeats_what_does_not_fit")

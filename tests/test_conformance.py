@@ -72,7 +72,7 @@ def test_the_registry_is_not_empty() -> None:
 @pytest.mark.parametrize("factory", ALL, ids=NAMES)
 def test_every_algorithm_and_preset_keeps_every_promise(factory: Callable[[], Any]) -> None:
     """All checks, beside a few others drawn by seed, resumed at a few steps."""
-    check_algorithm(factory, partners=PARTNERS)
+    check_algorithm(factory, partners=PARTNERS, checks=[each for each in CHECKS if each != "stays_equal_on_two_ranks"])
 
 
 @pytest.mark.slow
@@ -86,7 +86,7 @@ def test_every_pair_and_every_step(factory: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("factory", ALL, ids=NAMES)
 def test_every_algorithm_on_two_ranks(factory: Callable[[], Any]) -> None:
     """Two processes that train together come to the same, bit for bit."""
-    check_algorithm(factory, thorough=True, checks=["stays_equal_on_two_ranks"])
+    check_algorithm(factory, checks=["stays_equal_on_two_ranks"])
 
 
 @pytest.mark.slow
@@ -99,7 +99,7 @@ def test_an_algorithm_that_does_as_its_rank_likes_is_found() -> None:
             next(iter(state.ledger.trainable_parameters)).mul_(1 + int(os.environ.get("RANK", "0")))
 
     with pytest.raises(ConformanceError, match="the ranks disagree on what a fit came to: /weights") as caught:
-        check_algorithm(scale_by_rank, thorough=True, checks=["stays_equal_on_two_ranks"])
+        check_algorithm(scale_by_rank, checks=["stays_equal_on_two_ranks"])
     assert "derive_seed" in str(caught.value)
 
 
