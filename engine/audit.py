@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from shutil import copytree, rmtree
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from .batches import batch_size_of
 from .clock import Clock
 from .events import Event
 from .forward import predictions, targets_of
+from .log import jsonable
 from .neighbor import Before, Guest
 from .promises import REFUSALS
 from .randomness import Randomness
-from .rehearsal import Outcome, Rehearsal, batch_of, copied, difference, weights_of
+from .rehearsal import Outcome, Rehearsal, batch_of, checkpoints_in, copied, difference, weights_of, written_in
 from .state import State
 from .tasks import KEPT, Task, layer_of, uneven, unsized
 from .unaided import buffers_of, evaluated_by_hand, gradients_of, is_hooked, outputs_with, tensors_of, twin_of
@@ -71,31 +73,41 @@ class Audit:
         run, model = folder / "run", self.task.model()
         whole = self._fit([Before(self._first, self._set_up), *self.task.make()], model, probe=self._last, run_dir=run)
         self._check_history(whole)
-        paths = sorted(path for path in run.iterdir() if path.is_dir() and path.name.startswith("ba"))
+        paths = checkpoints_in(run)
         self._check_files(paths, whole, model)
         if "follows_from_its_calls" in self.faults:  # what the guest may set was told wrongly
             return
-        saved = {batch_of(path): path for path in paths}
-        middle = [path for batch, path in saved.items() if batch >= KEPT]
-        for batch, path in {batch_of(each): each for each in (*middle[:1], *paths[-1:])}.items():
-            resumed = self._fit(
-                [Before(self.guest.come), *self.task.make()],
-                self.task.model(),
-                probe=partial(self.guest.go, taken={}),
-                run_dir=folder / path.name,
-                resume=path,
+        for path in [path for path in paths if batch_of(path) >= KEPT][:1]:
+            cut = Path(copytree(run, folder / "cut"))
+            for each in checkpoints_in(cut):
+                if each.name > path.name:
+                    rmtree(each)
+            self._go_on(whole, batch_of(path), run_dir=cut, resume=True)
+            names, must = ([each.name for each in checkpoints_in(each)] for each in (cut, run))
+            what = "cut in the middle and resumed in its run_dir, a fit has other"
+            self._hold(
+                "keeps_true_records", names, must, "checkpoints", f"{what} checkpoints than the uninterrupted one."
             )
-            what = (
-                f"resumed at batch {batch}, the fit does not go on as the uninterrupted one, which another changes too."
+            lines, must = jsonable(written_in(cut)), jsonable(written_in(run))
+            self._hold(
+                "keeps_true_records", lines, must, "metrics.jsonl", f"{what} metrics than the uninterrupted one."
             )
-            must = whole.after(batch, resumed)
-            self._hold("keeps_true_records", resumed.after(batch, resumed), must, "the fit", f"{what} {STATE}")
+        for path in paths[-1:]:
+            self._go_on(whole, batch_of(path), run_dir=folder / "end", resume=path)
         idle = Before(lambda *_: None)
         resumed = self._fit([idle, *self.task.make()], self.task.model(), run_dir=run, resume=True)
         now, must = (each.result["weights after the fit"] for each in (resumed, whole))
         self._hold(
             "keeps_true_records", now, must, "weights", "resume=True after the end gives other weights than that end."
         )
+
+    def _go_on(self, whole: Outcome, batch: int, **where: Any) -> None:
+        """Resume from the checkpoint of a batch, with the guest, and compare with the uninterrupted fit."""
+        coming = [Before(self.guest.come), *self.task.make()]
+        resumed = self._fit(coming, self.task.model(), probe=partial(self.guest.go, taken={}), **where)
+        what = f"resumed at batch {batch}, the fit does not go on as the uninterrupted one, which another changes too."
+        must = whole.after(batch, resumed)
+        self._hold("keeps_true_records", resumed.after(batch, resumed), must, "the fit", f"{what} {STATE}")
 
     def _fit(self, algorithms: list[Algorithm], model: nn.Module, **settings: Any) -> Outcome:
         return self.rehearsal.fit(algorithms, model=model, **(self.task.given(model) | settings))

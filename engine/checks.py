@@ -24,7 +24,7 @@ from .log import jsonable
 from .neighbor import Before, Neighbor
 from .promises import REFUSALS, check, fail, same
 from .randomness import Randomness, derive_seed
-from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, batch_of, copied, difference, weights_of
+from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, batch_of, copied, difference, weights_of, written_in
 from .specimens import Nothing, Specimen
 from .state import State
 from .variants import halves, other_calls, together
@@ -388,10 +388,8 @@ def _is_saved_at_each_batch(rehearsal: Rehearsal, whole: Outcome, run: Path, pat
             f"{rehearsal.name}: no checkpoint was written after batch {missing[0]}. state_dict() returns tensors, numbers, "
             "text, None, and lists and dicts of these, at every batch."
         )
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    written = [(each.pop("step"), each) for each in lines if each.pop("time") and "artifact" not in each]
     same(
-        jsonable(whole.told), jsonable(written), "metrics.jsonl",
+        jsonable(whole.told), jsonable(written_in(run)), "metrics.jsonl",
         f"{rehearsal.name}: the metrics on disk are not those that were logged. Log numbers, by state.log().",
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -274,7 +275,18 @@ class Rehearsal:
     def saved(self, folder: Path, *, every: str = "1ba", **settings: Any) -> tuple[Outcome, list[Path]]:
         """Fit with checkpoints; return what it came to, and the checkpoints in order."""
         outcome = self.fit(run_dir=folder, checkpoint=Checkpointing(every=every, keep=10_000), **settings)
-        return outcome, sorted(path for path in folder.iterdir() if path.is_dir() and path.name.startswith("ba"))
+        return outcome, checkpoints_in(folder)
+
+
+def checkpoints_in(run: Path) -> list[Path]:
+    """Return the checkpoints in a run_dir, in order."""
+    return sorted(path for path in run.iterdir() if path.is_dir() and path.name.startswith("ba"))
+
+
+def written_in(run: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Return what ``metrics.jsonl`` of a run_dir says, by the batches done then."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(each.pop("step"), each) for each in lines if each.pop("time") and "artifact" not in each]
 
 
 def batch_of(checkpoint: Path) -> int:
