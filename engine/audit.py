@@ -88,9 +88,9 @@ class Audit:
             self._hold(
                 "keeps_true_records", names, must, "checkpoints", f"{what} checkpoints than the uninterrupted one."
             )
-            lines, must = jsonable(written_in(cut)), jsonable(written_in(run))
+            lines, known = (jsonable(written_in(each)) for each in (cut, run))
             self._hold(
-                "keeps_true_records", lines, must, "metrics.jsonl", f"{what} metrics than the uninterrupted one."
+                "keeps_true_records", lines, known, "metrics.jsonl", f"{what} metrics than the uninterrupted one."
             )
         for path in paths[-1:]:
             self._go_on(whole, batch_of(path), run_dir=folder / "end", resume=path)
@@ -160,6 +160,7 @@ class Audit:
         elif event is Event.AFTER_FORWARD:
             self._check_outputs(state)
         elif event is Event.AFTER_LOSS:
+            self._check_closed(state)
             self._differentiate(state)
         elif event is Event.AFTER_BACKWARD:
             self._seen["gradients"] = gradients_of(state.ledger)
@@ -187,6 +188,13 @@ class Audit:
                     f"{where} {what} {'has' if wrong[0] in now else 'lacks'} {wrong[0]!r}, and by the calls on the ledger it must "
                     "be otherwise. Freeze and thaw through the ledger alone: what nobody holds trains.",
                 )
+
+    def _check_closed(self, state: State) -> None:
+        if state.clock.batch == 0 and (taken := self.guest.knock(state.ledger)):
+            self.note(
+                "follows_from_its_calls",
+                f"ledger.{taken[0]} is taken at AFTER_LOSS, in the middle of a step. ledger.phase is the engine's: leave it alone.",
+            )
 
     def _check_layers(self, state: State) -> None:
         for name in state.ledger.parameters if self.task.own else ():
@@ -421,8 +429,8 @@ class Audit:
                 "keeps_true_records", f"result.last is {whole.last}, and the checkpoints in the run_dir are {there}."
             )
             return
-        if (every := self.task.policy.keep_every) is not None:
-            lasting = {*range(int(every.value), self.batches + 1, int(every.value)), self.batches}
+        if (every := self.task.kept_every) is not None:
+            lasting = {*range(every, self.batches + 1, every), self.batches}
             wanted = sorted(lasting if whole.best is None else lasting | {batch_of(whole.best)})
             if (now := list(map(batch_of, paths))) != wanted:
                 what = f"the checkpoints of the batches {now} are there; to be kept were those of {wanted}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from .algorithm import Algorithm, Stage
+from .errors import LedgerClosedError
 from .events import Event
 from .ledger import ParameterLedger
 from .schedules import linear
@@ -170,9 +172,35 @@ class Guest:
         if not ledger.trainable and event is not Event.EPOCH_END:
             ledger.thaw("*", owner=self.owner)
 
+    def knock(self, ledger: ParameterLedger) -> list[str]:
+        """Make each call where the ledger is closed; return the names of those that it takes."""
+        module = next(iter(ledger.parameters)).rpartition(".")[0]
+        calls: dict[str, Callable[[], None]] = {
+            "freeze": partial(ledger.freeze, "*", owner=self.owner),
+            "thaw": partial(ledger.thaw, "*", owner=self.owner),
+            "scale": partial(ledger.scale, "*", 0.5, owner=self.owner),
+            "set_lr": partial(ledger.set_lr, "*", 0.1, owner=self.owner),
+            "set_options": partial(ledger.set_options, "*", owner=self.owner, weight_decay=0.1),
+            "set_schedule": partial(ledger.set_schedule, "*", linear(), owner=self.owner),
+            "evaluate_frozen": partial(ledger.evaluate_frozen, "*", owner=self.owner),
+            "attach": partial(ledger.attach, module, GAIN, owner=self.owner),
+            "detach": partial(ledger.detach, module, GAIN, owner=self.owner),
+            "dismiss": partial(ledger.dismiss, self.owner),
+            "drop_moments": partial(ledger.drop_moments, "*", owner=self.owner),
+        }
+        return [name for name, call in calls.items() if not _is_refused(call)]
+
     @staticmethod
     def _layer(state: State) -> str:
         return [each.name for each in state.layers][len(state.layers) > 2]
+
+
+def _is_refused(call: Callable[[], None]) -> bool:
+    try:
+        call()
+    except LedgerClosedError:
+        return True
+    return False
 
 
 def _untaken(ledger: ParameterLedger, taken: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:

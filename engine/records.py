@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .algorithm import evaluated_weights
 from .errors import ArgumentError
 from .events import Event
+from .neighbor import Before
+from .plan import Plan
 from .promises import REFUSALS, check, fail, same
 from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, quiet, weights_of
 from .state import State
+from .twin import meta_twin
+from .unaided import is_hooked
 
 
 @check
@@ -40,6 +45,8 @@ def is_recorded_as_it_happened(rehearsal: Rehearsal) -> None:
             "rates": samples.get(step.batch, step.rates),
         }
         done = {"trainable": step.trainable, "layers": sorted(step.rates), "rates": step.rates}
+        if span.state_bytes is not None:
+            said["state_bytes"], done["state_bytes"] = span.state_bytes, step.state_bytes
         same(
             said, done, f"batch {step.batch}",
             f"{rehearsal.name}: the step of batch {step.batch} is another one than the timeline says. {mend}", tolerance=1e-12,
@@ -77,11 +84,47 @@ def _keeps(rehearsal: Rehearsal, duration: str | int, fit: Outcome) -> None:
         if (words := each.unplanned()) and not any(words in note for note in plan.notes):
             fail(f"{rehearsal.name}: the plan does not say that {each.owner} {words}, as its unplanned() does.")
     if not plan.notes:
+        if rehearsal.own_task and not any(_COMPUTING & set(each.events) for each in algorithms):
+            _check_work(rehearsal, plan, duration)
         same(
             list(plan.spans), fit.result[BY_TURNS], "the spans",
             f"{rehearsal.name}: a fit of {duration} is not as planned, and the plan does not say so. What the clock does not decide, say in "
             "unplanned(); what trains is decided in the stages SURGERY, TRAINABILITY and CONTROL, which a plan runs.",
         )  # fmt: skip
+
+
+# Who acts there may compute something of its own, which a plan does not know of.
+_COMPUTING = {Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.AFTER_LOSS, Event.AFTER_BACKWARD}
+
+
+def _check_work(rehearsal: Rehearsal, plan: Plan, duration: str | int) -> None:
+    """Hold the operations of the plan against those that torch counts in the fit, where it is the kit's own."""
+    from torch.utils.flop_counter import FlopCounterMode  # looks at every operator that torch has when it is imported
+
+    whole: Any = FlopCounterMode(display=False)
+    counters: dict[int, Any] = {}
+
+    def count(event: Event, state: State) -> None:
+        batch = state.clock.batch
+        if event is Event.FIT_START:
+            twin, (inputs, targets) = meta_twin(state.model, full=True)[0].train(), rehearsal.batches()[0]
+            with whole:
+                torch.autograd.backward(cross_entropy(twin(inputs.to("meta")), targets.to("meta")))
+        elif event is Event.BEFORE_FORWARD and not any(map(is_hooked, state.model.modules())):
+            counters[batch] = FlopCounterMode(display=False)
+            counters[batch].__enter__()
+        elif event is Event.AFTER_BACKWARD and batch in counters:
+            counters[batch].__exit__(None, None, None)
+
+    rehearsal.fit([Before(count), *rehearsal.make()], duration=duration)
+    for batch, counter in counters.items():
+        planned = next(each.flops for each in plan.spans if each.start.batch <= batch < each.end.batch)
+        if planned is not None:
+            same(
+                planned, counter.get_total_flops() / whole.get_total_flops(), "operations",
+                f"{rehearsal.name}: batch {batch} of a fit of {duration} computes another share of what a step costs that trains "
+                "everything than was planned. What trains, and what is attached, is all that a plan knows of.", tolerance=1e-9,
+            )  # fmt: skip
 
 
 @check

@@ -79,11 +79,13 @@ class Step:
         batch: Batches done before it.
         trainable: Number of scalars.
         rates: The highest rate in each layer.
+        state_bytes: What the optimizers keep of what trains.
     """
 
     batch: int
     trainable: int
     rates: dict[str, float]
+    state_bytes: int
 
     @classmethod
     def of(cls, state: State) -> Step:
@@ -96,7 +98,8 @@ class Step:
                 layer = ledger.layers.of(name).name
                 rates[layer] = max(rates.get(layer, 0.0), group.lr or 0.0)
                 trainable += ledger.parameters[name].numel()
-        return cls(state.clock.batch, trainable, rates)
+        kept = [each for one in ledger.optimizers for mine in one.state.values() for each in mine.values()]
+        return cls(state.clock.batch, trainable, rates, sum(each.nbytes for each in kept if isinstance(each, Tensor)))
 
 
 @frozen(eq=False)

@@ -47,6 +47,7 @@ class Task:
         duration: Of the fit; the kit's own ends inside an epoch.
         min_lr: Below which no rate may fall.
         policy: When to save, and what to keep.
+        kept_every: Batches between the checkpoints that this keeps for good, where it keeps one more; None where it keeps all.
         refusable: Whether an algorithm may refuse it by a typed error.
         settings: What else the Trainer is given.
     """
@@ -64,6 +65,7 @@ class Task:
     policy: Checkpointing = field(
         factory=lambda: Checkpointing(every="2ba", keep=10_000, monitor="eval/loss", frozen="fingerprint")
     )
+    kept_every: int | None = None
     refusable: bool = False
     settings: Mapping[str, Any] = field(factory=dict)
 
@@ -131,6 +133,7 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
         own=own,
         duration=duration,
         policy=Checkpointing(every="2ba", keep=1, keep_every=f"{KEPT}ba", monitor="eval/loss"),
+        kept_every=KEPT,
         refusable=True,
         settings={"schedule": schedule, "accumulate": 2 if own else 1},
     )
