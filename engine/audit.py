@@ -290,7 +290,7 @@ class Audit:
     def _foresee(self, state: State) -> None:
         """Compute what torch's own optimizers make of the weights, gradients, options and states at hand."""
         ledger, account, clock = state.ledger, self.account, state.clock
-        self._seen.update(clock=clock, version=ledger.version)
+        self._seen["rates"] = self._rates(state)
         if wrong := sorted(self.account.trainable() ^ {name for each in ledger.groups for name in each.parameters}):
             self.note(
                 "follows_from_its_calls",
@@ -331,7 +331,7 @@ class Audit:
         """Return the highest rate of all that trains, and in each layer, by the names under which they are told."""
         told = dict.fromkeys(["lr", *(f"lr/{each.name}" for each in state.layers if each.parameters)], 0.0)
         for name in self.account.trainable():
-            rate = self.account.rate(name, self._seen["clock"])
+            rate = self.account.rate(name, state.clock)
             for place in ("lr", f"lr/{layer_of(name) if self.task.own else state.layers.of(name).name}"):
                 told[place] = max(rate, told[place])
         return told
@@ -385,8 +385,7 @@ class Audit:
         duration, clock = self.task.duration, state.clock
         self.batches += 1
         self.trained |= self.account.trainable()
-        stands = state.ledger.version == self._seen["version"]  # else rates of the next batch may be told
-        self.steps[self.batches] = {"train/loss": self._seen["loss"]} | (self._rates(state) if stands else {})
+        self.steps[self.batches] = {"train/loss": self._seen["loss"]} | self._seen["rates"]
         if done := {"sp": self.samples, "ba": self.batches}.get(duration.unit):
             must = min(1.0, done / duration.value)
             self._hold("keeps_true_records", clock.progress, must, "progress", CLOCK, tolerance=1e-12)
@@ -411,6 +410,11 @@ class Audit:
         now = [row.get("train/loss") for row in rows]
         what = "history's train/loss is not the mean of the losses of the epoch's batches. train/ is the engine's: log under another name."
         self._hold("keeps_true_records", now, means, "train/loss", what, tolerance=1e-5)
+        for row in rows if hasattr(self.task.loader, "__len__") else ():
+            lr, rate = row.get("lr"), self.steps[int(row["batch"])]["lr"]
+            self._hold(
+                "keeps_true_records", lr, rate, "lr", "history's lr is not the highest rate of the epoch's last batch."
+            )
         before = 0
         for batch, metrics in outcome.told:
             if "train/loss" in metrics:

@@ -11,6 +11,7 @@ from contextlib import chdir, redirect_stderr
 from types import ModuleType
 from typing import Any
 
+from .checkpoint import seed_everything
 from .promises import check, fail
 from .randomness import Randomness
 from .rehearsal import Rehearsal, quiet
@@ -31,6 +32,7 @@ def does_as_its_examples_say(rehearsal: Rehearsal) -> None:
                 quiet(),
                 redirect_stderr(io.StringIO()),
             ):
+                seed_everything(rehearsal.seed)
                 failed, _ = runner.run(examples, out=printed.append)
             if failed:
                 fail(

@@ -31,7 +31,7 @@ class Report:
     progress: Progress
     history: list[dict[str, float]] = field(factory=list, init=False)
     losses: RunningLoss = field(factory=RunningLoss, init=False)
-    _saved_rates: tuple[int, dict[str, float]] = field(default=(-1, {}), init=False)
+    _noted: tuple[int, dict[str, float]] = field(default=(-1, {}), init=False)
 
     def log_loss(self) -> None:
         """Log the mean loss since the last time, and the rates."""
@@ -51,10 +51,15 @@ class Report:
         return _of_interest(self.state.metrics | loss) | {"lr": self.rates().get("lr", 0.0)}
 
     def rates(self) -> dict[str, float]:
-        """Return ``lr``, the highest, and ``lr/<layer>`` of each layer: the same names throughout the fit."""
-        batch, saved = self._saved_rates
-        if batch == self.state.clock.batch:  # resumed, and no step since: those of the step before
-            return saved
+        """Return ``lr``, the highest, and ``lr/<layer>`` of each layer, of the last step where they were noted, else as they are now."""
+        batch, noted = self._noted
+        return noted if batch == self.state.clock.batch else self._rates_now()
+
+    def note_rates(self) -> None:
+        """Note the rates of the step that is being done: from BATCH_END on others may be set."""
+        self._noted = self.state.clock.batch + 1, self._rates_now()
+
+    def _rates_now(self) -> dict[str, float]:
         rates = self.state.ledger.rates
         return {"lr": max(rates.values())} | {f"lr/{layer}": lr for layer, lr in rates.items()} if rates else {}
 
@@ -82,7 +87,7 @@ class Report:
     def load_state_dict(self, saved: Mapping[str, Any], *, batch: int) -> None:
         """Go on from what :meth:`state_dict` returned at ``batch``."""
         self.history, self.losses = list(saved["history"]), RunningLoss(*saved["losses"])
-        self._saved_rates = batch, saved["rates"]
+        self._noted = batch, saved["rates"]
 
 
 def _of_interest(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -48,6 +48,8 @@ from .workers import DeferredDeaths
 
 log = get_logger(__name__)
 
+_EPOCH = Time("1ep")
+
 
 class Run:
     """One call of :meth:`Trainer.fit`: a context that opens what the fit needs and closes it whatever happens.
@@ -178,6 +180,7 @@ class Run:
                 if self._signals.received is not None:
                     return
             before = state.clock
+            self._step.is_told = before.batch + 1 >= self._next_due
             self._step.take(fetched)
             batch = state.clock.batch
             due = batch >= self._next_due
@@ -226,7 +229,8 @@ class Run:
         if trainer.log_every.crossed(before, clock):
             self.report.log_loss()
         self.folder.note(before, clock)
-        times = (trainer.eval_every, trainer.log_every, *self.folder.policy.times, self.state.duration)
+        epoch = (_EPOCH,) if clock.batches_per_epoch else ()  # where its end is known
+        times = (trainer.eval_every, trainer.log_every, *self.folder.policy.times, self.state.duration, *epoch)
         self._step.start.look(closely=False)
         self._next_due = min(time.not_before(clock) for time in times)
 

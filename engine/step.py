@@ -46,6 +46,7 @@ class Step:
         accumulate: Loader batches of a step.
         device: Where the model lies.
         ranks: What several processes decide together; None for a process alone.
+        is_told: Whether something of the batch is to be told once it is done.
     """
 
     engine: Engine
@@ -59,6 +60,7 @@ class Step:
     accumulate: int
     device: torch.device
     ranks: Ranks | None = None
+    is_told: bool = True
     _emit: Callable[[Event], None] = field(init=False)
     _state: State = field(init=False)
     _ledger: ParameterLedger = field(init=False)
@@ -100,6 +102,8 @@ class Step:
         state.outputs = state.microbatch = None
         if isfinite(total):
             self.report.losses.add(total)
+        if self.is_told:
+            self.report.note_rates()
         state.tick(samples)
         emit(BATCH_END)
 
