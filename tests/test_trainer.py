@@ -561,6 +561,27 @@ def test_trackers_are_given_the_recipe_and_the_metrics(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run.json").read_text())["trainer"]["seed"] == 0
 
 
+@pytest.mark.parametrize("log_every", ["1ba", "3ba", "10ba"])
+def test_the_rates_that_are_told_are_those_of_the_last_step(log_every: str) -> None:
+    """What BATCH_END sets for the next batch is not told of the one that is done."""
+
+    class Halving(Algorithm):
+        events = frozenset({Event.BATCH_END})
+
+        def apply(self, event: Event, state: State) -> None:
+            state.ledger.scale("*", 0.5**state.clock.batch, owner=self.owner)
+
+    tracker = MemoryTracker()
+    made = partial(torch.optim.SGD, lr=1.0)
+    result = Trainer_(
+        algorithms=[Halving()], optimizer=made, trackers=[tracker], log_every=log_every, eval_every="9ep"
+    ).fit(mlp(), loader(), duration="2ep")
+    told = {step: metrics["lr"] for step, metrics in tracker.metrics if "lr" in metrics}
+    assert told == {step: 0.5 ** (step - 1) for step in told}
+    assert list(told) == {"1ba": [1, 2, 3, 4, 5, 6, 7, 8], "3ba": [3, 6, 8], "10ba": [8]}[log_every]
+    assert [row["lr"] for row in result.history] == [0.5**3, 0.5**7]
+
+
 def test_a_tracker_that_raises_does_not_end_the_run() -> None:
     """A dead tracker has cost whole runs elsewhere."""
 
