@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import select
+import signal
 import socket
+import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,13 +20,14 @@ from torch import Tensor
 from .distributed import FullyShard, Replicate, join, ready_to_fork
 from .endings import end_in_float64, if_parts_add_up
 from .errors import DistributedError, ThawlineError
-from .promises import check, fail
+from .promises import check, fail, unless_alone
 from .rehearsal import Rehearsal, cut, difference
 from .shards import unsharded
 
 _RANKS = 2
 _TOGETHER = Replicate(timeout=120)
 _IN_SHARDS = FullyShard(timeout=120)
+_PATIENCE = 600  # seconds
 
 
 @check
@@ -31,13 +36,18 @@ def stays_equal_on_two_ranks(rehearsal: Rehearsal) -> None:
 
     With weights in shards as well, unless the fit is refused by a typed error that names ``Replicate()``.
     """
-    if not ready_to_fork() or not _divides(rehearsal):
-        return
+    if ready_to_fork() and _divides(rehearsal):
+        unless_alone(rehearsal, _train_two)
+
+
+def _train_two(rehearsal: Rehearsal) -> None:
+    """Fork two ranks, wait for them, and fail where one says what went wrong."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
+    until = time.monotonic() + _PATIENCE
     pipes = [_forked(rehearsal, rank, port) for rank in range(_RANKS)]
-    said = [_read(*each) for each in pipes]
+    said = [_read(*each, until) for each in pipes]
     for rank, text in enumerate(said):
         if text:
             fail(
@@ -59,7 +69,9 @@ def _divides(rehearsal: Rehearsal) -> bool:
 def _forked(rehearsal: Rehearsal, rank: int, port: int) -> tuple[int, int]:
     """Fork a rank; return its process and where it says what went wrong, if anything."""
     read, write = os.pipe()
-    process = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads that are there: the child uses none of them
+        process = os.fork()
     if process:
         os.close(write)
         return process, read
@@ -73,21 +85,28 @@ def _forked(rehearsal: Rehearsal, rank: int, port: int) -> tuple[int, int]:
         os._exit(0)
 
 
-def _read(process: int, pipe: int) -> str:
+def _read(process: int, pipe: int, until: float) -> str:
     with os.fdopen(pipe, "rb") as file:
-        text = file.read().decode(errors="replace")
+        if select.select([pipe], [], [], max(0.0, until - time.monotonic()))[0]:
+            text = file.read().decode(errors="replace")
+        else:
+            text = f"it had not ended after {_PATIENCE} s."
+            os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
     return text
 
 
 def _train(rehearsal: Rehearsal, rank: int, port: int) -> str:
+    """Train as one of two, and compare; return what went wrong: nothing where two processes cannot find each other here."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(_RANKS)}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(_RANKS), **address)
     torch.set_num_threads(1)
-    outcome = rehearsal.fit(distributed=_TOGETHER)
-    team = join(_TOGETHER, torch.device("cpu"))
+    try:
+        team = join(_TOGETHER, torch.device("cpu"))
+    except DistributedError:
+        return ""
     assert team is not None, "WORLD_SIZE is set"
-    facts = dict(_facts(outcome.result))
+    facts = dict(_facts(rehearsal.fit(distributed=_TOGETHER).result))
     team.compare("what a fit came to", json.dumps(facts), lambda: facts)
     try:
         sharded = dict(_facts(rehearsal.fit(distributed=_IN_SHARDS).result))
