@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from attrs import define, field
-from safetensors import safe_open
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -22,46 +21,23 @@ from .clock import Clock
 from .events import Event
 from .forward import predictions, targets_of
 from .log import jsonable
+from .logbook import Logbook
 from .neighbor import Before, Guest
 from .promises import REFUSALS
 from .randomness import Randomness
-from .rehearsal import Outcome, Rehearsal, batch_of, checkpoints_in, copied, difference, weights_of, written_in
+from .rehearsal import Outcome, Rehearsal, batch_of, checkpoints_in, copied, written_in
 from .state import State
 from .tasks import KEPT, Task, layer_of, uneven, unsized
-from .unaided import buffers_of, evaluated_by_hand, gradients_of, is_hooked, outputs_with, tensors_of, twin_of
-from .weights import load_weights
+from .unaided import buffers_of, gradients_of, is_hooked, outputs_with, tensors_of, twin_of
 
 CLOCK = "the clock does not tell the samples that were trained on. It is the loop's: read state.clock, and never tick."
-_MEASURED = (
-    "Say in evaluated_weights() which they are, and move an average at BATCH_END: an evaluation comes before EPOCH_END, and the "
-    "checkpoint after it."
-)
 STATE = "Return from state_dict() whatever changes during a fit, and take it back in load_state_dict()."
 
 
 @define(eq=False, slots=False)
-class Audit:
-    """Watches a fit from before and from behind all algorithms, and notes what is not as it must be.
+class Audit(Logbook):
+    """Watches a fit from before and from behind all algorithms, and notes what is not as it must be."""
 
-    Args:
-        rehearsal: Whose algorithm it is.
-        task: What is trained, and what is known of it.
-        faults: The first thing that was wrong, by the name of the check that says so.
-        losses: The mean loss of each batch, by epoch.
-        evaluated: What evaluations must have come to, by the batches done.
-        steps: The loss and the rates of each batch, as they must be told.
-        trained: Names of the parameters that a step has changed.
-    """
-
-    rehearsal: Rehearsal
-    task: Task
-    faults: dict[str, str] = field(factory=dict, init=False)
-    losses: dict[int, list[float]] = field(factory=dict, init=False)
-    evaluated: dict[int, dict[str, float]] = field(factory=dict, init=False)
-    steps: dict[int, dict[str, float]] = field(factory=dict, init=False)
-    trained: set[str] = field(factory=set, init=False)
-    batches: int = field(default=0, init=False)
-    samples: int = field(default=0, init=False)
     account: Account = field(init=False)
     guest: Guest = field(init=False)
     _seen: dict[str, Any] = field(factory=dict, init=False)
@@ -72,9 +48,9 @@ class Audit:
         """Fit, look at what is on the disk, and go on from the middle and from the end."""
         run, model = folder / "run", self.task.model()
         whole = self._fit([Before(self._first, self._set_up), *self.task.make()], model, probe=self._last, run_dir=run)
-        self._check_history(whole)
+        self.check_history(whole)
         paths = checkpoints_in(run)
-        self._check_files(paths, whole, model)
+        self.check_files(paths, whole, model)
         if "follows_from_its_calls" in self.faults:  # what the guest may set was told wrongly
             return
         for path in [path for path in paths if batch_of(path) >= KEPT][:1]:
@@ -85,11 +61,11 @@ class Audit:
             self._go_on(whole, batch_of(path), run_dir=cut, resume=True)
             names, must = ([each.name for each in checkpoints_in(each)] for each in (cut, run))
             what = "cut in the middle and resumed in its run_dir, a fit has other"
-            self._hold(
+            self.hold(
                 "keeps_true_records", names, must, "checkpoints", f"{what} checkpoints than the uninterrupted one."
             )
             lines, known = (jsonable(written_in(each)) for each in (cut, run))
-            self._hold(
+            self.hold(
                 "keeps_true_records", lines, known, "metrics.jsonl", f"{what} metrics than the uninterrupted one."
             )
         for path in paths[-1:]:
@@ -97,7 +73,7 @@ class Audit:
         idle = Before(lambda *_: None)
         resumed = self._fit([idle, *self.task.make()], self.task.model(), run_dir=run, resume=True)
         now, must = (each.result["weights after the fit"] for each in (resumed, whole))
-        self._hold(
+        self.hold(
             "keeps_true_records", now, must, "weights", "resume=True after the end gives other weights than that end."
         )
 
@@ -107,18 +83,10 @@ class Audit:
         resumed = self._fit(coming, self.task.model(), probe=partial(self.guest.go, taken={}), **where)
         what = f"resumed at batch {batch}, the fit does not go on as the uninterrupted one, which another changes too."
         must = whole.after(batch, resumed)
-        self._hold("keeps_true_records", resumed.after(batch, resumed), must, "the fit", f"{what} {STATE}")
+        self.hold("keeps_true_records", resumed.after(batch, resumed), must, "the fit", f"{what} {STATE}")
 
     def _fit(self, algorithms: list[Algorithm], model: nn.Module, **settings: Any) -> Outcome:
         return self.rehearsal.fit(algorithms, model=model, **(self.task.given(model) | settings))
-
-    def note(self, check: str, what: str) -> None:
-        """Note the first thing that a check finds."""
-        self.faults.setdefault(check, f"{self.task.name}: {what}")
-
-    def _hold(self, check: str, now: Any, must: Any, place: str, what: str, *, tolerance: float = 0.0) -> None:
-        if check not in self.faults and (found := difference(now, must, place, tolerance=tolerance)):
-            self.note(check, f"{what} First difference, what is and what must be: {found}.")
 
     # -- at events ---------------------------------------------------------------------------------------------
 
@@ -141,7 +109,7 @@ class Audit:
                 f"in batch {state.clock.batch} gradients changed between the last AFTER_BACKWARD and BEFORE_STEP. Change them at "
                 "BEFORE_STEP, in the stage GRADIENTS."
             )
-            self._hold("learns_from_its_loss", now, self._seen["gradients"], "gradients", what)
+            self.hold("learns_from_its_loss", now, self._seen["gradients"], "gradients", what)
         elif event is Event.AFTER_STEP:
             self._check_step(state)
         elif event is Event.BATCH_START:
@@ -169,9 +137,9 @@ class Audit:
         elif event is Event.BATCH_END:
             self._end_batch(state)
         elif event is Event.EVAL_START:
-            self._seen["evaluated"] = self._evaluate(state.model)
+            self._seen["evaluated"] = self.evaluate(state.model)
         elif event is Event.EVAL_END:
-            self._check_evaluation(state)
+            self.check_evaluation(state, self._seen["evaluated"])
 
     # -- what trains, at which rates, in which modes -----------------------------------------------------------
 
@@ -231,11 +199,11 @@ class Audit:
             now.restore(self._seen["states"])
             again = outputs_with(model, kept, batch, has_loss=self.rehearsal.loss_fn is not None)
         where = f"in the forward pass of batch {state.clock.batch}"
-        self._hold(
+        self.hold(
             "learns_from_its_loss", tensors_of(given), tensors_of(again), "outputs",
             f"{where} the model gives other outputs than for the same inputs, weights and random numbers a second time.", tolerance=1e-5,
         )  # fmt: skip
-        self._hold(
+        self.hold(
             "learns_from_its_loss", buffers_of(model), kept, "buffers",
             f"{where} the model's buffers became others than in a second pass. What is frozen keeps its statistics.", tolerance=1e-5,
         )  # fmt: skip
@@ -246,7 +214,7 @@ class Audit:
             return
         with torch.no_grad():
             must = loss_fn(predictions(state.outputs), targets)
-        self._hold(
+        self.hold(
             "learns_from_its_loss", None if state.loss is None else state.loss.detach(), must, "loss",
             f"in batch {state.clock.batch} the loss is not that of the outputs and targets at AFTER_FORWARD.", tolerance=1e-6,
         )  # fmt: skip
@@ -279,7 +247,7 @@ class Audit:
 
     def _check_gradients(self, state: State) -> None:
         now, must = gradients_of(state.ledger), self._seen["must"]
-        self._hold(
+        self.hold(
             "learns_from_its_loss", now, must, "gradients",
             f"in batch {state.clock.batch} the backward pass leaves other gradients than those of state.loss, weighted by the "
             "microbatch's share of its batch. Change gradients at BEFORE_STEP, where they are whole, in the stage GRADIENTS.", tolerance=1e-5,
@@ -307,7 +275,7 @@ class Audit:
                 entry["lr"] = account.rate(group.parameters[0], clock)
             moments = {name: saved["state"].get(place, {}) for place, name in enumerate(names)}
             known = {name: account.moments.get(name, {}) for name in names}
-            self._hold(
+            self.hold(
                 "steps_as_torch_does", moments, known, "moments",
                 f"before the step of batch {clock.batch} the optimizer's state is not what the step before left of what has trained "
                 "since. It is the ledger's: freeze(moments='keep') keeps it, drop_moments() forgets it.",
@@ -340,7 +308,7 @@ class Audit:
         for name in group.parameters:
             options = {"lr": self.account.rate(name, clock)}
             options |= {key: self.account.option(name, key) for key in self.account.given[name]}
-            self._hold(
+            self.hold(
                 "follows_from_its_calls", {key: float(entry[key]) for key in options}, options, f"options of {name!r}",
                 f"in batch {clock.batch} the optimizer's group has other options than follow from the factory, the schedule, min_lr and "
                 "the calls on the ledger. Set them with ledger.scale, set_lr and set_options.", tolerance=1e-12,
@@ -351,7 +319,7 @@ class Audit:
         what = f"the step of batch {state.clock.batch} is not that of"
         mend = "Leave optimizers and weights alone between BEFORE_STEP and AFTER_STEP, and put no hook on an optimizer."
         if state.step_skipped:
-            self._hold(
+            self.hold(
                 "steps_as_torch_does", buffers_of(state.model), self._seen["statistics"], "buffers",
                 f"the step of batch {state.clock.batch} was skipped, and the model's buffers are not as before it. {mend}",
             )  # fmt: skip
@@ -359,7 +327,7 @@ class Audit:
             stood = self._seen["stood"]
             must = {name: stood[name] if state.step_skipped else each.detach() for name, each in clones.items()}
             now = {name: parameters[name].detach() for name in clones}
-            self._hold("steps_as_torch_does", now, must, "weights", f"{what} torch's own optimizer. {mend}")
+            self.hold("steps_as_torch_does", now, must, "weights", f"{what} torch's own optimizer. {mend}")
             if not state.step_skipped:
                 self.account.moments.update(copied(moments))
         for number, optimizer in enumerate(state.ledger.optimizers):
@@ -367,7 +335,7 @@ class Audit:
             left = optimizer.state_dict()["state"]
             now = {name: left.get(place, {}) for place, name in enumerate(names)}
             known = {name: self.account.moments.get(name, {}) for name in names}
-            self._hold("steps_as_torch_does", now, known, "moments", f"{what} torch's own optimizer. {mend}")
+            self.hold("steps_as_torch_does", now, known, "moments", f"{what} torch's own optimizer. {mend}")
 
     def _end_batch(self, state: State) -> None:
         if left := [name for name, each in state.ledger.parameters.items() if each.grad is not None]:
@@ -388,83 +356,8 @@ class Audit:
         self.steps[self.batches] = {"train/loss": self._seen["loss"]} | self._seen["rates"]
         if done := {"sp": self.samples, "ba": self.batches}.get(duration.unit):
             must = min(1.0, done / duration.value)
-            self._hold("keeps_true_records", clock.progress, must, "progress", CLOCK, tolerance=1e-12)
-        self._hold("keeps_true_records", clock.sample, self.samples, "samples", CLOCK)
-
-    # -- records -----------------------------------------------------------------------------------------------
-
-    def _evaluate(self, model: nn.Module) -> dict[str, float]:
-        return evaluated_by_hand(model, self.task.loader, self.rehearsal.loss_fn) if self.task.own else {}
-
-    def _check_evaluation(self, state: State) -> None:
-        must = self.evaluated[state.clock.batch] = self._seen["evaluated"]
-        self._hold(
-            "keeps_true_records", {name: state.metrics.get(name) for name in must}, must, "metrics",
-            f"the evaluation after batch {state.clock.batch} does not come to what the weights at EVAL_START give in eval mode. "
-            "Leave modes, weights and batches of an evaluation alone once it runs.", tolerance=1e-5,
-        )  # fmt: skip
-
-    def _check_history(self, outcome: Outcome) -> None:
-        rows = outcome.result["history"]
-        means = [sum(each) / len(each) for each in self.losses.values()]
-        now = [row.get("train/loss") for row in rows]
-        what = "history's train/loss is not the mean of the losses of the epoch's batches. train/ is the engine's: log under another name."
-        self._hold("keeps_true_records", now, means, "train/loss", what, tolerance=1e-5)
-        for row in rows if hasattr(self.task.loader, "__len__") else ():
-            lr, rate = row.get("lr"), self.steps[int(row["batch"])]["lr"]
-            self._hold(
-                "keeps_true_records", lr, rate, "lr", "history's lr is not the highest rate of the epoch's last batch."
-            )
-        before = 0
-        for batch, metrics in outcome.told:
-            if "train/loss" in metrics:
-                since = [self.steps[each]["train/loss"] for each in range(before + 1, batch + 1)]
-                must = self.steps[batch] | {"train/loss": sum(since) / len(since)}
-                told = {name: metrics.get(name) for name in must}
-                what = f"what trackers were told at batch {batch} is not the mean loss since batch {before} and the highest rates."
-                mend = "train/ and lr are the engine's: log under another name."
-                self._hold("keeps_true_records", told, must, "metrics", f"{what} {mend}", tolerance=1e-5)
-                before = batch
-
-    def _check_files(self, paths: list[Path], whole: Outcome, model: nn.Module) -> None:
-        if not paths or whole.last is None or whole.last.name != paths[-1].name:
-            there = [path.name for path in paths]
-            self.note(
-                "keeps_true_records", f"result.last is {whole.last}, and the checkpoints in the run_dir are {there}."
-            )
-            return
-        if (every := self.task.kept_every) is not None:
-            lasting = {*range(every, self.batches + 1, every), self.batches}
-            wanted = sorted(lasting if whole.best is None else lasting | {batch_of(whole.best)})
-            if (now := list(map(batch_of, paths))) != wanted:
-                what = f"the checkpoints of the batches {now} are there; to be kept were those of {wanted}."
-                self.note("keeps_true_records", f"{what} Leave the files of the run_dir to Checkpointing.")
-        live = self.task.model()
-        load_weights(whole.last, live, "live")
-        what = f"the newest checkpoint, {whole.last.name}, does not hold the weights that the fit ended with. Change none at FIT_END."
-        self._hold("keeps_true_records", weights_of(live), weights_of(model), "weights", what)
-        with safe_open(whole.last / "tensors.safetensors", "pt") as file:
-            stored = {name.removeprefix("model/") for name in file.keys() if name.startswith("model/")}  # noqa: SIM118 - no dict
-        untouched = [name for name, _ in model.named_parameters() if name not in self.trained]
-        if self.task.policy.frozen == "fingerprint" and (kept := stored.intersection(untouched)):
-            what = f"{whole.last.name} holds {min(kept)!r}, which never trained, though Checkpointing(frozen='fingerprint') keeps its digest alone."
-            self.note("keeps_true_records", f"{what} Write to no weight that the ledger says is frozen.")
-        losses = {batch: each["eval/loss"] for batch, each in self.evaluated.items() if each}
-        for path in paths:
-            batch = batch_of(path)
-            if batch in losses:
-                again = self.task.model()
-                load_weights(path, again)
-                what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there. {_MEASURED}"
-                must = self.evaluated[batch]
-                self._hold("keeps_true_records", self._evaluate(again), must, "metrics", what, tolerance=1e-5)
-        best = None if whole.best is None else losses.get(batch_of(whole.best))
-        if losses and (best is None or best > min(losses.values()) + 1e-6):
-            what = f"result.best is {whole.best}, and the evaluations came to {losses}."
-            self.note(
-                "keeps_true_records",
-                f"{what} Checkpointing(monitor='eval/loss') keeps the checkpoint of the smallest loss.",
-            )
+            self.hold("keeps_true_records", clock.progress, must, "progress", CLOCK, tolerance=1e-12)
+        self.hold("keeps_true_records", clock.sample, self.samples, "samples", CLOCK)
 
 
 def _batches(state: State) -> list[Any]:

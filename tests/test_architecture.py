@@ -83,6 +83,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "account",
             "audit",
             "audits",
+            "logbook",
             "unaided",
             "tasks",
             "examples",
