@@ -34,8 +34,17 @@ def gradient_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor
         ArgumentError: A gradient is sparse.
 
     Example:
-        >>> gradient_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        >>> gradient_norm([torch.tensor([3.0]), torch.tensor([[-4.0]])])
         tensor(5.)
+        >>> gradient_norm([torch.tensor([3.0]), torch.tensor([[-4.0]])], math.inf)
+        tensor(4.)
+        >>> gradient_norm([torch.full((4,), 40000.0, dtype=torch.float16)])
+        tensor(80000.)
+        >>> gradient_norm([])
+        tensor(0.)
+        >>> gradient_norm([torch.ones(2).to_sparse()])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: GradClip takes dense gradients, got 'a sparse gradient'. Write: nn.Embedding(…, sparse=False)
     """
     if not gradients:
         return torch.zeros(())
@@ -89,8 +98,16 @@ def clip_gradients(
     Example:
         >>> weight = torch.nn.Parameter(torch.zeros(2))
         >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_gradients([weight], max_norm=8.0), weight.grad
+        (tensor(5.), tensor([3., 4.]))
         >>> clip_gradients([weight], max_norm=1.0), weight.grad
         (tensor(5.), tensor([0.6000, 0.8000]))
+        >>> weight.grad = torch.tensor([-3.0, 0.5])
+        >>> clip_gradients(weight, value=1.0), weight.grad
+        (tensor(3.0414), tensor([-1.0000,  0.5000]))
+        >>> weight.grad = torch.tensor([math.inf, 4.0])
+        >>> clip_gradients([weight, torch.zeros(2)], max_norm=1.0), weight.grad
+        (tensor(inf), tensor([inf, 4.]))
     """
     limits = _Limits(max_norm, value, adaptive, norm_type, floor)
     limits.check("clip_gradients", "clip_gradients(parameters, max_norm=1.0")
@@ -145,6 +162,10 @@ def clip_by_layer(layers: Sequence[Sequence[Tensor]], max_norm: float, *, norm_t
         >>> first, second = torch.tensor([3.0, 4.0]), torch.tensor([0.5])
         >>> clip_by_layer([[first], [second]], 1.0).round(decimals=3), first, second
         (tensor(5.0250), tensor([0.6000, 0.8000]), tensor([0.5000]))
+        >>> clip_by_layer([[first], [torch.tensor([math.inf])]], 0.1), first
+        (tensor(inf), tensor([0.6000, 0.8000]))
+        >>> clip_by_layer([], 1.0)
+        tensor(0.)
     """
     if not layers:
         return torch.zeros(())
@@ -169,7 +190,20 @@ class _Limits:
     floor: float
 
     def check(self, call: str, example: str) -> None:
-        """Raise an ArgumentError where a limit is wrong, or not exactly one is given."""
+        """Raise an ArgumentError where a limit is wrong, or not exactly one is given.
+
+        Example:
+            >>> _Limits(None, None, 0.01, norm_type=math.inf, floor=1e-3).check("GradClip", "GradClip(max_norm=1.0")
+            >>> GradClip(max_norm=1.0, value=0.5)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: GradClip(max_norm=, value=, adaptive=) takes exactly one of the three, got 'max_norm=1.0, value=0.5'. Write: GradClip(max_norm=1.0)
+            >>> clip_gradients([], max_norm=1.0, norm_type=0.0)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: clip_gradients(norm_type=) takes a number above 0, got 0.0. Write: clip_gradients(parameters, max_norm=1.0, norm_type=2.0)
+            >>> clip_gradients([], adaptive=0.01, floor=0.0)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: clip_gradients(floor=) takes a number above 0, got 0.0. Write: clip_gradients(adaptive=0.01, floor=1e-3)
+        """
         given = {
             name: limit
             for name, limit in (("max_norm", self.max_norm), ("value", self.value), ("adaptive", self.adaptive))
@@ -187,7 +221,14 @@ class _Limits:
 
 
 def _clip(parameters: Sequence[Tensor], limits: _Limits) -> Tensor:
-    """Clip the gradients of those parameters that have one."""
+    """Clip the gradients of those parameters that have one.
+
+    Example:
+        >>> weight, other = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.ones(2)
+        >>> weight.grad = torch.tensor([[0.0, 2.0]])
+        >>> _clip([weight, other], _Limits(None, None, 0.1, 2.0, 1e-3)), weight.grad, other.grad
+        (tensor(2.), tensor([[0.0000, 0.5000]]), None)
+    """
     gradients = [grad for each in parameters if (grad := each.grad) is not None]
     norm = gradient_norm(gradients, limits.norm_type).cpu()
     if not math.isfinite(norm):
@@ -207,6 +248,15 @@ def _clip(parameters: Sequence[Tensor], limits: _Limits) -> Tensor:
 
 
 def _unit_norm(tensor: Tensor) -> Tensor:
+    """Return the norm of each row or filter, shaped to divide by; of a vector or scalar that of the whole.
+
+    Example:
+        >>> _unit_norm(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([[5.],
+                [2.]])
+        >>> _unit_norm(torch.tensor([3.0, 4.0])), _unit_norm(torch.ones(8, 1, 2, 2)).shape
+        (tensor(5.), torch.Size([8, 1, 1, 1]))
+    """
     dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
     norm: Tensor = torch.linalg.vector_norm(tensor, 2, dims, keepdim=dims is not None, dtype=_wide(tensor.dtype))
     return norm if dims else unsharded(norm)  # a row lies whole on one rank, a vector does not
@@ -252,6 +302,11 @@ class GradClip(Algorithm):
         >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(), duration="1ba")
         >>> norms[-1] <= round(0.01 * 5**0.5, 4)  # five layers, each clipped by itself
         True
+        >>> result.metrics["grad_norm"] > 0.1  # the norm before
+        True
+        >>> GradClip(value=1.0, per_layer=True)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: GradClip(per_layer=) takes max_norm= beside it, got True. Write: GradClip(max_norm=1.0, per_layer=True)
     """
 
     stage: ClassVar[Stage] = Stage.GRADIENTS
@@ -290,7 +345,23 @@ class GradClip(Algorithm):
         self._layers, self._version = [], None
 
     def _gathered(self, state: State) -> list[list[Tensor]]:
-        """Return the gradients there are, layer by layer."""
+        """Return the gradients there are, layer by layer.
+
+        Example:
+            >>> from thawline.engine import ParameterLedger
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+            >>> clipping = GradClip(max_norm=1.0, per_layer=True)
+            >>> model[2](torch.ones(1, 2)).sum().backward()
+            >>> [len(gradients) for gradients in clipping._gathered(state)]
+            [2]
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> [len(gradients) for gradients in clipping._gathered(state)]
+            [2, 2]
+            >>> state.ledger.freeze("0.bias", owner="me")
+            >>> [len(gradients) for gradients in clipping._gathered(state)]
+            [1, 2]
+        """
         if state.ledger.version != self._version:
             parameters, trainable = state.ledger.parameters, state.ledger.trainable
             layers: Iterable[list[Tensor]] = (
@@ -302,7 +373,12 @@ class GradClip(Algorithm):
 
 
 def _norms(gradients: list[Tensor], norm_type: float) -> list[Tensor]:
-    """Return the norm of each gradient, all on the device of the first."""
+    """Return the norm of each gradient, all on the device of the first; those of one dtype together.
+
+    Example:
+        >>> _norms([torch.ones(4), torch.ones(9, dtype=torch.bfloat16), torch.ones(16)], 2.0)
+        [tensor(2.), tensor(4.), tensor(3.)]
+    """
     norms: list[Tensor] = []
     if math.isinf(norm_type):  # a rank's rows may be none, and nothing is the largest of them
         gradients = [unsharded(each) for each in gradients]
@@ -316,5 +392,10 @@ def _norms(gradients: list[Tensor], norm_type: float) -> list[Tensor]:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype | None:
-    """Return the dtype in which to take the norm of ``dtype``, None for its own."""
+    """Return the dtype in which to take the norm of ``dtype``, None for its own.
+
+    Example:
+        >>> _wide(torch.float16), _wide(torch.float32), _wide(torch.float64)
+        (torch.float32, None, None)
+    """
     return torch.float32 if dtype.itemsize < 4 else None

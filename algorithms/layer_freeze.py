@@ -42,8 +42,8 @@ def freeze_share(progress: float, *, start: float = 0.5, level: float = 1.0) -> 
     Source: MosaicML Composer, ``layer_freezing``.
 
     Example:
-        >>> freeze_share(0.75, start=0.5, level=0.8)
-        0.4
+        >>> freeze_share(0.5, start=0.5), freeze_share(0.75, start=0.5, level=0.8), freeze_share(1.0, level=0.8)
+        (0.0, 0.4, 0.8)
     """
     # Composer's own order of operations: rounding down turns a last bit into a layer.
     return 0.0 if progress <= start else level * ((progress - start) / (1.0 - start))
@@ -58,6 +58,16 @@ def freeze_units(model: nn.Module, layers: LayerMap, granularity: Granularity = 
         granularity: ``"block"`` counts layers; ``"leaf"`` counts modules without children that have
             parameters, depth first, as Composer does. Parameters of a module with children, which Composer
             never freezes (attention's ``in_proj_weight``), belong to the first leaf below it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), nn.ReLU(), nn.Linear(4, 2))
+        >>> [len(unit) for unit in freeze_units(model, LayerMap(model, {"blocks": ["0"], "head": "2"}))]
+        [4, 2]
+        >>> freeze_units(model, LayerMap(model, {"blocks": ["0"], "head": "2"}), "leaf")
+        [('0.0.weight', '0.0.bias'), ('0.1.weight', '0.1.bias'), ('2.weight', '2.bias')]
+        >>> attention = nn.MultiheadAttention(4, 1)
+        >>> freeze_units(attention, LayerMap(attention), "leaf")
+        [('in_proj_weight', 'in_proj_bias', 'out_proj.weight', 'out_proj.bias')]
     """
     if granularity == "block":
         return [layer.parameters for layer in layers]
@@ -123,6 +133,17 @@ def freeze_layers(
         (1, 0.5)
         >>> [name for name, each in model.named_parameters() if not each.requires_grad]
         ['0.weight', '0.bias']
+        >>> ledger = ParameterLedger(model, optimizer)
+        >>> freeze_layers(model, ledger, progress=1.0)  # all but the last
+        (2, 1.0)
+        >>> len(ledger.trainable)
+        2
+        >>> freeze_layers(model, ledger, progress=1.0, start=1.0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: freeze_layers(start=) takes a number, 0 or above and below 1, got 1.0. Write: freeze_layers(…, start=0.5)
+        >>> freeze_layers(nn.Linear(4, 2), ledger, progress=1.0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: freeze_layers(model=) takes the model of the ledger, got 'Linear'. Write: freeze_layers(ledger.model, ledger, progress=0.5)
     """
     check_in_range(
         "freeze_layers(progress=)", progress, at_least=0, at_most=1, example="freeze_layers(…, progress=0.5)"
@@ -144,7 +165,18 @@ def freeze_layers(
 
 
 def last_progress(at: Literal["epoch", "batch"], duration: Time, clock: Clock) -> float | None:
-    """Return the progress at the last occasion to freeze that a step follows; None where that depends on the data."""
+    """Return the progress at the last occasion to freeze that a step follows; None where that depends on the data.
+
+    Example:
+        >>> known, unknown = Clock(batches_per_epoch=5), Clock()
+        >>> last_progress("epoch", Time("4ep"), unknown), last_progress("batch", Time("4ep"), known)
+        (0.75, 0.95)
+        >>> last_progress("epoch", Time("8ba"), known), last_progress("batch", Time("8ba"), unknown)
+        (0.625, 0.875)
+        >>> last_progress("batch", Time("4ep"), unknown), last_progress("epoch", Time("8ba"), unknown)
+        (None, None)
+        >>> last_progress("batch", Time("100sp"), known)
+    """
     length = clock.batches_per_epoch
     if duration.unit == "ep" and at == "epoch":
         return (duration.value - 1) / duration.value
@@ -185,6 +217,10 @@ class LayerFreeze(Algorithm):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'stem', 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head'), (3, 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head')]
+        >>> trainer = Trainer(algorithms=[LayerFreeze(at="batch", granularity="leaf")])
+        >>> plan = trainer.plan(tiny_models()["cnn"](), tiny_loader(), duration="8ba")
+        >>> [(span.start.batch, span.trainable) for span in plan.spans]
+        [(0, 214), (5, 174), (6, 166), (7, 18)]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY
@@ -229,12 +265,38 @@ class LayerFreeze(Algorithm):
         self.depth = int(saved["depth"])
 
     def _counted(self, state: State) -> list[tuple[str, ...]]:
-        """Return the units; found again where the ledger has moved, since surgery may have added to them."""
+        """Return the units; found again where the ledger has moved, since surgery may have added to them.
+
+        Example:
+            >>> import torch
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+            >>> freezing = LayerFreeze(granularity="leaf")
+            >>> units = freezing._counted(state)
+            >>> freezing._counted(state) is units
+            True
+            >>> state.ledger.freeze("0.bias", owner="me")
+            >>> freezing._counted(state) is units
+            False
+        """
         if state.ledger.version != self._version:
             self._units, self._version = freeze_units(state.model, state.layers, self.granularity), state.ledger.version
         return self._units
 
     def _warn_of_no_effect(self, state: State) -> None:
+        """Warn where nothing can freeze before the last step.
+
+        Example:
+            >>> import torch, warnings
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())), duration="3ep")
+            >>> with warnings.catch_warnings(record=True) as said:
+            ...     warnings.simplefilter("always")
+            ...     for start, level in ((0.0, 1.0), (0.5, 1.0), (0.5, 0.0)):
+            ...         LayerFreeze(start=start, level=level)._warn_of_no_effect(state)
+            >>> [str(each.message) for each in said]
+            ["LayerFreeze(start=0.5, level=1.0, at='epoch') freezes nothing before the last step of 3ep. Write ..."]
+        """
         progress = last_progress(self.at, state.duration, state.clock)
         if progress is None or not self.level:
             return
