@@ -42,8 +42,12 @@ def improved(value: float, best: float | None, *, mode: Literal["min", "max"], m
     Example:
         >>> improved(0.9, 1.0, mode="min"), improved(0.9, 1.0, mode="min", min_delta=0.2)
         (True, False)
-        >>> improved(float("nan"), None, mode="min")
-        False
+        >>> improved(0.75, 1.0, mode="min", min_delta=0.25), improved(0.5, 0.25, mode="max", min_delta=0.25)
+        (False, False)
+        >>> improved(0.5, 0.25, mode="max", min_delta=0.2), improved(-9.0, None, mode="max")
+        (True, True)
+        >>> improved(float("nan"), None, mode="min"), improved(math.inf, None, mode="min")
+        (False, False)
     """
     if mode == "min":
         return value < (math.inf if best is None else best) - min_delta
@@ -51,6 +55,15 @@ def improved(value: float, best: float | None, *, mode: Literal["min", "max"], m
 
 
 def _patience(value: object) -> int | Time:
+    """Return so many evaluations, or a time.
+
+    Example:
+        >>> _patience(1), _patience("2ep"), _patience(Time("5ba"))
+        (1, Time('2ep'), Time('5ba'))
+        >>> _patience(0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: EarlyStop(patience=) takes a whole number, 1 or above, got 0. Write: EarlyStop('eval/loss', patience=3)
+    """
     if isinstance(value, (str, Time)):
         return check_time("EarlyStop(patience=)", value, example="EarlyStop('eval/loss', patience='2ep')")
     return check_whole("EarlyStop(patience=)", value, at_least=1, example=_EXAMPLE)
@@ -87,6 +100,8 @@ class EarlyStop(Algorithm):
         >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(), tiny_loader(), duration="9ep")
         >>> result.stop_reason, len(result.history)
         ('early stop: eval/loss has not improved on ... for 2 evaluations', 3)
+        >>> EarlyStop("eval/loss").events == {Event.EVAL_END}, EarlyStop("train/loss").events == {Event.EPOCH_END}
+        (True, True)
     """
 
     stage: ClassVar[Stage] = Stage.CONTROL
@@ -112,11 +127,44 @@ class EarlyStop(Algorithm):
 
     @property
     def direction(self) -> Literal["min", "max"]:
-        """``"min"`` or ``"max"``: the mode, ``"auto"`` resolved."""
+        """``"min"`` or ``"max"``: the mode, ``"auto"`` resolved.
+
+        Example:
+            >>> EarlyStop().direction, EarlyStop("eval/accuracy").direction, EarlyStop("eval/accuracy", mode="min").direction
+            ('min', 'max', 'min')
+        """
         return direction_of(self.monitor, self.mode)
 
     @override
     def apply(self, event: Event, state: State) -> None:
+        """Look at the metric, and stop the fit where it has not improved for long enough.
+
+        Example:
+            >>> import torch
+            >>> from thawline.engine import Clock, ParameterLedger
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+            >>> def bad_after(algorithm, *losses):
+            ...     state.stop_reason = None
+            ...     for epoch, loss in enumerate(losses):
+            ...         state.clock, state.metrics["eval/loss"] = Clock(epoch=epoch), loss
+            ...         algorithm.apply(Event.EVAL_END, state)
+            ...     return algorithm.bad, state.stop_reason
+            >>> stopping = EarlyStop(patience=2)
+            >>> bad_after(stopping, 1.0, 1.5, 0.5, 0.5)
+            (1, None)
+            >>> state.ledger.freeze("0.*", owner="me")
+            >>> bad_after(stopping, 9.0, 9.5)  # what trains changed: 9.0 is the first best
+            (1, None)
+            >>> bad_after(stopping, 9.0)
+            (2, 'early stop: eval/loss has not improved on 9 for 2 evaluations')
+            >>> bad_after(EarlyStop(patience="2ep"), 1.0, 0.5, 0.7)
+            (1, None)
+            >>> bad_after(EarlyStop(patience="2ep"), 1.0, 0.5, 0.7, 0.5)
+            (2, 'early stop: eval/loss has not improved on 0.5 for 2ep')
+            >>> bad_after(EarlyStop(patience=1), math.nan)
+            (1, 'early stop: eval/loss is no number for 1 evaluation')
+        """
         value = self._value(state)
         if self._changed(state):
             self.best, self.bad, self._since = None, 0, None
@@ -134,7 +182,12 @@ class EarlyStop(Algorithm):
 
     @override
     def unplanned(self) -> str:
-        """Return when it may stop the fit."""
+        """Return when it may stop the fit.
+
+        Example:
+            >>> EarlyStop("train/loss", patience=3).unplanned(), EarlyStop(patience="2ep").unplanned()
+            ('may stop the fit when train/loss has not improved for 3 epochs', 'may stop the fit when eval/loss has not improved for 2ep')
+        """
         spent = self._occasions(self.patience) if isinstance(self.patience, int) else str(self.patience)
         return f"may stop the fit when {self.monitor} has not improved for {spent}"
 
@@ -148,10 +201,29 @@ class EarlyStop(Algorithm):
         self._since, self._trainable, self._version = saved["since"], saved["trainable"], None
 
     def _occasions(self, count: int) -> str:
-        """Return so many of what the metric is looked at after: "1 evaluation", "3 epochs"."""
+        """Return so many of what the metric is looked at after.
+
+        Example:
+            >>> EarlyStop()._occasions(1), EarlyStop("train/loss")._occasions(3)
+            ('1 evaluation', '3 epochs')
+        """
         return f"{count} {'epoch' if self.monitor.startswith('train/') else 'evaluation'}{'s' * (count != 1)}"
 
     def _value(self, state: State) -> float:
+        """Return the metric's latest value.
+
+        Example:
+            >>> import torch
+            >>> from thawline.engine import ParameterLedger
+            >>> model = torch.nn.Linear(2, 1)
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+            >>> state.metrics["eval/loss"] = 0.5
+            >>> EarlyStop()._value(state)
+            0.5
+            >>> EarlyStop("eval/los", patience="2ep")._value(state)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: EarlyStop(monitor=) takes a metric that is logged by then: 'eval/loss', got 'eval/los'. Write: EarlyStop('eval/loss', patience='2ep')
+        """
         value = state.metrics.get(self.monitor)
         if value is None:
             logged = sorted(state.metrics)
@@ -165,7 +237,23 @@ class EarlyStop(Algorithm):
         return value
 
     def _changed(self, state: State) -> bool:
-        """Return whether what trains is not what trained at the last evaluation."""
+        """Return whether what trains is not what trained at the last evaluation.
+
+        Example:
+            >>> import torch
+            >>> from thawline.engine import ParameterLedger
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+            >>> stopping, never = EarlyStop(), EarlyStop(reset_on_change=False)
+            >>> stopping._changed(state), never._changed(state)
+            (False, False)
+            >>> state.ledger.freeze("0.*", owner="me")
+            >>> stopping._changed(state), stopping._changed(state), never._changed(state)
+            (True, False, False)
+            >>> state.ledger.scale("2.*", 0.5, owner="me")  # another rate for the same
+            >>> stopping._changed(state)
+            False
+        """
         if not self.reset_on_change or state.ledger.version == self._version:
             return False
         before, self._version = self._trainable, state.ledger.version
@@ -174,6 +262,13 @@ class EarlyStop(Algorithm):
         return before is not None and before != self._trainable
 
     def _exhausted(self, elapsed: float) -> bool:
+        """Return whether the patience is used up, so long after the last improvement.
+
+        Example:
+            >>> waiting = EarlyStop(patience="0.1dur")
+            >>> waiting._exhausted(0.09), waiting._exhausted(0.3 - 0.2)
+            (False, True)
+        """
         if isinstance(self.patience, Time):
             return elapsed >= self.patience.value - _TOLERANCE
         return self.bad >= self.patience

@@ -18,6 +18,18 @@ _EXAMPLE = "FreezeAt({'stem': '1ep', 'blocks[0]': '0.3dur'})"
 
 
 def _times(value: object) -> dict[str, Time]:
+    """Return the times by selector.
+
+    Example:
+        >>> _times({"stem": 0, "blocks": "0.5dur"})
+        {'stem': Time('0ep'), 'blocks': Time('0.5dur')}
+        >>> _times({"": 1})
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: FreezeAt(times=) takes a mapping of selectors to times, got {'': 1}. Write: FreezeAt({'stem': '1ep', 'blocks[0]': '0.3dur'})
+        >>> _times({})
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: FreezeAt(times=) takes a mapping of selectors to times, got {}. Write: FreezeAt({'stem': '1ep', 'blocks[0]': '0.3dur'})
+    """
     if not isinstance(value, Mapping) or not value or not all(isinstance(each, str) and each for each in value):
         takes = "a mapping of selectors to times"
         raise ArgumentError("FreezeAt(times=)", got=value, takes=takes, example=_EXAMPLE)
@@ -60,14 +72,45 @@ class FreezeAt(Algorithm):
 
     @override
     def match(self, event: Event, state: State) -> bool:
-        """Return whether the fit begins, or a time has come."""
+        """Return whether the fit begins, or a time has come.
+
+        Example:
+            >>> import torch
+            >>> from thawline.engine import Clock, ParameterLedger
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+            >>> freezing = FreezeAt({"blocks": 1, "head": 2})
+            >>> freezing.match(Event.FIT_START, state), freezing.match(Event.BATCH_START, state)
+            (True, False)
+            >>> state.clock = Clock(epoch=1)
+            >>> freezing.match(Event.BATCH_START, state)
+            True
+            >>> freezing.apply(Event.BATCH_START, state)
+            >>> sorted(state.ledger.trainable), freezing.frozen, freezing.match(Event.BATCH_START, state)
+            (['2.bias', '2.weight'], frozenset({'blocks'}), False)
+        """
         return event is Event.FIT_START or any(
             select not in self.frozen and time.reached(state.clock) for select, time in self.times.items()
         )
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        """Check the selectors, or freeze what is due."""
+        """Check the selectors, or freeze what is due.
+
+        Example:
+            >>> import torch, warnings
+            >>> from thawline.engine import ParameterLedger
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())), duration="3ep")
+            >>> with warnings.catch_warnings(record=True) as said:
+            ...     warnings.simplefilter("always")
+            ...     FreezeAt({"head": 0, "blocks": "2ep", "0.bias": "3ep"}).apply(Event.FIT_START, state)
+            >>> [str(each.message) for each in said]
+            ["FreezeAt({'0.bias': '3ep'}) freezes nothing: the fit ends after 3ep. Write shorter times."]
+            >>> FreezeAt({"block": 1}).apply(Event.FIT_START, state)
+            Traceback (most recent call last):
+            thawline.engine.errors.SelectorError: ...
+        """
         if event is Event.FIT_START:
             state.ledger.select(list(self.times))
             warn_of_frozen_trunk(state, "FreezeAt")

@@ -31,6 +31,14 @@ def freeze_out_times(layers: int, *, t_0: float = 0.8, cubed: bool = True) -> tu
     Example:
         >>> freeze_out_times(3, t_0=0.5, cubed=False), freeze_out_times(3, t_0=0.5)
         ((0.5, 0.75, 1.0), (0.125, 0.421875, 1.0))
+        >>> freeze_out_times(1), freeze_out_times(2, t_0=1.0)
+        ((1.0,), (1.0, 1.0))
+        >>> freeze_out_times(0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: freeze_out_times(layers=) takes a whole number, 1 or above, got 0. Write: freeze_out_times(12)
+        >>> freeze_out_times(3, t_0=1.5)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: freeze_out_times(t_0=) takes a number above 0 and 1 or below, got 1.5. Write: freeze_out_times(12, t_0=0.8)
     """
     check_whole("freeze_out_times(layers=)", layers, at_least=1, example="freeze_out_times(12)")
     check_in_range("freeze_out_times(t_0=)", t_0, above=0, at_most=1, example="freeze_out_times(12, t_0=0.8)")
@@ -44,6 +52,8 @@ def freeze_out_schedule(time: float) -> Schedule:
     Example:
         >>> [round(freeze_out_schedule(0.5)(progress), 3) for progress in (0.0, 0.25, 0.5, 0.75)]
         [1.0, 0.5, 0.0, 0.0]
+        >>> [round(freeze_out_schedule(1.0)(progress), 3) for progress in (0.0, 0.5, 1.0)]
+        [1.0, 0.5, 0.0]
     """
     return cosine() if time >= 1 else join([cosine(), constant(0.0)], [time])
 
@@ -75,6 +85,12 @@ class FreezeOut(Algorithm):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
         >>> [(span.start.progress, len(span.layers)) for span in plan.spans]
         [(0.0, 5), (0.5, 4), (0.625, 3), (0.75, 2), (0.875, 1)]
+        >>> [round(rate, 8) for rate in plan.samples[0].rates.values()]  # 1e-4, divided by 0.5, 0.625, …
+        [0.0002, 0.00016, 0.00013333, 0.00011429, 0.0001]
+        >>> trainer.algorithms = [FreezeOut(t_0=0.5, cubed=False, scale_lr=False)]
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
+        >>> [round(rate, 8) for rate in plan.samples[0].rates.values()]
+        [0.0001, 0.0001, 0.0001, 0.0001, 0.0001]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY
@@ -93,7 +109,24 @@ class FreezeOut(Algorithm):
 
     @override
     def match(self, event: Event, state: State) -> bool:
-        """Return whether the fit begins, or a layer is due."""
+        """Return whether the fit begins, or a layer is due.
+
+        Example:
+            >>> import torch
+            >>> from thawline.engine import Clock, ParameterLedger
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+            >>> freezing = FreezeOut(t_0=0.5, cubed=False)
+            >>> freezing.attach(state)
+            >>> freezing.match(Event.FIT_START, state), freezing.match(Event.BATCH_START, state)
+            (True, False)
+            >>> state.clock = Clock(progress=0.5)
+            >>> freezing.match(Event.BATCH_START, state)
+            True
+            >>> freezing.apply(Event.BATCH_START, state)
+            >>> sorted(state.ledger.trainable), freezing.depth, freezing.match(Event.BATCH_START, state)
+            (['2.bias', '2.weight'], 1, False)
+        """
         return event is Event.FIT_START or self._due(state.clock.progress) > self.depth
 
     @override
@@ -124,7 +157,14 @@ class FreezeOut(Algorithm):
         self.depth = int(saved["depth"])
 
     def _due(self, progress: float) -> int:
-        """Return how many layers are to be frozen; the last one, whose time is the end, never is."""
+        """Return how many layers are to be frozen; the last one, whose time is the end, never is.
+
+        Example:
+            >>> freezing = FreezeOut()
+            >>> freezing._times = (0.25, 0.5, 1.0)
+            >>> [freezing._due(progress) for progress in (0.0, 0.25, 0.49, 0.5, 1.0)]
+            [0, 1, 1, 2, 2]
+        """
         due = self.depth
         while due < len(self._times) - 1 and progress >= self._times[due]:
             due += 1

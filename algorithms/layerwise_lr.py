@@ -40,6 +40,15 @@ def layer_factors(layers: LayerMap, decay: float, convention: Convention = "timm
         >>> layers = LayerMap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
         >>> layer_factors(layers, 0.5), layer_factors(layers, 0.5, "electra")
         ({'blocks[0]': 0.5, 'head': 1.0}, {'blocks[0]': 0.25, 'head': 1.0})
+        >>> headless = LayerMap(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), {"stem": "0", "blocks": ["1"]})
+        >>> layer_factors(headless, 0.5), layer_factors(headless, 0.5, "beit"), layer_factors(headless, 1.0)
+        ({'stem': 0.5, 'blocks[0]': 1.0}, {'stem': 0.25, 'blocks[0]': 0.5}, {'stem': 1.0, 'blocks[0]': 1.0})
+        >>> layer_factors(layers, 0.0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: layer_factors(decay=) takes a number above 0 and 1 or below, got 0.0. Write: layer_factors(layers, 0.75)
+        >>> layer_factors(layers, 0.5, "deit")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: layer_factors(convention=) takes one of 'timm', 'beit', 'electra', got 'deit'. Write: layer_factors(layers, 0.75, 'timm')
     """
     check_in_range("layer_factors(decay=)", decay, above=0, at_most=1, example="layer_factors(layers, 0.75)")
     check_one_of("layer_factors(convention=)", convention, CONVENTIONS, example="layer_factors(layers, 0.75, 'timm')")
@@ -74,6 +83,10 @@ class LayerwiseLR(Algorithm):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
         >>> plan.samples[0].rates
         {'stem': 0.0625, 'blocks[0]': 0.125, 'blocks[1]': 0.25, 'blocks[2]': 0.5, 'head': 1.0}
+        >>> trainer.algorithms = [LayerwiseLR(lowest=0.0001, lr_head=3.0)]
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
+        >>> {layer: round(rate, 6) for layer, rate in plan.samples[0].rates.items()}
+        {'stem': 0.0001, 'blocks[0]': 0.001, 'blocks[1]': 0.01, 'blocks[2]': 0.1, 'head': 3.0}
     """
 
     events = frozenset({Event.FIT_START})
