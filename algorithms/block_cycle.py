@@ -33,8 +33,13 @@ def cycle_order(
         ArgumentError: Another order.
 
     Example:
-        >>> cycle_order(3, "descending"), sorted(cycle_order(3, "random", cycle=5))
-        ([2, 1, 0], [0, 1, 2])
+        >>> cycle_order(3, "ascending"), cycle_order(3, "descending")
+        ([0, 1, 2], [2, 1, 0])
+        >>> cycle_order(5), cycle_order(5, cycle=1), cycle_order(5, seed=1), cycle_order(5, owner="me")
+        ([2, 1, 3, 4, 0], [0, 1, 4, 3, 2], [1, 2, 0, 3, 4], [4, 0, 1, 3, 2])
+        >>> cycle_order(3, "up")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: cycle_order(order=) takes one of 'random', 'ascending', 'descending', got 'up'. Write: cycle_order(12, 'random')
     """
     check_one_of("cycle_order(order=)", order, ORDERS, example="cycle_order(12, 'random')")
     if order == "random":
@@ -80,6 +85,10 @@ class BlockCycle(Turns):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="3ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'blocks[2]', 'head'), (1, 'blocks[1]', 'head'), (2, 'blocks[0]', 'head')]
+        >>> trainer.algorithms = [BlockCycle("2ba", order="ascending", always=())]
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="12ba")
+        >>> [(span.start.batch, *span.layers) for span in plan.spans]
+        [(0, 'stem'), (2, 'blocks[0]'), (4, 'blocks[1]'), (6, 'blocks[2]'), (8, 'head'), (10, 'stem')]
     """
 
     every: Time = attrs.field(default=Time("100ba"), converter=_every)
@@ -91,24 +100,57 @@ class BlockCycle(Turns):
 
     @override
     def candidates(self, layers: LayerMap) -> list[str]:
-        """Return all layers, the embeddings where they are asked for."""
+        """Return all layers, the embeddings where they are asked for.
+
+        Example:
+            >>> from torch import nn
+            >>> layers = LayerMap(nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)]), {"stem": "0", "blocks": ["1"], "head": "2"})
+            >>> BlockCycle().candidates(layers), BlockCycle(stem=False).candidates(layers)
+            (['stem', 'blocks[0]', 'head'], ['blocks[0]', 'head'])
+        """
         return [layer.name for layer in layers if self.stem or layer.name != "stem"]
 
     @override
     def choose(self, candidates: Sequence[str], turn: int, seed: int) -> tuple[str, ...]:
-        """Return the one block of this turn."""
+        """Return the one block of this turn.
+
+        Example:
+            >>> cycling = BlockCycle(order="descending")
+            >>> [cycling.choose(["stem", "blocks[0]"], turn, seed=0) for turn in range(3)]
+            [('blocks[0]',), ('stem',), ('blocks[0]',)]
+            >>> [BlockCycle().choose("abcd", turn, seed=0)[0] for turn in range(8)]
+            ['c', 'b', 'd', 'a', 'a', 'b', 'c', 'd']
+        """
         cycle, place = divmod(turn, len(candidates))
         order = cycle_order(len(candidates), self.order, seed=seed, owner=self.owner, cycle=cycle)
         return (candidates[order[place]],)
 
     @override
     def leaving(self, chosen: Sequence[str]) -> tuple[str, ...]:
-        """Return the block whose turn is over, though the next be its own."""
+        """Return the block whose turn is over, though the next be its own.
+
+        Example:
+            >>> cycling = BlockCycle()
+            >>> cycling.active = ("blocks[0]",)
+            >>> cycling.leaving(["blocks[0]"])
+            ('blocks[0]',)
+        """
         return self.active
 
     @override
     def idle(self, candidates: Sequence[str], state: State) -> str | None:
-        """Return that some blocks never have a turn."""
+        """Return that some blocks never have a turn.
+
+        Example:
+            >>> import torch
+            >>> from thawline.engine import ParameterLedger
+            >>> model = torch.nn.Linear(2, 1)
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())), duration="2ep")
+            >>> BlockCycle("1ep").idle(["a", "b", "c"], state)
+            'does not come to each of 3 blocks'
+            >>> BlockCycle("1ep").idle(["a", "b"], state), BlockCycle("9ep").idle(["a"], state)
+            (None, None)
+        """
         last = self.every.value * (len(candidates) - 1)
         never = last and cannot_fire(Time(f"{last}{self.every.unit}"), state)
         return f"does not come to each of {len(candidates)} blocks" if never else None

@@ -50,6 +50,15 @@ def thaw_order(layers: LayerMap, *, order: Order = "top", stem: bool = True) -> 
         >>> layers = LayerMap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
         >>> thaw_order(layers), thaw_order(layers, order=["blocks[0]", "blocks[-1]"])
         (('blocks[1]', 'blocks[0]'), ('blocks[0]', 'blocks[1]'))
+        >>> layers = LayerMap(nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), {"stem": "0", "blocks": ["1", "2"], "head": "3"})
+        >>> thaw_order(layers), thaw_order(layers, order="bottom"), thaw_order(layers, stem=False)
+        (('blocks[1]', 'blocks[0]', 'stem'), ('blocks[0]', 'blocks[1]', 'stem'), ('blocks[1]', 'blocks[0]'))
+        >>> thaw_order(layers, order=["blocks[0:2]", "blocks[-1]"])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: LayerThaw(order=) takes each layer once, got ['blocks[0:2]', 'blocks[-1]']. Write: LayerThaw(order=['blocks[1]', 'blocks[0]'])
+        >>> thaw_order(layers, order=["steam"])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: LayerThaw(order=) takes layers of this model, such as 'stem', ...
     """
     body = [layer.name for layer in layers if layer.name not in ("stem", "head")]
     if isinstance(order, str):
@@ -86,6 +95,8 @@ def merged(steps: Iterable[Sequence[str]], idle: Collection[str]) -> tuple[tuple
     Example:
         >>> merged([["head"], ["blocks[1]"], ["blocks[0]"], ["stem"]], idle=["head", "stem"])
         (('head', 'blocks[1]'), ('blocks[0]', 'stem'))
+        >>> merged([["head"], ["stem"]], idle=["head", "stem"])
+        ()
     """
     found: list[list[str]] = [[]]
     for step in steps:
@@ -99,7 +110,18 @@ def merged(steps: Iterable[Sequence[str]], idle: Collection[str]) -> tuple[tuple
 
 
 def share_of_fit(time: Time, state: State) -> float | None:
-    """Return which share of the fit a time is, None where that cannot be known before."""
+    """Return which share of the fit a time is, None where that cannot be known before.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())), duration="4ep")
+        >>> share_of_fit(Time("1ep"), state), share_of_fit(Time("0.3dur"), state), share_of_fit(Time("10ba"), state)
+        (0.25, 0.3, None)
+        >>> state.clock = Clock(batches_per_epoch=5)
+        >>> share_of_fit(Time("10ba"), state), share_of_fit(Time("80sp"), state)
+        (0.5, None)
+    """
     duration, length = state.duration, state.clock.batches_per_epoch
     if time.unit == "dur":
         return float(time.value)
@@ -112,11 +134,31 @@ def share_of_fit(time: Time, state: State) -> float | None:
 
 
 def cannot_fire(every: Time, state: State) -> bool:
-    """Return whether the fit is known to end before ``every`` has passed once."""
+    """Return whether the fit is known to end before ``every`` has passed once.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())), duration="4ep")
+        >>> cannot_fire(Time("3ep"), state), cannot_fire(Time("4ep"), state), cannot_fire(Time("900ba"), state)
+        (False, True, False)
+    """
     return (share_of_fit(every, state) or 0.0) >= 1
 
 
 def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    """Check for a number of blocks, 0 or above, or selectors.
+
+    Example:
+        >>> LayerThaw(start=0).start, LayerThaw(start=["head", "stem"]).start
+        (0, ['head', 'stem'])
+        >>> LayerThaw(start=-1)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: LayerThaw(start=) takes 'head', a number of blocks beside it, or selectors, got -1. Write: LayerThaw(start='head')
+        >>> LayerThaw(start=["head", ""])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: LayerThaw(start=) takes ... got ['head', '']. Write: LayerThaw(start='head')
+    """
     listed = isinstance(value, Sequence) and bool(value) and all(isinstance(each, str) and each for each in value)
     if isinstance(value, bool) or not (listed or (isinstance(value, int) and value >= 0)):
         raise ArgumentError(
@@ -126,6 +168,15 @@ def _check_start(_instance: object, _attribute: attrs.Attribute[Any], value: obj
 
 
 def _check_order(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    """Check for the name of an order, or a list of layers that is not empty.
+
+    Example:
+        >>> LayerThaw(order=["blocks[0]"]).order
+        ['blocks[0]']
+        >>> LayerThaw(order=[])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: LayerThaw(order=) takes 'top', 'bottom', 'together' or a list of layers, got []. Write: LayerThaw(order='top')
+    """
     listed = not isinstance(value, str) and isinstance(value, Sequence) and all(isinstance(each, str) for each in value)
     if value not in ("top", "bottom", "together") and not (listed and value):
         takes = "'top', 'bottom', 'together' or a list of layers"
@@ -183,6 +234,10 @@ class LayerThaw(Algorithm):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="8ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'head'), (2, 'blocks[2]', 'head'), (4, 'blocks[1]', 'blocks[2]', 'head')]
+        >>> trainer.algorithms = [LayerThaw("1ba", start=1, order="bottom", stem=False)]
+        >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ba")
+        >>> [(span.start.batch, *span.layers) for span in plan.spans]
+        [(0, 'blocks[2]', 'head'), (1, 'blocks[0]', 'blocks[2]', 'head'), (2, 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head')]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY
@@ -211,7 +266,26 @@ class LayerThaw(Algorithm):
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        """Hold everything but the start; once everybody has taken their holds, find what can train; release what is due."""
+        """Hold everything but the start; once everybody has taken their holds, find what can train; release what is due.
+
+        Example:
+            >>> import torch, warnings
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())), duration="2ep")
+            >>> state.ledger.freeze("0.*", owner="LISA")
+            >>> thawing = LayerThaw(lr_scale=2.0, warmup="2ep")
+            >>> with warnings.catch_warnings(record=True) as said:
+            ...     warnings.simplefilter("always")
+            ...     thawing.apply(Event.FIT_START, state)
+            ...     thawing.apply(Event.EPOCH_START, state)
+            >>> [str(each.message).partition(".")[0] for each in said]
+            >>> state.clock = Clock(epoch=1)
+            >>> thawing.match(Event.EPOCH_START, state)
+            True
+            >>> thawing.apply(Event.EPOCH_START, state)
+            >>> state.ledger.owners("0.weight"), thawing.thawed, thawing.match(Event.EPOCH_START, state)
+            (('LISA',), 1, False)
+        """
         if event is Event.FIT_START:
             self._hold(state)
             return
@@ -233,6 +307,25 @@ class LayerThaw(Algorithm):
         self.thawed, self._begun = int(saved["thawed"]), bool(saved["begun"])
 
     def _hold(self, state: State) -> None:
+        """Hold what does not train from the beginning, and find the order in which it is released.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(4)])
+            >>> layers = LayerMap(model, {"stem": "0", "blocks": ["1", "2"], "head": "3"})
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters()), layers))
+            >>> thawing, together = LayerThaw(), LayerThaw(order="together", start=["head", "2.bias"])
+            >>> together._hold(state)
+            >>> together.steps, sorted(state.ledger.trainable)
+            ((('blocks[1]', 'blocks[0]', 'stem'),), ['2.bias', '3.bias', '3.weight'])
+            >>> thawing._hold(state)
+            >>> thawing.steps, sorted(state.ledger.trainable)
+            ((('blocks[1]',), ('blocks[0]',), ('stem',)), ['3.bias', '3.weight'])
+            >>> model = torch.nn.Linear(2, 2)
+            >>> thawing._hold(State(model, ParameterLedger(model, torch.optim.SGD(model.parameters()))))
+            Traceback (most recent call last):
+            thawline.engine.errors.LayerError: LayerThaw needs layers below the head, and all parameters lie in one:...
+        """
         layers = state.layers
         if len(layers) < 2:
             raise LayerError(
@@ -252,7 +345,23 @@ class LayerThaw(Algorithm):
             )
 
     def _begin(self, state: State) -> None:
-        """Merge the layers in which nothing can train into the next that can, and begin with it where the start cannot."""
+        """Merge the layers in which nothing can train into the next that can, and begin with it where the start cannot.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(5)])
+            >>> layers = LayerMap(model, {"stem": "0", "blocks": ["1", "2", "3"], "head": "4"})
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=1.0), layers), duration="9ep")
+            >>> state.ledger.freeze(["head", "blocks[1]"], owner="me")
+            >>> thawing = LayerThaw(limit=2, lr_scale=0.1)
+            >>> thawing._hold(state)
+            >>> thawing._begin(state)
+            >>> sorted(state.ledger.trainable), thawing.steps
+            (['3.bias', '3.weight'], (('blocks[1]', 'blocks[0]'), ('stem',)))
+            >>> state.ledger.thaw(["blocks[0]", "stem"], owner="LayerThaw")
+            >>> {group.parameters: round(group.scale, 3) for group in state.ledger.groups}
+            {('0.weight', '0.bias'): 0.01, ('1.weight', '1.bias'): 0.1, ('3.weight', '3.bias'): 1.0}
+        """
         ledger, layers = state.ledger, state.layers
         started = frozenset(ledger.select(self._selector(layers)))
         parts = {
@@ -292,7 +401,17 @@ class LayerThaw(Algorithm):
             )
 
     def _can_train(self, ledger: ParameterLedger, name: str) -> bool:
-        """Return whether nobody holds a parameter who never releases it."""
+        """Return whether nobody holds a parameter who never releases it.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(2, 1)
+            >>> ledger = ParameterLedger(model, torch.optim.SGD(model.parameters()))
+            >>> ledger.freeze("*", owner="LISA#2")
+            >>> ledger.freeze("bias", owner="LoRAInject")
+            >>> LayerThaw()._can_train(ledger, "weight"), LayerThaw()._can_train(ledger, "bias")
+            (True, False)
+        """
         return all(owner.partition("#")[0] in _RELEASING for owner in ledger.owners(name))
 
     def _release(self, state: State) -> None:
@@ -303,7 +422,26 @@ class LayerThaw(Algorithm):
         log.info("thawed", layers=due, epoch=state.clock.epoch, batch=state.clock.batch)
 
     def _why_idle(self, state: State, waiting: Sequence[str]) -> str | None:
-        """Return why nothing can ever be released, and what to write instead; None where something can."""
+        """Return why nothing can ever be released, and what to write instead; None where something can.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())), duration="2ep")
+            >>> thawing, late = LayerThaw(every=1), LayerThaw(every=2)
+            >>> thawing.steps = late.steps = (("blocks[0]",),)
+            >>> thawing._why_idle(state, ["0.weight"]), late._why_idle(state, ["0.weight"])
+            (None, "the fit ends after 2ep. Write a shorter interval, such as LayerThaw(every='0.2dur').")
+            >>> LayerThaw()._why_idle(state, [])
+            'there is no other layer. Write a smaller start=, or stem=True.'
+            >>> state.ledger.freeze("0.*", owner="me")
+            >>> LayerThaw()._why_idle(state, ["0.weight"])
+            'all else is held by me as well. Write a larger start=, or leave one out.'
+            >>> state.ledger.thaw("0.*", owner="me")
+            >>> state.ledger.freeze("0.*", owner="user")
+            >>> LayerThaw()._why_idle(state, ["0.weight"])
+            'all of it was frozen before the fit, and stays so. Write model.requires_grad_(True) before the fit.'
+        """
         if not waiting:
             return "there is no other layer. Write a smaller start=, or stem=True."
         if self.steps:
@@ -320,7 +458,17 @@ class LayerThaw(Algorithm):
         return f"all else is held by {', '.join(sorted(owners))} as well. Write a larger start=, or leave one out."
 
     def _selector(self, layers: LayerMap) -> list[str]:
-        """Return selectors of what trains from the beginning."""
+        """Return selectors of what trains from the beginning.
+
+        Example:
+            >>> import torch
+            >>> layers = LayerMap(torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(3)]))
+            >>> [LayerThaw(start=start)._selector(layers) for start in ("head", 0, 2)]
+            [['head'], ['head'], ['head', 'blocks[0]', 'blocks[1]']]
+            >>> LayerThaw(start=3)._selector(layers)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: LayerThaw(start=) takes at most 2, the blocks of this model, got 3. Write: LayerThaw(start='head')
+        """
         if not isinstance(self.start, int):
             return [self.start] if isinstance(self.start, str) else list(self.start)
         body = [layer.name for layer in layers if layer.name not in ("stem", "head")]
@@ -332,7 +480,15 @@ class LayerThaw(Algorithm):
         return ["head", *body[len(body) - self.start :]]
 
     def _order(self, layers: LayerMap, started: frozenset[str]) -> tuple[str, ...]:
-        """Return the layers that are released one by one: what does not train from the beginning, the head included."""
+        """Return the layers that are released one by one: what does not train from the beginning, the head included.
+
+        Example:
+            >>> import torch
+            >>> layers = LayerMap(torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(3)]))
+            >>> started = frozenset(["0.weight", "0.bias", "1.bias"])  # all of one block, half of the other
+            >>> LayerThaw()._order(layers, started), LayerThaw(order="bottom")._order(layers, started)
+            (('head', 'blocks[1]'), ('blocks[1]', 'head'))
+        """
         order = thaw_order(layers, order=self.order, stem=self.stem)
         if isinstance(self.order, str):
             order = (*order, "head") if self.order == "bottom" else ("head", *order)

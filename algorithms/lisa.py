@@ -28,8 +28,16 @@ def sampled_layers(layers: Sequence[str], count: int, *, seed: int, owner: str, 
 
     Example:
         >>> blocks = ["blocks[0]", "blocks[1]", "blocks[2]"]
-        >>> len(sampled_layers(blocks, 2, seed=0, owner="LISA", interval=7))
-        2
+        >>> [sampled_layers(blocks, 2, seed=0, owner="LISA", interval=interval) for interval in range(3)]
+        [('blocks[0]', 'blocks[1]'), ('blocks[1]', 'blocks[2]'), ('blocks[0]', 'blocks[2]')]
+        >>> sampled_layers(blocks, 3, seed=1, owner="LISA#2", interval=0)
+        ('blocks[0]', 'blocks[1]', 'blocks[2]')
+        >>> sampled_layers(blocks, 4, seed=0, owner="LISA", interval=0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: LISA(layers=) takes at most 3, the layers of this model that may be sampled, got 4. Write: LISA(layers=1)
+        >>> sampled_layers(blocks, 0, seed=0, owner="LISA", interval=0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: LISA(layers=) takes a whole number, 1 or above, got 0. Write: LISA(layers=2)
     """
     check_whole("LISA(layers=)", count, at_least=1, example="LISA(layers=2)")
     if count > len(layers):
@@ -87,7 +95,14 @@ class LISA(Turns):
 
     @override
     def candidates(self, layers: LayerMap) -> list[str]:
-        """Return the layers between stem and head."""
+        """Return the layers between stem and head.
+
+        Example:
+            >>> from torch import nn
+            >>> layers = LayerMap(nn.Sequential(*[nn.Linear(2, 2) for _ in range(3)]), {"stem": "0", "blocks": ["1"], "head": "2"})
+            >>> LISA().candidates(layers)
+            ['blocks[0]']
+        """
         return [layer.name for layer in layers if layer.name not in ("stem", "head")]
 
     @override
@@ -97,10 +112,28 @@ class LISA(Turns):
 
     @override
     def leaving(self, chosen: Sequence[str]) -> tuple[str, ...]:
-        """Return those that are not drawn again."""
+        """Return those that are not drawn again.
+
+        Example:
+            >>> drawing = LISA()
+            >>> drawing.active = ("blocks[0]", "blocks[2]")
+            >>> drawing.leaving(["blocks[1]", "blocks[2]"])
+            ('blocks[0]',)
+        """
         return tuple(each for each in self.active if each not in chosen)
 
     @override
     def idle(self, candidates: Sequence[str], state: State) -> str | None:
-        """Return that it draws only once."""
+        """Return that it draws only once.
+
+        Example:
+            >>> import torch
+            >>> from thawline.engine import ParameterLedger
+            >>> model = torch.nn.Linear(2, 1)
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())), duration="2ep")
+            >>> blocks = ["blocks[0]", "blocks[1]"]
+            >>> LISA("2ep", layers=1).idle(blocks, state), LISA("1ep", layers=1).idle(blocks, state)
+            ('draws only once', None)
+            >>> LISA("2ep", layers=2).idle(blocks, state)  # all of them, so that there is nothing to draw again
+        """
         return "draws only once" if len(candidates) > self.layers and cannot_fire(self.every, state) else None
