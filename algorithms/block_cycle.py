@@ -85,6 +85,8 @@ class BlockCycle(Turns):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="3ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'blocks[2]', 'head'), (1, 'blocks[1]', 'head'), (2, 'blocks[0]', 'head')]
+        >>> BlockCycle()
+        BlockCycle(every=Time('100ba'), order='random', always=('head',), stem=True)
         >>> trainer.algorithms = [BlockCycle("2ba", order="ascending", always=())]
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="12ba")
         >>> [(span.start.batch, *span.layers) for span in plan.spans]

@@ -100,6 +100,8 @@ class EarlyStop(Algorithm):
         >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(), tiny_loader(), duration="9ep")
         >>> result.stop_reason, len(result.history)
         ('early stop: eval/loss has not improved on ... for 2 evaluations', 3)
+        >>> EarlyStop()
+        EarlyStop(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', reset_on_change=True)
         >>> EarlyStop("eval/loss").events == {Event.EVAL_END}, EarlyStop("train/loss").events == {Event.EPOCH_END}
         (True, True)
     """

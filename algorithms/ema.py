@@ -54,10 +54,13 @@ def ema_update(shadow: Sequence[Tensor], live: Sequence[Tensor], decay: float) -
         with exponential weights as in Tarvainen, Valpola, arXiv:1703.01780.
 
     Example:
-        >>> average = [torch.tensor([1.0, 0.0])]
-        >>> ema_update(average, [torch.tensor([0.0, 1.0])], decay=0.75)
+        >>> average = [torch.tensor([1.0, 0.0]), torch.tensor([3]), torch.zeros(1)]
+        >>> ema_update(average, [torch.tensor([0.0, 1.0]), torch.tensor([4]), torch.ones(1, dtype=torch.bfloat16)], decay=0.75)
         >>> average
-        [tensor([0.7500, 0.2500])]
+        [tensor([0.7500, 0.2500]), tensor([4]), tensor([0.2500])]
+        >>> ema_update(average, [torch.zeros(3)], decay=0.75)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: ema_update(live=) takes as many weights as averages, of the same shapes, got ...
     """
     check_in_range("ema_update(decay=)", decay, at_least=0, at_most=1, example="ema_update(shadow, live, decay=0.999)")
     if [each.shape for each in shadow] != [each.shape for each in live]:
@@ -83,6 +86,13 @@ def ema_decay(elapsed: float, half_life: float) -> float:
 
 
 def _half_life(value: object) -> Time | None:
+    """Return the time; a fraction can only have been meant as a decay.
+
+    Example:
+        >>> EMA(half_life=0.999)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: EMA(half_life=) takes ... got 0.999. Write: EMA(decay=0.999)
+    """
     if value is None:
         return None
     example = f"EMA(decay={value!r})" if isinstance(value, float) and 0 < value < 1 else _EXAMPLE
@@ -132,7 +142,6 @@ class EMA(Algorithm):
         warmup: True limits the decay of update t = 0, 1, … to ``(1 + t) / (10 + t)``, so that the first weights are
             forgotten fast. A time instead lets the memory grow from nothing to its full length over it: the decay
             is ``decay ** (1 / share)`` at that share of the time, so the half-life rises linearly.
-
         bias_correction: Leave the weights from before the first update out of the average: it is the mean of those after
             each update alone, weighted with ``(1 - decay) * decay ** age`` over the sum of these, as Adam corrects its
             moments. Otherwise they count as if they had always been there.
@@ -156,8 +165,11 @@ class EMA(Algorithm):
         >>> result = trainer.fit(model, tiny_loader(), duration="2ba")
         >>> bool(torch.allclose(averaging.average["weight"], 0.25 * first + 0.25 * weights[0] + 0.5 * weights[1], atol=1e-6))
         True
-        >>> EMA(half_life="200ba").decay_at(elapsed=1.0)
-        0.9965402628278678
+        >>> EMA()
+        EMA(half_life=Time('0.1dur'), decay=None, update_every=Time('1ba'), warmup=False, bias_correction=False)
+        >>> EMA(half_life="1ep", decay=0.5)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: EMA(half_life=, decay=) takes only one of the two, got ...
     """
 
     stage: ClassVar[Stage] = Stage.WEIGHTS
@@ -201,6 +213,13 @@ class EMA(Algorithm):
         Args:
             elapsed: Time since the last update, in the unit of ``half_life``; a fixed decay does not ask.
             share: The share of a ``warmup=`` time that has passed, above 0, up to 1.
+
+        Example:
+            >>> EMA(half_life="2ba").decay_at(2.0), EMA(decay=0.75).decay_at(2.0), EMA(decay=0.5, warmup="9ba").decay_at(share=0.5)
+            (0.5, 0.75, 0.25)
+            >>> averaging = EMA(decay=0.25, warmup=True)
+            >>> [averaging.decay_at() for averaging.updates in (0, 2, 3)]
+            [0.1, 0.25, 0.25]
         """
         decay = ema_decay(elapsed, self.half_life.value) if self.half_life is not None else self.decay
         assert decay is not None, "one of half_life and decay is set"
@@ -225,6 +244,24 @@ class EMA(Algorithm):
         Raises:
             ArgumentError: The model lacks what was averaged, or has it in another shape. Nothing was written.
             ThawlineError: Nothing was averaged yet.
+
+        Example:
+            >>> from thawline.engine import ParameterLedger
+            >>> model, averaging = nn.Linear(1, 1, bias=False), EMA(decay=0.5)
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+            >>> weight = nn.init.ones_(model.weight)
+            >>> averaging.apply(Event.BATCH_START, state)
+            >>> state.clock, weight = Clock(batch=1), nn.init.zeros_(model.weight)
+            >>> averaging.apply(Event.BATCH_END, state)
+            >>> averaging.apply(Event.EVAL_START, state)
+            >>> weight.item()
+            0.5
+            >>> averaging.apply(Event.EVAL_END, state)
+            >>> weight.item()
+            0.0
+            >>> averaging.apply(model)
+            >>> weight.item()
+            0.5
         """
         if isinstance(event, nn.Module):
             self._bake(event)
@@ -283,6 +320,19 @@ class EMA(Algorithm):
         return self.half_life.elapsed(clock) if self.half_life is not None else 0.0
 
     def _step(self, clock: Clock) -> None:
+        """Move the averages where an update is due.
+
+        Example:
+            >>> averaging = EMA(half_life="2ba", update_every="2ba", bias_correction=True)
+            >>> average, live = torch.tensor([9.0]), torch.tensor([1.0])
+            >>> averaging._groups, averaging._last = [([average], [live])], 0.0
+            >>> averaging._step(Clock(batch=2))
+            >>> live = live.fill_(4.0)
+            >>> averaging._step(Clock(batch=3))  # not due
+            >>> averaging._step(Clock(batch=4))
+            >>> average, averaging.updates  # (0.25 * 1 + 0.5 * 4) / (0.25 + 0.5)
+            (tensor([3.]), 2)
+        """
         periods = self.update_every.count(clock)
         if periods <= self._periods:
             self._periods = periods  # smaller where a share of a duration was resumed with a longer one
@@ -302,6 +352,12 @@ class EMA(Algorithm):
         self.updates += 1
 
     def _share(self, clock: Clock) -> float:
+        """Return the share of a warmup's time that has passed, never 0.
+
+        Example:
+            >>> [EMA(warmup="10ba")._share(Clock(batch=batch)) for batch in (0, 5, 20)], EMA()._share(Clock())
+            ([1e-09, 0.5, 1.0], 1.0)
+        """
         if not isinstance(self.warmup, Time):
             return 1.0
         # A unit that stands still, such as the epochs of a loader without a length, is at 0 for a while.
@@ -336,6 +392,18 @@ class EMA(Algorithm):
 
     @torch.no_grad()
     def _bake(self, model: nn.Module) -> None:
+        """Copy the averages into a model.
+
+        Example:
+            >>> averaging = EMA()
+            >>> averaging.apply(nn.Linear(2, 2))
+            Traceback (most recent call last):
+            thawline.engine.errors.ThawlineError: EMA.apply(model): nothing was averaged yet. ...
+            >>> averaging._shadow = {"weight": torch.ones(2, 2)}
+            >>> averaging.apply(nn.Sequential(nn.Linear(2, 2)))
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: ... got one without 'weight'; nearest: '0.weight'. Write: ema.apply(model)
+        """
         if not self._shadow:
             raise ThawlineError(
                 "EMA.apply(model): nothing was averaged yet. Write: trainer.fit(model, …), then ema.apply(model)"
@@ -361,7 +429,18 @@ class _Words(str):
 
 
 def _tracked(state: State, shadow: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the live tensors to average: what trains or trained, and the statistics of its normalization."""
+    """Return the live tensors to average: what trains or trained, and the statistics of its normalization.
+
+    Example:
+        >>> from thawline.engine import ParameterLedger
+        >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False))
+        >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters())))
+        >>> state.ledger.freeze(["0.*", "1.bias"], owner="me")
+        >>> list(_tracked(state, {}))
+        ['1.weight', '2.running_mean', '2.running_var', '2.num_batches_tracked']
+        >>> list(_tracked(state, {"0.bias": torch.zeros(2), "0.running_var": torch.ones(2)}))
+        ['0.bias', '1.weight', '0.running_var', '2.running_mean', '2.running_var', '2.num_batches_tracked']
+    """
     trainable, parameters = state.ledger.trainable, state.ledger.parameters
     tracked: dict[str, Tensor] = {
         name: each for name, each in parameters.items() if name in trainable or name in shadow
@@ -378,7 +457,14 @@ def _tracked(state: State, shadow: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _joined(average: Tensor | None, live: Tensor) -> Tensor:
-    """Return the average of ``live``: the one there is, on its device, or a new one that starts at its value."""
+    """Return the average of ``live``: the one there is, on its device, or a new one that starts at its value.
+
+    Example:
+        >>> _joined(None, torch.ones(2, dtype=torch.float16)), _joined(torch.zeros(2), torch.ones(2))
+        (tensor([1., 1.]), tensor([0., 0.]))
+        >>> _joined(torch.zeros(3), torch.ones(2, dtype=torch.int16))
+        tensor([1, 1], dtype=torch.int16)
+    """
     dtype = torch.float32 if live.is_floating_point() and live.dtype.itemsize < 4 else live.dtype
     if average is None or average.shape != live.shape:
         return live.detach().to(dtype, copy=True)

@@ -57,6 +57,8 @@ class FreezeAt(Algorithm):
     Example:
         >>> from thawline.engine import Trainer
         >>> from thawline.engine.testing import tiny_loader, tiny_models
+        >>> FreezeAt({"stem": 1})
+        FreezeAt(times={'stem': Time('1ep')})
         >>> trainer = Trainer(algorithms=[FreezeAt({"stem": "1ep", "blocks": "0.5dur"})])
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]

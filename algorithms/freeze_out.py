@@ -87,6 +87,8 @@ class FreezeOut(Algorithm):
         [(0.0, 5), (0.5, 4), (0.625, 3), (0.75, 2), (0.875, 1)]
         >>> [round(rate, 8) for rate in plan.samples[0].rates.values()]  # 1e-4, divided by 0.5, 0.625, …
         [0.0002, 0.00016, 0.00013333, 0.00011429, 0.0001]
+        >>> FreezeOut()
+        FreezeOut(t_0=0.8, cubed=True, scale_lr=True)
         >>> trainer.algorithms = [FreezeOut(t_0=0.5, cubed=False, scale_lr=False)]
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
         >>> [round(rate, 8) for rate in plan.samples[0].rates.values()]

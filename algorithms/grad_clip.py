@@ -304,6 +304,8 @@ class GradClip(Algorithm):
         True
         >>> result.metrics["grad_norm"] > 0.1  # the norm before
         True
+        >>> GradClip(1.0)
+        GradClip(max_norm=1.0, value=None, norm_type=2.0, adaptive=None, floor=0.001, per_layer=False)
         >>> GradClip(value=1.0, per_layer=True)
         Traceback (most recent call last):
         thawline.engine.errors.ArgumentError: GradClip(per_layer=) takes max_norm= beside it, got True. Write: GradClip(max_norm=1.0, per_layer=True)

@@ -217,6 +217,8 @@ class LayerFreeze(Algorithm):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'stem', 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head'), (3, 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head')]
+        >>> LayerFreeze(at="batch")
+        LayerFreeze(start=0.5, level=1.0, granularity='block', at='batch', depth=0)
         >>> trainer = Trainer(algorithms=[LayerFreeze(at="batch", granularity="leaf")])
         >>> plan = trainer.plan(tiny_models()["cnn"](), tiny_loader(), duration="8ba")
         >>> [(span.start.batch, span.trainable) for span in plan.spans]

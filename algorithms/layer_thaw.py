@@ -234,6 +234,8 @@ class LayerThaw(Algorithm):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="8ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'head'), (2, 'blocks[2]', 'head'), (4, 'blocks[1]', 'blocks[2]', 'head')]
+        >>> LayerThaw("1ba")
+        LayerThaw(every=Time('1ba'), start='head', limit=None, lr_scale=0.5, order='top', warmup=None, moments='drop', stem=True)
         >>> trainer.algorithms = [LayerThaw("1ba", start=1, order="bottom", stem=False)]
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ba")
         >>> [(span.start.batch, *span.layers) for span in plan.spans]
@@ -278,7 +280,10 @@ class LayerThaw(Algorithm):
             ...     warnings.simplefilter("always")
             ...     thawing.apply(Event.FIT_START, state)
             ...     thawing.apply(Event.EPOCH_START, state)
-            >>> [str(each.message).partition(".")[0] for each in said]
+            >>> print("\\n".join(str(each.message).partition(":")[0] for each in said))
+            LayerThaw(lr_scale=2) trains each released layer faster than the one above it. ULMFiT divides by 2.6. Write LayerThaw(lr_scale=0.5).
+            LayerThaw and LISA each hold what the other releases
+            LayerThaw(warmup='2ep') is not over when the fit ends after 2ep
             >>> state.clock = Clock(epoch=1)
             >>> thawing.match(Event.EPOCH_START, state)
             True

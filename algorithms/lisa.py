@@ -85,6 +85,8 @@ class LISA(Turns):
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="2ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'stem', 'blocks[0]', 'head'), (1, 'stem', 'blocks[2]', 'head')]
+        >>> LISA()
+        LISA(every=Time('20ba'), layers=2, always=('stem', 'head'))
     """
 
     every: Time = attrs.field(default=Time("20ba"), converter=_every)
