@@ -217,9 +217,9 @@ class EMA(Algorithm):
         Example:
             >>> EMA(half_life="2ba").decay_at(2.0), EMA(decay=0.75).decay_at(2.0), EMA(decay=0.5, warmup="9ba").decay_at(share=0.5)
             (0.5, 0.75, 0.25)
-            >>> averaging = EMA(decay=0.25, warmup=True)
-            >>> [averaging.decay_at() for averaging.updates in (0, 2, 3)]
-            [0.1, 0.25, 0.25]
+            >>> averaging = EMA(decay=0.5, warmup=True)
+            >>> [averaging.decay_at() for averaging.updates in (0, 2, 99)]
+            [0.1, 0.25, 0.5]
         """
         decay = ema_decay(elapsed, self.half_life.value) if self.half_life is not None else self.decay
         assert decay is not None, "one of half_life and decay is set"

@@ -280,7 +280,8 @@ class LayerThaw(Algorithm):
             ...     warnings.simplefilter("always")
             ...     thawing.apply(Event.FIT_START, state)
             ...     thawing.apply(Event.EPOCH_START, state)
-            >>> print("\\n".join(str(each.message).partition(":")[0] for each in said))
+            >>> for each in said:
+            ...     print(str(each.message).partition(":")[0])
             LayerThaw(lr_scale=2) trains each released layer faster than the one above it. ULMFiT divides by 2.6. Write LayerThaw(lr_scale=0.5).
             LayerThaw and LISA each hold what the other releases
             LayerThaw(warmup='2ep') is not over when the fit ends after 2ep

@@ -34,6 +34,9 @@ def head_only(*, lr: float | None = None) -> list[Algorithm]:
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
         >>> plan.samples[0].rates
         {'head': 3.0}
+        >>> head_only(lr=0.0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: head_only(lr=) takes a number above 0, or None, got 0.0. Write: head_only(lr=1e-3)
     """
     return [TrainOnly("head", lr=_rates("head_only", lr=("head", lr)))]
 
@@ -70,6 +73,13 @@ def lora(
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
         >>> plan.samples[0].rates
         {'stem': 0.5, 'blocks[0]': 0.5, 'blocks[1]': 0.5, 'blocks[2]': 0.5, 'head': 3.0}
+        >>> [type(each).__name__ for each in lora()], [type(each).__name__ for each in lora(lr_head=3.0)]
+        (['LoRAInject'], ['LoRAInject', 'LayerwiseLR'])
+        >>> lora()[0].train_head, lora(lr_head=3.0)[0].train_head
+        ('auto', True)
+        >>> lora(lr_lora=-1.0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: lora(lr_lora=) takes a number above 0, or None, got -1.0. Write: lora(lr_lora=1e-3)
     """
     _rates("lora", lr_head=("head", lr_head), lr_lora=("*", lr_lora))
     inject = LoRAInject(
@@ -105,6 +115,16 @@ def partial(
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
         >>> plan.samples[0].rates
         {'blocks[1]': 0.1, 'blocks[2]': 0.1, 'head': 1.0}
+        >>> partial(last=1, also=["stem"], lr_trunk=0.1, lr_head=3.0)
+        [TrainOnly(select=('blocks[-1:]', 'head', 'stem'), lr={'blocks[-1:]': 0.1, 'head': 3.0, 'stem': 0.1})]
+        >>> partial(last=1, also=["stem"])
+        [TrainOnly(select=('blocks[-1:]', 'head', 'stem'), lr={})]
+        >>> partial(last=0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: partial(last=) takes a whole number, 1 or above, got 0. Write: partial(last=2)
+        >>> partial(last=2, also="stem")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: partial(also=) takes a list, got 'stem'. Write: partial(last=2, also=['structure_module'])
     """
     check_whole("partial(last=)", last, at_least=1, example="partial(last=2)")
     if isinstance(also, str) or not isinstance(also, Sequence) or not all(isinstance(each, str) for each in also):
@@ -136,6 +156,14 @@ def full(*, lr_head: float | None = None, layer_decay: float | None = 0.9) -> li
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="1ep")
         >>> plan.samples[0].rates
         {'stem': 0.0625, 'blocks[0]': 0.125, 'blocks[1]': 0.25, 'blocks[2]': 0.5, 'head': 1.0}
+        >>> full(lr_head=3.0, layer_decay=None)
+        [LayerwiseLR(decay=1.0, lr_head=3.0, convention='timm', lowest=None)]
+        >>> full(layer_decay=1.5)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: full(layer_decay=) takes a number above 0 and 1 or below, or None, got 1.5. Write: full(layer_decay=0.9)
+        >>> full(lr_head=0.0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: full(lr_head=) takes a number above 0, ... Write: full(lr_head=1e-3)
     """
     _rates("full", lr_head=("head", lr_head))
     if layer_decay is not None:
@@ -174,6 +202,8 @@ def progressive(
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="6ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'head'), (2, 'blocks[2]', 'head'), (4, 'blocks[1]', 'blocks[2]', 'head')]
+        >>> progressive(limit=2, warmup="9ba", order="bottom")
+        [LayerThaw(every=Time('1ep'), start='head', limit=2, lr_scale=0.5, order='bottom', warmup=Time('9ba'), moments='drop', stem=True)]
     """
     return [LayerThaw(every, limit=limit, lr_scale=lr_scale, order=order, warmup=warmup)]
 
@@ -203,6 +233,8 @@ def ulmfit(
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="3ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'head'), (1, 'blocks[2]', 'head'), (2, 'blocks[1]', 'blocks[2]', 'head')]
+        >>> {layer: round(rate, 8) for layer, rate in plan.samples[-1].rates.items()}  # of 1e-4
+        {'blocks[1]': 1.479e-05, 'blocks[2]': 3.846e-05, 'head': 0.0001}
     """
     return [LayerThaw(every, lr_scale=lr_scale, warmup=warmup)]
 
@@ -232,6 +264,13 @@ def fine_tune(
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'head'), (2, 'stem', 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head')]
+        >>> {layer: round(rate, 6) for layer, rate in plan.samples[-1].rates.items()}
+        {'stem': 2e-05, 'blocks[0]': 6.3e-05, 'blocks[1]': 0.0002, 'blocks[2]': 0.000632, 'head': 0.002}
+        >>> len(fine_tune()), fine_tune(lr_mult=1)[1].lowest
+        (2, 1.0)
+        >>> fine_tune(lr_mult=0.5)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: fine_tune(lr_mult=) takes a number, 1 or above, got 0.5. Write: fine_tune(lr_mult=100)
     """
     check_in_range("fine_tune(lr_mult=)", lr_mult, at_least=1, example="fine_tune(lr_mult=100)")
     rates = _rates("fine_tune", base_lr=("*", base_lr))
@@ -259,6 +298,8 @@ def lp_ft(probe: Time | str | int = "0.5dur", *, lr_scale: float = 0.1) -> list[
         >>> plan = trainer.plan(tiny_models()["residual"](), tiny_loader(), duration="4ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'head'), (2, 'stem', 'blocks[0]', 'blocks[1]', 'blocks[2]', 'head')]
+        >>> round(plan.samples[-1].rates["stem"] / plan.samples[-1].rates["head"], 6)
+        0.01
     """
     return [LayerThaw(probe, order="together", lr_scale=lr_scale)]
 
@@ -280,6 +321,13 @@ def chain_thaw(model: nn.Module | LayerMap, until: Time | Plateau | str | int = 
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> [phase.thaw for phase in chain_thaw(model, "2ep")[0].phases]
         [('head',), ('blocks[0]',), ('blocks[1]',), ('head', 'blocks[0]')]
+        >>> [phase.freeze for phase in chain_thaw(LayerMap(model), "2ep")[0].phases]
+        [(), ('head',), ('blocks[0]',), ()]
+        >>> [(phase.thaw, phase.until) for phase in chain_thaw(nn.Linear(4, 2))[0].phases]
+        [(('head',), None)]
+        >>> chain_thaw("2ep")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: chain_thaw(model=) takes a torch.nn.Module or its LayerMap, got '2ep'. Write: chain_thaw(model, until=1)
     """
     if not isinstance(model, (nn.Module, LayerMap)):
         takes = "a torch.nn.Module or its LayerMap"
@@ -295,7 +343,15 @@ def chain_thaw(model: nn.Module | LayerMap, until: Time | Plateau | str | int = 
 
 
 def _rates(preset: str, before: str = "", /, **rates: tuple[str, float | None]) -> dict[str, float]:
-    """Check each argument, and return selector to rate where there is one."""
+    """Check each argument, and return selector to rate where there is one.
+
+    Example:
+        >>> _rates("full", lr_head=("head", 3.0), lr_trunk=("blocks", None))
+        {'head': 3.0}
+        >>> _rates("partial", "last=2, ", lr_head=("head", -1.0))
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: partial(lr_head=) takes a number above 0, ... got -1.0. Write: partial(last=2, lr_head=1e-3)
+    """
     found: dict[str, float] = {}
     for name, (select, lr) in rates.items():
         if lr is not None:
