@@ -75,8 +75,8 @@ def lora(
         {'stem': 0.5, 'blocks[0]': 0.5, 'blocks[1]': 0.5, 'blocks[2]': 0.5, 'head': 3.0}
         >>> [type(each).__name__ for each in lora()], [type(each).__name__ for each in lora(lr_head=3.0)]
         (['LoRAInject'], ['LoRAInject', 'LayerwiseLR'])
-        >>> lora()[0].train_head, lora(lr_head=3.0)[0].train_head
-        ('auto', True)
+        >>> lora()[0].rank, lora()[0].train_head, lora(lr_head=3.0)[0].train_head
+        (8, 'auto', True)
         >>> lora(lr_lora=-1.0)
         Traceback (most recent call last):
         thawline.engine.errors.ArgumentError: lora(lr_lora=) takes a number above 0, or None, got -1.0. Write: lora(lr_lora=1e-3)
