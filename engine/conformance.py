@@ -35,6 +35,7 @@ from .endings import (
 )
 from .errors import ArgumentError, nearest
 from .examples import does_as_its_examples_say
+from .models import takes_other_models
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
@@ -48,6 +49,7 @@ CHECKS: dict[str, Check] = {
         refuses_bad_arguments,
         does_as_its_examples_say,
         works_with_other_arguments,
+        takes_other_models,
         match_is_pure,
         keeps_the_ledger_whole,
         leaves_the_loop_alone,
