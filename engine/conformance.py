@@ -100,7 +100,8 @@ def check_algorithm(
         loader: Batches that fit the model, fewer than about ten; None is :func:`tiny_loader`.
         loss_fn: As the Trainer's: None for a model that returns its own loss, as causal language models do.
         duration: Of the fits: long enough for the algorithm to act.
-        thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``.
+        thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``; and
+            train on two ranks with weights in shards as well.
         seed: Of models, fits, and what is drawn.
         partners: Builders of what it is run beside; None is every installed algorithm.
         accumulates: False for an algorithm that claims no equal updates where batches are cut into microbatches.
