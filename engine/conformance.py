@@ -19,7 +19,6 @@ from .checks import (
     leaves_the_loop_alone,
     match_is_pure,
     refuses_bad_arguments,
-    resumes,
     starts_afresh,
     works_with_other_arguments,
 )
@@ -40,6 +39,7 @@ from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
 from .rehearsal import Rehearsal
+from .resuming import is_not_resumed_as_another, resumes
 from .specimens import installed, specimen
 
 CHECKS: dict[str, Check] = {
@@ -63,6 +63,7 @@ CHECKS: dict[str, Check] = {
         steps_as_torch_does,
         keeps_true_records,
         resumes,
+        is_not_resumed_as_another,
         starts_afresh,
         keeps_instances_apart,
         does_not_depend_on_order,

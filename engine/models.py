@@ -11,12 +11,12 @@ from typing import Any
 import attrs
 from torch import nn
 
-from .checks import goes_on
 from .doubles import tiny_models
 from .events import Event
 from .promises import REFUSALS, check, same
 from .records import keeps
 from .rehearsal import Rehearsal
+from .resuming import goes_on
 from .state import State
 
 _LAYERS: Mapping[str, Mapping[str, Sequence[str]]] = {

@@ -85,6 +85,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "audits",
             "logbook",
             "models",
+            "resuming",
             "unaided",
             "tasks",
             "examples",
