@@ -27,8 +27,9 @@ from .arguments import one_of
 from .prefix_feed import Feed, loaded_part
 from .prefix_frontier import Frontier, frozen_depth, label_of, replay_at
 from .prefix_pass import Forward, Pass
-from .prefix_replay import Replay, UnskippableError, replaced
+from .prefix_replay import Replay, replaced
 from .prefix_store import RowStore
+from .prefix_trace import UnskippableError
 
 log = get_logger(__name__)
 # A name of the module is found in a fraction of the time that a member of an enum takes.

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..engine import LayerMap, State
 from .prefix_pass import Pass, is_batched
-from .prefix_replay import Replay, UnskippableError, close, find_replay, gives_the_same, unpadded
+from .prefix_replay import Replay, close, find_replay, gives_the_same, unpadded
 from .prefix_store import RowStore
+from .prefix_trace import UnskippableError
 
 # A row computed alone differs in its last bits from the same row computed in a batch.
 _TOLERANCE, _ROUGH_TOLERANCE = 1e-3, 3e-2
@@ -218,7 +219,7 @@ def replay_at(state: State, depth: int, one: Pass) -> Replay:
         ['blocks[0]', 'blocks[1]', 'head']
         >>> replay_at(state, 2, one)
         Traceback (most recent call last):
-        thawline.algorithms.prefix_replay.UnskippableError: the statistics of a BatchNorm1d in it go on
+        thawline.algorithms.prefix_trace.UnskippableError: the statistics of a BatchNorm1d in it go on
         >>> model = model.eval()
         >>> replay_at(state, 2, one).chain == (model[4],), replay_at(state, 1, one).chain, replay_at(state, 1, one).boundary is model[1]
         (True, (), True)

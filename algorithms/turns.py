@@ -189,5 +189,6 @@ class Turns(Algorithm):
         Example:
             >>> from thawline.engine.testing import tiny_models
             >>> Turns._selectors(LayerMap(tiny_models()["residual"]()), ["stem", "head"], frozenset({"head.bias"}))
+            ['stem', 'head.weight']
         """
         return [select for name in names for layer in layers[name] for select in rest_of(layer, kept)]
