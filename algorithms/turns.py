@@ -127,7 +127,17 @@ class Turns(Algorithm):
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Take back what :meth:`state_dict` returned.
+
+        Example:
+            >>> from thawline.algorithms import LISA
+            >>> turns = LISA("1ep")
+            >>> turns.load_state_dict({"turn": 3, "active": ["blocks[1]"]})
+            >>> turns.turn, turns.active
+            (3, ('blocks[1]',))
+            >>> sorted(each.name for each in turns.events), sorted(each.name for each in LISA("9ba").events)
+            (['EPOCH_START', 'FIT_START'], ['BATCH_START', 'FIT_START'])
+        """
         self.turn, self.active = int(saved["turn"]), tuple(saved["active"])
 
     def _begin(self, state: State, candidates: Sequence[str], kept: frozenset[str]) -> None:
