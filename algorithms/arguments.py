@@ -41,6 +41,14 @@ def in_range(
         at_most: Inclusive upper bound.
         example: The value in the corrected call; the default of the field where it has one.
         or_none: Whether None passes as well.
+
+    Example:
+        >>> rate = attrs.make_class("Rate", {"lr": attrs.field(default=0.1, validator=in_range(above=0, at_most=1, or_none=True))})
+        >>> rate(1).lr, rate(None).lr
+        (1, None)
+        >>> rate(0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Rate(lr=) takes a number above 0 and 1 or below, or None, got 0. Write: Rate(lr=0.1)
     """
 
     def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -55,14 +63,30 @@ def in_range(
 
 
 def positive(*, example: object = None, or_none: bool = False) -> Validator:
-    """Check a finite number above 0."""
+    """Check a finite number above 0.
+
+    Example:
+        >>> share = attrs.make_class("Share", {"of": attrs.field(validator=positive(example=0.5))})
+        >>> share(-1)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Share(of=) takes a number above 0, got -1. Write: Share(of=0.5)
+    """
     return in_range(above=0, example=example, or_none=or_none)
 
 
 def whole(
     *, at_least: int | None = None, at_most: int | None = None, example: object = None, or_none: bool = False
 ) -> Validator:
-    """Check a whole number within bounds; True and False are none."""
+    """Check a whole number within bounds; True and False are none.
+
+    Example:
+        >>> rank = attrs.make_class("Rank", {"rank": attrs.field(default=8, validator=whole(at_least=1, at_most=64, or_none=True))})
+        >>> rank(1).rank, rank(64).rank, rank(None).rank
+        (1, 64, None)
+        >>> rank(True)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Rank(rank=) takes a whole number, 1 or above and 64 or below, or None, got True. Write: Rank(rank=8)
+    """
 
     def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if value is None and or_none:
@@ -74,7 +98,16 @@ def whole(
 
 
 def one_of(choices: Collection[object], *, example: object = None) -> Validator:
-    """Check that the value is one of a few."""
+    """Check that the value is one of a few.
+
+    Example:
+        >>> mode = attrs.make_class("Watch", {"mode": attrs.field(validator=one_of(("min", "max")))})
+        >>> mode("max").mode
+        'max'
+        >>> mode("mean")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Watch(mode=) takes 'min' or 'max', got 'mean'. Write: Watch(mode='min')
+    """
 
     def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         argument, call = _named(instance, attribute, next(iter(choices)) if example is None else example)
@@ -84,7 +117,16 @@ def one_of(choices: Collection[object], *, example: object = None) -> Validator:
 
 
 def flag() -> Validator:
-    """Check for True or False."""
+    """Check for True or False.
+
+    Example:
+        >>> restore = attrs.make_class("Stop", {"restore": attrs.field(validator=flag())})
+        >>> restore(False).restore
+        False
+        >>> restore(1)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Stop(restore=) takes True or False, got 1. Write: Stop(restore=True)
+    """
 
     def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if not isinstance(value, bool):
@@ -95,7 +137,16 @@ def flag() -> Validator:
 
 
 def text(*, example: str, or_none: bool = False) -> Validator:
-    """Check for a string that is not empty."""
+    """Check for a string that is not empty.
+
+    Example:
+        >>> metric = attrs.make_class("Stop", {"metric": attrs.field(validator=text(example="eval/loss", or_none=True))})
+        >>> metric("loss").metric, metric(None).metric
+        ('loss', None)
+        >>> metric("")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Stop(metric=) takes a string or None, got ''. Write: Stop(metric='eval/loss')
+    """
 
     def validate(instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
         if (value is None and or_none) or (isinstance(value, str) and value):
@@ -107,7 +158,21 @@ def text(*, example: str, or_none: bool = False) -> Validator:
 
 
 def check_time(argument: str, value: object, *, example: str, zero: bool = False, or_none: bool = False) -> Time:
-    """Return ``value`` as a Time, or raise an ArgumentError that names ``argument``."""
+    """Return ``value`` as a Time, or raise an ArgumentError that names ``argument``.
+
+    Example:
+        >>> check_time("Thaw(every=)", "3ep", example="Thaw(every=2)"), check_time("Thaw(at=)", 0, example="Thaw(at=1)", zero=True)
+        (Time('3ep'), Time('0ep'))
+        >>> check_time("Thaw(every=)", 0, example="Thaw(every=2)")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Thaw(every=) takes a time above zero: an int (epochs), '3ep', '200ba', '5000sp' or '0.5dur', got 0. Write: Thaw(every=2)
+        >>> check_time("Thaw(at=)", "soon", example="Thaw(at=1)", zero=True, or_none=True)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Thaw(at=) takes a time: an int (epochs), '3ep', '200ba', '5000sp' or '0.5dur', or None, got 'soon'. Write: Thaw(at=1)
+        >>> check_time("Thaw(at=)", "2.5ba", example="Thaw(at=1)")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Thaw(at=) takes whole batches; a fraction of the fit is '0.5dur', got '2.5ba'. Write: Thaw(at=1)
+    """
     takes = "a time above zero: " if not zero else "a time: "
     takes += "an int (epochs), '3ep', '200ba', '5000sp' or '0.5dur'" + ", or None" * or_none
     try:
@@ -121,7 +186,18 @@ def check_time(argument: str, value: object, *, example: str, zero: bool = False
 
 
 def check_selectors(argument: str, value: object, *, example: str, empty: bool = False) -> tuple[str, ...]:
-    """Return ``value``, a selector or a list of them, as a tuple, or raise an ArgumentError that names ``argument``."""
+    """Return ``value``, a selector or a list of them, as a tuple, or raise an ArgumentError that names ``argument``.
+
+    Example:
+        >>> check_selectors("Freeze(keep=)", "head", example="…"), check_selectors("Freeze(keep=)", [], example="…", empty=True)
+        (('head',), ())
+        >>> check_selectors("Freeze(keep=)", [], example="Freeze(keep='head')")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Freeze(keep=) takes a selector or a list, got []. Write: Freeze(keep='head')
+        >>> check_selectors("Freeze(keep=)", ["head", ""], example="Freeze(keep='head')", empty=True)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Freeze(keep=) takes a selector or a list, which may be empty, got ['head', '']. Write: Freeze(keep='head')
+    """
     names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else None
     if names is None or not (names or empty) or not all(isinstance(each, str) and each for each in names):
         takes = "a selector or a list" + ", which may be empty" * empty
@@ -146,6 +222,12 @@ def check_in_range(
         >>> check_in_range("freeze_layers(start=)", 1.5, at_least=0, below=1, example="freeze_layers(…, start=0.5)")
         Traceback (most recent call last):
         thawline.engine.errors.ArgumentError: freeze_layers(start=) takes a number, 0 or above and below 1, got 1.5. Write: freeze_layers(…, start=0.5)
+        >>> check_in_range("f(x=)", True, at_most=1, example="f(x=0.5)", or_none=True)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: f(x=) takes a number, 1 or below, or None, got True. Write: f(x=0.5)
+        >>> check_in_range("f(x=)", float("inf"), example="f(x=1)")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: f(x=) takes a number, got inf. Write: f(x=1)
     """
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if fits and _within(value, above, at_least, below, at_most):  # type: ignore[arg-type]  # a number, as just checked
@@ -163,7 +245,15 @@ def check_whole(
     example: str,
     or_none: bool = False,
 ) -> int:
-    """Return ``value``, a whole number within bounds, or raise an ArgumentError that names ``argument``."""
+    """Return ``value``, a whole number within bounds, or raise an ArgumentError that names ``argument``.
+
+    Example:
+        >>> check_whole("f(n=)", 3, at_least=3, example="f(n=3)")
+        3
+        >>> check_whole("f(n=)", 2.0, at_least=1, example="f(n=2)", or_none=True)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: f(n=) takes a whole number, 1 or above, or None, got 2.0. Write: f(n=2)
+    """
     if isinstance(value, int) and not isinstance(value, bool) and _within(value, None, at_least, None, at_most):
         return value
     takes = "a whole number" + _bounds(None, at_least, None, at_most) + ", or None" * or_none
@@ -171,7 +261,14 @@ def check_whole(
 
 
 def check_one_of(argument: str, value: object, choices: Collection[object], *, example: str) -> None:
-    """Raise an ArgumentError that names ``argument`` where ``value`` is none of ``choices``."""
+    """Raise an ArgumentError that names ``argument`` where ``value`` is none of ``choices``.
+
+    Example:
+        >>> check_one_of("f(bias=)", "all", ("none", "all", "lora"), example="…")
+        >>> check_one_of("f(bias=)", 1, (True, False, "auto"), example="f(bias=True)")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: f(bias=) takes one of True, False, 'auto', got 1. Write: f(bias=True)
+    """
     # By type as well: 1 == True.
     if not any(type(value) is type(each) and value == each for each in choices):
         takes = f"one of {', '.join(map(repr, choices))}" if len(choices) > 2 else " or ".join(map(repr, choices))
@@ -179,7 +276,13 @@ def check_one_of(argument: str, value: object, choices: Collection[object], *, e
 
 
 def _named(instance: object, attribute: attrs.Attribute[Any], example: object) -> tuple[str, str]:
-    """Return the argument with its owner, and a corrected call."""
+    """Return the argument with its owner, and a corrected call.
+
+    Example:
+        >>> thaw = attrs.make_class("Thaw", {"what": attrs.field(metadata={"call": "what='head'"}), "every": attrs.field(default=2)})
+        >>> _named(thaw("stem"), attrs.fields(thaw).every, None), _named(thaw("stem"), attrs.fields(thaw).what, "head")[1]
+        (('Thaw(every=)', "Thaw(what='head', every=2)"), "Thaw(what='head')")
+    """
     owner, name = type(instance).__name__, attribute.alias
     if example is None and attribute.default is not attrs.NOTHING:
         example = attribute.default
@@ -191,6 +294,14 @@ def _named(instance: object, attribute: attrs.Attribute[Any], example: object) -
 def _within(
     value: float, above: float | None, at_least: float | None, below: float | None, at_most: float | None
 ) -> bool:
+    """Return whether a number lies within those of the bounds that there are.
+
+    Example:
+        >>> _within(1, None, 1, None, 1), _within(1, None, None, None, None)
+        (True, True)
+        >>> _within(1, 1, None, None, None), _within(1, None, 2, None, None), _within(1, None, None, 1, None), _within(1, None, None, None, 0)
+        (False, False, False, False)
+    """
     return (
         (above is None or value > above)
         and (at_least is None or value >= at_least)
@@ -200,6 +311,14 @@ def _within(
 
 
 def _bounds(above: float | None, at_least: float | None, below: float | None, at_most: float | None) -> str:
+    """Return the bounds in words; nothing where there are none.
+
+    Example:
+        >>> _bounds(0, None, None, None), _bounds(None, 1, None, None), _bounds(None, None, None, None)
+        (' above 0', ', 1 or above', '')
+        >>> _bounds(None, None, 1, None), _bounds(None, None, None, 1), _bounds(0, None, None, 1)
+        (' below 1', ', 1 or below', ' above 0 and 1 or below')
+    """
     lower = f" above {above}" if above is not None else f", {at_least} or above" if at_least is not None else ""
     if at_most is not None:
         upper = f"{at_most} or below"

@@ -27,8 +27,9 @@ from .arguments import one_of
 from .prefix_feed import Feed, loaded_part
 from .prefix_frontier import Frontier, frozen_depth, label_of, replay_at
 from .prefix_pass import Forward, Pass
-from .prefix_replay import Replay, UnskippableError, replaced
+from .prefix_replay import Replay, replaced
 from .prefix_store import RowStore
+from .prefix_trace import UnskippableError
 
 log = get_logger(__name__)
 # A name of the module is found in a fraction of the time that a member of an enum takes.
@@ -38,6 +39,15 @@ _EXAMPLE = "PrefixCache(budget='4GB')"
 
 
 def _budget(value: object) -> int:
+    """Return a budget in bytes.
+
+    Example:
+        >>> [_budget(each) for each in (7, "500MB", "1.5 kB", "4GiB", "1KiB", "2b", "3TB")]
+        [7, 500000000, 1500, 4294967296, 1024, 2, 3000000000000]
+        >>> _budget("1.2.3MB")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: PrefixCache(budget=) takes a number of bytes above 0: a whole number, '500MB' or '4GB', got '1.2.3MB'. Write: PrefixCache(budget='4GB')
+    """
     found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b\s*", value.lower()) if isinstance(value, str) else None
     if found is not None and found[1].count(".") < 2 and found[1] != ".":
         factor = 1024 ** "kmgt".find(found[2]) * 1024 if found[3] and found[2] else _UNITS[found[2]]
@@ -49,6 +59,12 @@ def _budget(value: object) -> int:
 
 
 def _folder(value: object) -> Path | None:
+    """Return a directory, or None for memory.
+
+    Example:
+        >>> _folder("cache").name, _folder(Path("cache")).name, _folder(None)
+        ('cache', 'cache', None)
+    """
     if value is None or (isinstance(value, (str, Path)) and str(value)):
         return None if value is None else Path(value)
     example = "PrefixCache(folder='cache')"
@@ -92,6 +108,13 @@ class PrefixCache(Algorithm):
         >>> result = trainer.fit(tiny_models()["residual"](), tiny_loader(32), duration="3ep")
         >>> cache.hits  # batches of the second and third epoch, in which the trunk was not computed
         8
+        >>> cache.misses, cache.computed, cache.samples  # nothing is kept after the fit
+        (4, 32, 0)
+        >>> small = PrefixCache(budget=500)  # room for the first batch of four; so every batch is loaded
+        >>> trainer = Trainer(loss_fn=nn.functional.cross_entropy, algorithms=[TrainOnly("head"), small])
+        >>> again = trainer.fit(tiny_models()["residual"](), tiny_loader(32), duration="3ep")
+        >>> small.hits + small.misses, small.misses > 4, small.off
+        (12, True, None)
     """
 
     stage: ClassVar[Stage] = Stage.DATA  # after those that freeze and thaw, before those that read gradients
@@ -145,7 +168,34 @@ class PrefixCache(Algorithm):
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        """Follow the frontier between steps; stand in for the model's forward in between."""
+        """Follow the frontier between steps; stand in for the model's forward in between.
+
+        Example:
+            >>> from torch import ones, optim
+            >>> from thawline.engine import ParameterLedger
+            >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+            >>> state, cache = State(model, ParameterLedger(model, optim.SGD)), PrefixCache()
+            >>> def step(x, *ids):
+            ...     cache.apply(Event.BATCH_START, state)
+            ...     state.microbatch, state.microbatch_ids = (x, ones(len(ids))), ids
+            ...     cache.apply(Event.BEFORE_FORWARD, state)
+            ...     gives = model(x)
+            ...     cache.apply(Event.AFTER_FORWARD, state)
+            ...     return cache.hits, cache.misses, cache.computed, cache.samples
+            >>> step(ones(2, 1), 5, 9)  # all trains
+            (0, 0, 0, 0)
+            >>> state.ledger.freeze("blocks[0]", owner="me")
+            >>> step(ones(2, 1), 5, 9), cache.nbytes, model[0].training  # two numbers a sample, and a print of its input
+            ((0, 1, 2, 2), 32, False)
+            >>> step(ones(2, 1), 5, 9), step(ones(2, 1), 5, 7), "forward" in vars(model)
+            ((1, 1, 2, 2), (1, 2, 4, 3), False)
+            >>> state.ledger.freeze("blocks[1]", owner="me")
+            >>> step(ones(2, 1), 5, 9), cache.nbytes  # computed on from the older frontier, which is kept until an epoch begins
+            ((1, 3, 6, 2), 104)
+            >>> state.ledger.thaw("blocks[0]", owner="me")
+            >>> step(ones(2, 1), 5, 9), cache.nbytes, model[0].training
+            ((1, 3, 6, 0), 0, True)
+        """
         if event is BEFORE_FORWARD:
             if self._fed and self._version != state.ledger.version and self._thawed(state):
                 self._end()
@@ -172,6 +222,14 @@ class PrefixCache(Algorithm):
         Raises:
             ArgumentError: The weights lie in shards: each block is then gathered by all ranks together, also by one whose
                 samples are kept.
+
+        Example:
+            >>> from torch import optim
+            >>> from thawline.engine import ParameterLedger
+            >>> model = nn.Linear(1, 1)
+            >>> state = State(model, ParameterLedger(model, optim.SGD), unloaded=True)
+            >>> PrefixCache().attach(state), state.unloaded
+            (None, False)
         """
         if state.sharded:
             raise ArgumentError(
@@ -198,7 +256,14 @@ class PrefixCache(Algorithm):
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take back why; the weights are other ones now, so nothing that is kept holds."""
+        """Take back why; the weights are other ones now, so nothing that is kept holds.
+
+        Example:
+            >>> cache = PrefixCache()
+            >>> cache.load_state_dict({"off": "the inputs change", "barred": [[2, "a Linear of it has forward hooks"]]})
+            >>> cache.off, cache.barred, cache.state_dict()["barred"]
+            ('the inputs change', {2: 'a Linear of it has forward hooks'}, [[2, 'a Linear of it has forward hooks']])
+        """
         self.close()
         self.off, self.barred = saved["off"], dict(saved["barred"])
 
@@ -289,7 +354,16 @@ class PrefixCache(Algorithm):
     # -- one microbatch ------------------------------------------------------------------------------------------
 
     def _begin(self, state: State) -> None:
-        """Stand in for the model's forward, until the microbatch has gone through it."""
+        """Stand in for the model's forward, until the microbatch has gone through it.
+
+        Example:
+            >>> from torch import optim
+            >>> from thawline.engine import ParameterLedger
+            >>> model, cache = nn.Linear(1, 1), PrefixCache()
+            >>> cache._begin(State(model, ParameterLedger(model, optim.SGD)))
+            >>> cache.off, "forward" in vars(model)
+            ('the loader does not say which samples a batch holds: pass a DataLoader over a dataset', False)
+        """
         self._end()
         if state.microbatch_ids is None:
             self._turn_off("the loader does not say which samples a batch holds: pass a DataLoader over a dataset")
@@ -309,7 +383,18 @@ class PrefixCache(Algorithm):
         own["forward"] = forward
 
     def _end(self) -> None:
-        """Leave nothing on the model."""
+        """Leave nothing on the model.
+
+        Example:
+            >>> model, cache = nn.Linear(1, 1), PrefixCache()
+            >>> cache._stand_in(model, lambda: "kept")
+            >>> model(), cache._end(), "forward" in vars(model)
+            ('kept', None, False)
+            >>> model.forward = own = lambda: "own"
+            >>> cache._stand_in(model, lambda: "kept")
+            >>> model(), cache._end(), model.forward is own
+            ('kept', None, True)
+        """
         if self._model is None:
             return
         own = vars(self._model)
@@ -320,7 +405,26 @@ class PrefixCache(Algorithm):
         self._model = self._own = None
 
     def _forward(self, state: State, one: Pass) -> Any:
-        """Run the model: with what is kept where all of it is there, else as it is, and keep what crosses the frontier."""
+        """Run the model: with what is kept where all of it is there, else as it is, and keep what crosses the frontier.
+
+        Example:
+            >>> from torch import ones, optim
+            >>> from thawline.engine import ParameterLedger
+            >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 4))
+            >>> def caches(calls):
+            ...     state, cache = State(model, ParameterLedger(model, optim.SGD), microbatch_ids=(5, 9)), PrefixCache()
+            ...     state.ledger.freeze("blocks[0]", owner="me")
+            ...     cache.apply(Event.EPOCH_START, state)
+            ...     cache.apply(Event.BEFORE_FORWARD, state)
+            ...     gave = [model(ones(2, 1)) for _ in range(calls)]
+            ...     cache.apply(Event.AFTER_FORWARD, state)
+            ...     return cache.off, cache.barred
+            >>> caches(1), caches(2)
+            ((None, {}), ('the model is called several times a batch', {}))
+            >>> handle = model[0].register_forward_hook(lambda module, given, gave: None)
+            >>> caches(1)[1]
+            {1: 'a Linear of it has forward hooks'}
+        """
         at = self._at
         if self._called and self.off is None:
             self._turn_off("the model is called several times a batch")

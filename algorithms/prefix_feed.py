@@ -31,6 +31,20 @@ class Feed:
         replay: Runs the head.
         label: The name of the targets in a batch that is a mapping, ``""`` in a tuple.
         hits: How often the head ran.
+
+    Example:
+        >>> store, head = RowStore(budget=10_000), torch.nn.Linear(16, 1)
+        >>> store.add([3, 8, 1], "a", [torch.tensor([3.0, 8.0, 1.0])[:, None].expand(3, 16), torch.tensor([30, 80, 10])])
+        True
+        >>> replay, ahead = Replay(head, None, {}, {}, (head,)), [(8, 1), (3,), (3, 7)]
+        >>> feed = Feed(store, replay, "")
+        >>> inputs, targets = feed.batch(Unloaded(ahead, 0, None))
+        >>> inputs.shape, inputs[:, 0], targets
+        (torch.Size([2, 16]), tensor([8., 1.]), tensor([80, 10]))
+        >>> Feed(store, replay, "labels").batch(Unloaded(ahead, 1, None))["labels"], feed.batch(Unloaded(ahead, 2, None))
+        (tensor([30]), None)
+        >>> torch.equal(feed.head(inputs), head(inputs)), torch.equal(feed.head(inputs=inputs), head(inputs)), feed.hits
+        (True, True, 2)
     """
 
     store: RowStore
@@ -59,7 +73,18 @@ class Feed:
         return self.run(inputs[0] if inputs else named["inputs"])
 
     def _gather(self, one: Unloaded) -> None:
-        """Gather the batch, and those after it."""
+        """Gather the batch, and those after it.
+
+        Example:
+            >>> store, head = RowStore(budget=10_000), torch.nn.Linear(16, 1)
+            >>> store.add(range(4), "a", [torch.arange(4.0)[:, None].expand(4, 16), torch.arange(4)])
+            True
+            >>> feed, ahead = Feed(store, Replay(head, None, {}, {}, (head,)), ""), [(0,), (2, 3), (1,)]
+            >>> feed.batch(Unloaded(ahead, 1, None))[1], [targets.tolist() for _, targets in feed._made]
+            (tensor([2, 3]), [[2, 3], [1]])
+            >>> feed.batch(Unloaded(ahead, 2, None))[1], feed.batch(Unloaded(ahead, 0, None))[1], len(feed._made)
+            (tensor([1]), tensor([0]), 3)
+        """
         self._ahead, self._first, self._made = one.ahead, one.place, []
         size = len(one.sample_ids) * self.store.row_bytes
         count = 1 if size % _ALIGNED else max(1, _AT_ONCE // max(size, 1))
@@ -75,7 +100,14 @@ class Feed:
 
 
 def loaded_part(batches: Sequence[Unloaded], ids: Sequence[int]) -> Any:
-    """Load the one of the batches that holds the samples, and return their rows of it."""
+    """Load the one of the batches that holds the samples, and return their rows of it.
+
+    Example:
+        >>> rows = {"x": torch.tensor([3.0, 8.0, 1.0]), "name": "digits"}
+        >>> batches = [Unloaded([(4, 5), (3, 8, 1)], place, [None, rows].__getitem__) for place in (0, 1)]
+        >>> loaded_part(batches, (1, 3)), loaded_part(batches, (3, 8, 1)) is rows
+        ({'x': tensor([1., 3.]), 'name': 'digits'}, True)
+    """
     one = next(each for each in batches if set(ids) <= set(each.sample_ids))
     batch, known = one.load(), list(one.sample_ids)
     if list(ids) == known:

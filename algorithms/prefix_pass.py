@@ -31,6 +31,12 @@ class Pass:
         >>> one = Pass(torch.sin, (torch.tensor([[0.0, 0.0], [1.0, 2.0]]),), {}, ids=(5, 9))
         >>> one.signature, one.row(1)().shape
         ((((2,), torch.float32),), torch.Size([1, 2]))
+        >>> one(), one.row(1).ids, one.part([1, 0]).args[0].tolist()
+        (tensor([[0.0000, 0.0000],
+                [0.8415, 0.9093]]), [9], [[1.0, 2.0], [0.0, 0.0]])
+        >>> named = Pass(torch.clamp, (torch.ones(2, 3),), {"max": torch.tensor([0.5, 0.6, 0.7])}, ids=(5, 9), targets=torch.tensor([1, 0]))
+        >>> named.signature, named.row(0)(), named.row(0).targets  # what has no row a sample stays whole
+        ((((3,), torch.float32), (3,)), tensor([[0.5000, 0.6000, 0.7000]]), tensor([1]))
     """
 
     forward: Forward
@@ -58,7 +64,17 @@ class Pass:
 
     @property
     def prints(self) -> Tensor:
-        """One whole number for each sample and tensor, which differs where any of their bits do."""
+        """One whole number for each sample and tensor, which differs where any of their bits do.
+
+        Example:
+            >>> before = Pass(torch.add, (torch.ones(2, 3), torch.zeros(2, 1)), {}, ids=(5, 9)).prints
+            >>> after = Pass(torch.add, (torch.ones(2, 3), torch.tensor([[0.0], [1e-45]])), {}, ids=(5, 9)).prints
+            >>> before.shape, before == after  # one bit of the second sample
+            (torch.Size([2, 2]), tensor([[ True,  True],
+                    [ True, False]]))
+            >>> Pass(torch.sin, (torch.ones(3),), {}, ids=(5, 9)).prints.shape
+            torch.Size([2, 0])
+        """
         columns = [_print(each) for each in self.tensors if is_batched(each, len(self.ids))]
         return torch.stack(columns, 1).cpu() if columns else torch.zeros(len(self.ids), 0, dtype=torch.int64)
 
@@ -69,7 +85,16 @@ class Pass:
 
     @property
     def right(self) -> bool:
-        """Whether there is a mask, and padding stands at the end."""
+        """Whether there is a mask, and padding stands at the end.
+
+        Example:
+            >>> Pass(torch.sin, (torch.tensor([[1, 1, 0], [1, 1, 1]]),), {}, ids=(5, 9)).right
+            True
+            >>> Pass(torch.sin, (torch.tensor([[1, 0, 1], [1, 1, 1]]),), {}, ids=(5, 9)).right
+            False
+            >>> Pass(torch.sin, (torch.ones(2, 3),), {}, ids=(5, 9)).right  # no mask
+            False
+        """
         masks = [each.long() for each in self.masks]
         return len(masks) == 1 and bool((masks[0][:, 1:] <= masks[0][:, :-1]).all())
 
@@ -88,17 +113,39 @@ class Pass:
 
 
 def is_batched(each: Any, samples: int) -> bool:
-    """Return whether it is a tensor with a row for each of the samples."""
+    """Return whether it is a tensor with a row for each of the samples.
+
+    Example:
+        >>> is_batched(torch.ones(2, 3), 2), is_batched(torch.ones(3, 2), 2), is_batched(torch.tensor(2), 2), is_batched([1, 2], 2)
+        (True, False, False, False)
+    """
     return isinstance(each, Tensor) and each.ndim > 0 and each.shape[0] == samples
 
 
 def _is_mask(each: Tensor, samples: int) -> bool:
+    """Return whether it has a row of 0 and 1 for each sample, which begins with 1.
+
+    Example:
+        >>> tokens = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        >>> _is_mask(tokens, 2), _is_mask(tokens == 1, 2), _is_mask(tokens, 3), _is_mask(tokens.float(), 2)
+        (True, True, False, False)
+        >>> _is_mask(2 * tokens, 2), _is_mask(tokens.flip(1), 2), _is_mask(tokens[:, :1], 2), _is_mask(tokens[..., None], 2)
+        (False, False, False, False)
+    """
     flat = is_batched(each, samples) and each.ndim == 2 and each.shape[1] > 1 and not each.is_floating_point()
     return flat and bool(((each == 0) | (each == 1)).all()) and bool(each[:, 0].all())
 
 
 def _print(each: Tensor) -> Tensor:
-    """Return one whole number a sample, which differs where any bit of the sample does: a sum of products that wraps."""
+    """Return one whole number a sample, which differs where any bit of the sample does: a sum of products that wraps.
+
+    Example:
+        >>> _print(torch.tensor([[1, 2], [2, 1], [1, 2]])).unique().numel()
+        2
+        >>> half, short = torch.tensor([[1.0], [2.0]]).half(), torch.tensor([[7], [7]], dtype=torch.uint8)
+        >>> _print(half).diff().ne(0), _print(short).diff(), _print(torch.tensor([[1j], [2j]])).diff().ne(0)
+        (tensor([True]), tensor([0]), tensor([True]))
+    """
     flat = each.detach().reshape(len(each), -1)
     flat = torch.view_as_real(flat).flatten(1) if flat.is_complex() else flat
     bits = flat.contiguous().view(_BITS[flat.dtype.itemsize])
@@ -108,5 +155,12 @@ def _print(each: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _odd_numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return random odd numbers, the same ones each time.
+
+    Example:
+        >>> some = _odd_numbers(3, torch.int64, torch.device("cpu"))
+        >>> some % 2, some.unique().numel(), _odd_numbers(1, torch.int32, torch.device("cpu")).dtype
+        (tensor([1, 1, 1]), 3, torch.int32)
+    """
     generator = torch.Generator().manual_seed(count)
     return torch.randint(1 << 30, (count,), generator=generator).mul_(2).add_(1).to(device, dtype)

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import count
-from typing import Any, Self
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ..engine import untouched
 from .prefix_pass import Forward, Pass
+from .prefix_trace import PLAIN, Call, Placeholder, Trace, UnskippableError
 
 _COMPILED = "_compiled_call_impl"
 _MISSING = object()
-_PLAIN = (type(None), bool, int, float, str)
-
-
-class UnskippableError(Exception):
-    """Why the leading part of a model cannot be skipped."""
 
 
 class Reached(BaseException):
@@ -30,102 +24,6 @@ class Reached(BaseException):
 
     def __init__(self, value: list[Tensor]) -> None:
         self.value = value
-
-
-@attrs.define(eq=False)
-class Call:
-    """One call of a module: when it began and ended, whether random numbers were drawn until then, what went in and came out."""
-
-    module: nn.Module
-    parent: Call | None
-    start: int
-    drew_before: bool
-    end: int | None = None
-    drew: bool = False
-    given: tuple[Any, ...] = ()
-    gave: Any = None
-
-
-class Trace:
-    """Records the calls of a model's modules in one forward pass."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.calls: list[Call] = []
-        self._known = set(model.modules())
-        self._open: list[Call] = []
-        self._tick = count()
-        self._devices = sorted({each.device.index for each in model.parameters() if each.device.type == "cuda"})
-
-    def __enter__(self) -> Self:
-        self._random = self._generators()
-        self._hooks = (
-            register_module_forward_pre_hook(self._begin),
-            register_module_forward_hook(self._end, with_kwargs=True),
-        )
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for each in self._hooks:
-            each.remove()
-
-    def _generators(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._devices)]
-
-    def _begin(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002 - a hook's signature
-        if module in self._known:
-            parent = self._open[-1] if self._open else None
-            self._open.append(Call(module, parent, next(self._tick), self._drew()))
-            self.calls.append(self._open[-1])
-
-    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module in self._known:
-            call = self._open.pop()
-            call.end, call.given, call.gave = next(self._tick), (args, kwargs), output
-            call.drew = self._drew()
-
-    def _drew(self) -> bool:
-        return not all(map(torch.equal, self._generators(), self._random))
-
-
-@attrs.frozen
-class _Shape:
-    """A tensor of which only the shape matters: ``sizes`` has None where it follows that of the first input."""
-
-    sizes: tuple[int | None, ...]
-    dtype: torch.dtype
-
-    def like(self, first: Tensor) -> Tensor:
-        """Return such a tensor; it holds one number."""
-        sizes = [first.shape[index] if size is None else size for index, size in enumerate(self.sizes)]
-        return torch.zeros((), dtype=self.dtype, device=first.device).expand(sizes)
-
-
-@attrs.frozen(eq=False)
-class Placeholder:
-    """Stands in for a module that is skipped: gives its input on, or zeros in the shape of its output."""
-
-    leaves: tuple[Any, ...]
-    spec: TreeSpec
-
-    @classmethod
-    def of(cls, call: Call) -> Placeholder:
-        """Make one from what the module did once.
-
-        Raises:
-            UnskippableError: It was given no tensor, or gives an object that cannot be made up.
-        """
-        first = _first_tensor(call.given)
-        leaves, spec = tree_flatten(call.gave)
-        if first is None or not all(isinstance(each, (Tensor, *_PLAIN)) for each in leaves):
-            raise UnskippableError(f"what a {type(call.module).__name__} gives cannot be made up")
-        return cls(tuple(_shape(each, first) if isinstance(each, Tensor) else each for each in leaves), spec)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what has the structure and the shapes of the module's output."""
-        first = _first_tensor((args, kwargs))
-        assert first is not None, "the module was given a tensor when it was recorded"
-        leaves = [each.like(first) if isinstance(each, _Shape) else each for each in self.leaves]
-        return tree_unflatten(leaves, self.spec)
 
 
 @attrs.frozen(eq=False)
@@ -139,6 +37,19 @@ class Replay:
         skipped: What stands in for the modules before it.
         chain: The modules of the head, where the model's output is theirs: then their input is put in place, and
             nothing else runs.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)), torch.ones(2, 1)
+        >>> one, spec, dummy = Pass(model.forward, (x,), {}, ids=(0, 1)), tree_flatten(x)[1], Placeholder((), tree_flatten(())[1])
+        >>> replay = Replay(model[1], spec, {}, {model[0]: dummy})
+        >>> torch.equal(replay.value(one, model)[0], model[1](model[0](x))), torch.equal(replay.run(one, [4 * x]), model[2](4 * x))
+        (True, True)
+        >>> head = Replay(model[2], spec, {}, {}, (model[2],))
+        >>> torch.equal(head.value(one, model)[0], model[:2](x)), torch.equal(head.run(one, [4 * x]), model[2](4 * x))
+        (True, True)
+        >>> Replay(nn.ReLU(), spec, {}, {}).value(one, model)
+        Traceback (most recent call last):
+        thawline.algorithms.prefix_trace.UnskippableError: the model no longer calls the modules before the frontier
     """
 
     boundary: nn.Module
@@ -161,7 +72,13 @@ class Replay:
         return output
 
     def instead(self, value: Sequence[Tensor]) -> dict[nn.Module, Forward]:
-        """Return what to call in place of the modules that are skipped."""
+        """Return what to call in place of the modules that are skipped.
+
+        Example:
+            >>> pair = Replay(nn.ReLU(), tree_flatten((1, 2))[1], {1: "kept"}, {})
+            >>> pair.instead([torch.ones(1)])[pair.boundary]("whatever")
+            (tensor([1.]), 'kept')
+        """
         tensors = iter(value)
         leaves = [self.constants[i] if i in self.constants else next(tensors) for i in range(self.spec.num_leaves)]
         output = tree_unflatten(leaves, self.spec)
@@ -201,7 +118,16 @@ class Replay:
 
 @contextmanager
 def replaced(forwards: Mapping[nn.Module, Forward]) -> Generator[None, None, None]:
-    """Call other functions in place of modules' ``forward``, or of what was compiled of it; nothing of it stays."""
+    """Call other functions in place of modules' ``forward``, or of what was compiled of it; nothing of it stays.
+
+    Example:
+        >>> relu = nn.ReLU()
+        >>> with replaced({relu: torch.neg}):
+        ...     relu(torch.ones(1))
+        tensor([-1.])
+        >>> relu(torch.ones(1)), "forward" in vars(relu)
+        (tensor([1.]), False)
+    """
     with _attributes([(module, _slot(module), forward) for module, forward in forwards.items()]):
         yield
 
@@ -223,6 +149,17 @@ def _slot(module: nn.Module) -> str:
 
 @contextmanager
 def _attributes(values: Sequence[tuple[nn.Module, str, Any]]) -> Generator[None, None, None]:
+    """Set attributes of modules, and set or remove them again afterwards.
+
+    Example:
+        >>> relu = nn.ReLU()
+        >>> relu.own = 1
+        >>> with _attributes([(relu, "own", 2), (relu, "new", 3)]):
+        ...     relu.own, relu.new
+        (2, 3)
+        >>> relu.own, hasattr(relu, "new")
+        (1, False)
+    """
     before = [(module, name, vars(module).get(name, _MISSING)) for module, name, _ in values]
     try:
         for module, name, value in values:
@@ -252,6 +189,25 @@ def find_replay(
 
     Raises:
         UnskippableError: It cannot; the message says why.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> one = Pass(model.forward, (torch.ones(1, 2),), {}, ids=(0,))
+        >>> replay = find_replay(model, model[2:], [model[0]], head=False, one=one)
+        >>> replay.boundary is model[1], [*replay.skipped] == [model[0]], replay.chain
+        (True, True, ())
+        >>> find_replay(model, model[2:], [model[0]], head=True, one=one).chain == (model[2], model[3])
+        True
+        >>> def error(model, suffix, prefix):
+        ...     try:
+        ...         find_replay(model, suffix, prefix, head=False, one=attrs.evolve(one, forward=model.forward))
+        ...     except UnskippableError as error:
+        ...         return str(error)
+        >>> error(model, [nn.ReLU()], [model[0]])
+        'the model calls none of the modules beyond the frontier as a whole'
+        >>> random = nn.Sequential(nn.Dropout(), model)
+        >>> error(random, [model], [random[0]])
+        'it draws random numbers, or is called several times'
     """
     before, after = set(prefix), set(suffix)
     with untouched(model), uncompiled(model), torch.no_grad(), Trace(model) as trace:
@@ -283,7 +239,25 @@ def find_replay(
 def _candidates(
     calls: Sequence[Call], first: Call, before: set[nn.Module], head: set[nn.Module], whole: Any
 ) -> Generator[Replay | str, None, None]:
-    """Yield ways to skip, the one that skips most first; or why there is none."""
+    """Yield ways to skip, the one that skips most first; or why there is none.
+
+    Example:
+        >>> class Skip(nn.Sequential):
+        ...     def forward(self, x):
+        ...         first = self[0](x)
+        ...         return self[2](self[1](first)) + first
+        >>> skip = Skip(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> one = Pass(skip.forward, (torch.ones(1, 2),), {}, ids=(0,))
+        >>> find_replay(skip, [skip[2]], [skip[0], skip[1]], head=True, one=one)
+        Traceback (most recent call last):
+        thawline.algorithms.prefix_trace.UnskippableError: what it computes is used beyond the frontier in other ways than through its last output
+        >>> find_replay(skip, [skip[1]], [skip[0]], head=False, one=one).boundary is skip[0]
+        True
+        >>> handle = skip[0].register_forward_hook(lambda module, given, gave: None)
+        >>> find_replay(skip, [skip[1]], [skip[0]], head=False, one=one)
+        Traceback (most recent call last):
+        thawline.algorithms.prefix_trace.UnskippableError: a Linear of it has forward hooks
+    """
     if (chain := _chain(calls, head, whole)) and not first.drew_before:
         given = _recorded_input(chain[0])
         yield Replay(chain[0].module, tree_flatten(given)[1], {}, {}, tuple(each.module for each in chain))
@@ -309,7 +283,7 @@ def _candidates(
             continue
         leaves, spec = tree_flatten(edge.gave)
         constants = {place: each for place, each in enumerate(leaves) if not isinstance(each, Tensor)}
-        if not all(isinstance(each, _PLAIN) for each in constants.values()) or len(constants) == len(leaves):
+        if not all(isinstance(each, PLAIN) for each in constants.values()) or len(constants) == len(leaves):
             yield f"a {type(edge.module).__name__} gives something that is no tensor"
             continue
         try:
@@ -330,7 +304,15 @@ def _chain(calls: Sequence[Call], head: set[nn.Module], whole: Any) -> list[Call
 
 
 def _recorded_input(call: Call) -> Tensor | None:
-    """Return the one thing a module was called with, where that is a tensor."""
+    """Return the one thing a module was called with, where that is a tensor.
+
+    Example:
+        >>> relu, x = nn.ReLU(), torch.ones(1)
+        >>> _recorded_input(Call(relu, None, 0, False, given=((x,), {}))) is x
+        True
+        >>> [_recorded_input(Call(relu, None, 0, False, given=each)) for each in (((x, x), {}), ((x,), {"scale": 2}), ((1,), {}), ((), {}))]
+        [None, None, None, None]
+    """
     args, kwargs = call.given
     return args[0] if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) else None
 
@@ -357,15 +339,6 @@ def _hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _first_tensor(given: Any) -> Tensor | None:
-    return next((each for each in tree_leaves(given) if isinstance(each, Tensor)), None)
-
-
-def _shape(output: Tensor, first: Tensor) -> _Shape:
-    follows = [index < first.ndim and size == first.shape[index] for index, size in enumerate(output.shape)]
-    return _Shape(tuple(None if same else size for same, size in zip(follows, output.shape, strict=True)), output.dtype)
-
-
 def gives_the_same(model: nn.Module, replay: Replay, one: Pass, value: Sequence[Tensor], *, tolerance: float) -> bool:
     """Return whether the model gives the same with ``value`` at the frontier, but for padding.
 
@@ -375,6 +348,12 @@ def gives_the_same(model: nn.Module, replay: Replay, one: Pass, value: Sequence[
         one: A forward pass.
         value: What is put at the frontier.
         tolerance: Of the norm of the difference, in norms.
+
+    Example:
+        >>> model, x = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), torch.ones(2, 1)
+        >>> one, replay = Pass(model.forward, (x,), {}, ids=(0, 1)), Replay(model[1], tree_flatten(x)[1], {}, {}, (model[1],))
+        >>> [gives_the_same(model, replay, one, [value], tolerance=1e-3) for value in (model[0](x), model[0](x) + 1)]
+        [True, False]
     """
     outputs: list[list[Tensor]] = []
     ways: tuple[Callable[[], Any], ...] = (one, lambda: replay.run(one, value))
@@ -386,12 +365,28 @@ def gives_the_same(model: nn.Module, replay: Replay, one: Pass, value: Sequence[
 
 
 def unpadded(each: Tensor, masks: Sequence[Tensor]) -> Tensor:
-    """Return what is no padding, where there is one mask over samples and positions."""
+    """Return what is no padding, where there is one mask over samples and positions.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        >>> unpadded(torch.tensor([[1, 2, 3], [4, 5, 6]]), [mask])
+        tensor([1, 2, 4])
+        >>> unpadded(torch.ones(2, 2), [mask]).shape, unpadded(torch.ones(2, 3), [mask, mask]).shape, unpadded(torch.ones(2, 3), []).shape
+        (torch.Size([2, 2]), torch.Size([2, 3]), torch.Size([2, 3]))
+    """
     return each[masks[0].bool()] if len(masks) == 1 and each.shape[:2] == masks[0].shape else each
 
 
 def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
-    """Return whether two tensors are equal up to ``tolerance`` norms."""
+    """Return whether two tensors are equal up to ``tolerance`` norms.
+
+    Example:
+        >>> one = torch.tensor([3.0, 4.0])
+        >>> close(one + torch.tensor([0.0, 0.4]), one, 0.1), close(one + torch.tensor([0.0, 0.6]), one, 0.1), close(one, one[:1], 0.1)
+        (True, False, False)
+        >>> close(torch.zeros(2), torch.zeros(2), 0.0)
+        True
+    """
     if first.shape != second.shape:
         return False
     ones, others = first.double(), second.to(first.device).double()
@@ -399,7 +394,13 @@ def close(first: Tensor, second: Tensor, tolerance: float) -> bool:
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Compare all that a loss may be made of."""
+    """Compare all that a loss may be made of.
+
+    Example:
+        >>> x = torch.tensor([1.0, float("nan")])
+        >>> _equal(x, x + 1e-6), _equal(x, x + 1e-4), _equal((x, x), x), _equal(x, x[None])
+        (True, False, False, False)
+    """
     ones, others = _compared(first), _compared(second)
     return len(ones) == len(others) and all(
         one.shape == other.shape and bool(torch.allclose(one.double(), other.double(), rtol=1e-5, atol=1e-7, equal_nan=True))
@@ -408,7 +409,13 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _compared(output: Any) -> list[Tensor]:
-    """Return the tensors, but for the keys and values that a language model keeps to go on with: training reads none."""
+    """Return the tensors, but for the keys and values that a language model keeps to go on with: training reads none.
+
+    Example:
+        >>> x = torch.ones(1)
+        >>> _compared({"logits": x, "past_key_values": x}), _compared((x, None, 2))
+        ([tensor([1.])], [tensor([1.])])
+    """
     if isinstance(output, Mapping):
         output = {name: each for name, each in output.items() if name != "past_key_values"}
     return [each for each in tree_leaves(output) if isinstance(each, Tensor)]

@@ -27,6 +27,14 @@ class Leaf:
         dtype: Type of its numbers.
         device: Where it lay.
         order: Its dimensions from the widest stride to the narrowest: kernels may round differently by layout.
+
+    Example:
+        >>> leaf = Leaf.of(torch.arange(6.0).view(2, 3).t())
+        >>> leaf.shape, leaf.order, leaf.straight
+        ((2,), (1, 0), False)
+        >>> rows = leaf.made_of(torch.ones(4, 2, dtype=torch.bfloat16))
+        >>> rows.dtype, rows.stride(), Leaf.of(rows) == leaf
+        (torch.float32, (1, 4), True)
     """
 
     shape: tuple[int, ...]
@@ -54,7 +62,16 @@ class Leaf:
 
 
 class Column:
-    """One tensor of every sample, one below the other, in memory or in a file of its own."""
+    """One tensor of every sample, one below the other, in memory or in a file of its own.
+
+    Example:
+        >>> column = Column((2,), torch.float32, None)
+        >>> column.grow(3)
+        >>> column.rows[:] = torch.ones(3, 2)
+        >>> column.grow(5)
+        >>> column.row_bytes, column.rows.shape, column.rows[:3].sum()
+        (8, torch.Size([5, 2]), tensor(6.))
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> None:
         self._shape, self._dtype, self._path = shape, dtype, path
@@ -114,7 +131,22 @@ class Table:
         return len(self.columns[0].rows)
 
     def append(self, rows: Sequence[Tensor], *, at_most: int) -> None:
-        """Add samples below the others; never make room for more than ``at_most`` in all."""
+        """Add samples below the others; never make room for more than ``at_most`` in all.
+
+        Example:
+            >>> rows = torch.zeros(64, 2)
+            >>> table = Table((Leaf.of(rows),), [Column((2,), torch.float32, None)])
+            >>> table.append([rows[:1]], at_most=150)
+            >>> table.append([rows[1:]], at_most=150)
+            >>> table.used, table.capacity
+            (64, 64)
+            >>> table.append([rows[:1]], at_most=150)
+            >>> table.used, table.capacity, table.row_bytes
+            (65, 128, 8)
+            >>> table.append([rows], at_most=150)
+            >>> table.used, table.capacity
+            (129, 150)
+        """
         count = len(rows[0])
         if self.used + count > self.capacity:
             capacity = min(max(2 * self.capacity, self.used + count, _FIRST_CAPACITY), at_most)
@@ -153,6 +185,13 @@ class RowStore:
         [tensor([[3., 4.],
                 [1., 2.],
                 [3., 4.]])]
+        >>> store.add([5], "short", [torch.tensor([[9.0]])], right=True)
+        True
+        >>> store.rows([5, 7], "long"), store.rows([7], "short")
+        ([tensor([[9., 0.],
+                [1., 2.]])], [tensor([[1.]])])
+        >>> len(store), store.nbytes, store.reserved  # there is room for 64 rows of each shape
+        (3, 20, 768)
     """
 
     budget: int
@@ -189,7 +228,15 @@ class RowStore:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all rows have one shape, and none depends on how far its batch was padded."""
+        """Whether all rows have one shape, and none depends on how far its batch was padded.
+
+        Example:
+            >>> store = RowStore(budget=1000)
+            >>> store.add([1], "a", [torch.ones(1, 2)]), store.is_uniform
+            (True, True)
+            >>> store.add([2], "b", [torch.ones(1, 2)], right=True), store.is_uniform  # rows of "a" may be padded at the start
+            (True, False)
+        """
         return len(self._tables) == 1 and (len(self._kinds) == 1 or all(each.right for each in self._kinds.values()))
 
     def has(self, ids: Ids) -> bool:
@@ -197,14 +244,32 @@ class RowStore:
         return all(map(self._numbers.__contains__, ids))
 
     def alike(self, ids: Ids, signature: Hashable) -> bool:
-        """Return whether all of the samples, which are there, come from batches of that signature."""
+        """Return whether all of the samples, which are there, come from batches of that signature.
+
+        Example:
+            >>> store = RowStore(budget=1000)
+            >>> store.add([1, 2], "a", [torch.ones(2, 2)]), store.alike([1], "a"), store.alike([1], "b")
+            (True, True, False)
+            >>> store.add([3], "b", [torch.ones(1, 3)])
+            True
+            >>> store.alike([1, 2], "a"), store.alike([3], "b"), store.alike([1, 3], "a"), store.alike([3], "c")
+            (True, True, False, False)
+        """
         if len(self._kinds) == 1:
             return signature in self._kinds
         kind = next((place for place, each in enumerate(self._kinds) if each == signature), -1)
         return all(self._kind_of[self._numbers[each]] == kind for each in ids)
 
     def fits(self, ids: Ids, signature: Hashable) -> bool:
-        """Return whether the samples, which are there, can be trimmed and padded into a batch of that signature."""
+        """Return whether the samples, which are there, can be trimmed and padded into a batch of that signature.
+
+        Example:
+            >>> store = RowStore(budget=1000)
+            >>> store.add([1], "a", [torch.ones(1, 2)], right=True), store.add([2], "b", [torch.ones(1, 3)])
+            (True, True)
+            >>> store.fits([1], "b"), store.fits([2], "a"), store.fits([1], "never seen")  # of "b" padding may stand anywhere
+            (True, False, False)
+        """
         if signature not in self._kinds:
             return False
         kinds, own = list(self._kinds.values()), self._tables[self._kinds[signature].table]
@@ -221,6 +286,15 @@ class RowStore:
 
         Returns:
             None where a sample is missing, or the rows differ in shape.
+
+        Example:
+            >>> store = RowStore(budget=1000)
+            >>> store.add([4, 0, 2], "a", [torch.tensor([40.0, 0.0, 20.0]), torch.tensor([4, 0, 2])])
+            True
+            >>> store.take([2, 4, 2], 3, 1), store.take([0], 1, 2)
+            ([tensor([20., 40., 20.])], [tensor([0.]), tensor([0])])
+            >>> store.take([4, 5], 2, 1), store.add([5], "b", [torch.ones(1, 2), torch.ones(1)]), store.take([4], 1, 1)
+            (None, True, None)
         """
         if len(self._tables) != 1:
             return None
@@ -232,7 +306,17 @@ class RowStore:
         return [leaf.made_of(column.rows.index_select(0, index)) for leaf, column in pairs]
 
     def _found(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-        """Return the samples' numbers, which with one table are their rows; None where one is missing."""
+        """Return the samples' numbers, which with one table are their rows; None where one is missing.
+
+        Example:
+            >>> store = RowStore(budget=1000)
+            >>> store.add([4, 0, 2], "a", [torch.ones(3)])
+            True
+            >>> store._found(np.array([2, 4])), store._found(np.array([1])), store._found(np.array([5])), len(store._lookup)
+            (array([2, 0]), None, None, 5)
+            >>> store.add([16], "a", [torch.ones(1)]), store._found(np.array([16, 0])), len(store._lookup)  # too far apart
+            (True, array([3, 1]), 0)
+        """
         numbers, lookup = self._numbers, self._lookup
         if lookup is None:
             dense = bool(numbers) and min(numbers) >= 0 and max(numbers) < 4 * len(numbers)
@@ -262,6 +346,15 @@ class RowStore:
 
         Raises:
             ValueError: Samples of that signature had other shapes before.
+
+        Example:
+            >>> store = RowStore(budget=16)
+            >>> store.add([7, 3], "a", [torch.ones(2, 2)]), store.add([3, 7], "a", [torch.zeros(2, 2)])
+            (True, True)
+            >>> store.rows([3], "a")  # the first time counts
+            [tensor([[1., 1.]])]
+            >>> store.add([3, 4], "a", [torch.ones(2, 2)]), store.full, store.has([4]), store.add([3], "a", [torch.ones(1, 2)])
+            (False, True, False, True)
         """
         new = {each: place for place, each in enumerate(ids) if each not in self._numbers}
         if not new or self.full:
@@ -309,7 +402,16 @@ class RowStore:
         return [leaf.made_of(part) for leaf, part in zip(leaves, parts, strict=True)]
 
     def close(self) -> None:
-        """Forget everything, and remove the files."""
+        """Forget everything, and remove the files.
+
+        Example:
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     store = RowStore(1000, Path(folder, "cache"))
+            ...     before = store.add([5, 8], "a", [torch.tensor([1.0, 2.0])]), store.rows([8], "a"), len([*Path(folder).rglob("0-0")])
+            ...     store.close()
+            ...     before, len([*Path(folder).rglob("*-*")]), len(store), store.nbytes
+            ((True, [tensor([2.])], 1), 0, 0, 0)
+        """
         self._tables, self._kinds, self._numbers = [], {}, {}
         self._lookup = None
         self._kind_of, self._row_of = array("l"), array("l")
@@ -318,7 +420,17 @@ class RowStore:
             self._directory = None
 
     def _kind(self, signature: Hashable, leaves: tuple[Leaf, ...], exact: int) -> Kind:
-        """Return what is known of a signature; for a new one, find its table or make one."""
+        """Return what is known of a signature; for a new one, find its table or make one.
+
+        Example:
+            >>> store = RowStore(budget=1000)
+            >>> kinds = [store._kind(name, (Leaf.of(torch.ones(1, size)),), 0) for name, size in (("a", 2), ("b", 2), ("c", 3))]
+            >>> [kind.table for kind in kinds]  # two signatures of one shape share a table
+            [0, 0, 1]
+            >>> store._kind("a", (Leaf.of(torch.ones(1, 3)),), 0)
+            Traceback (most recent call last):
+            ValueError: samples of one shape had (Leaf(shape=(2,), ...
+        """
         kind = self._kinds.get(signature)
         if kind is None:
             found = (place for place, each in enumerate(self._tables) if each.leaves == leaves)
@@ -331,6 +443,13 @@ class RowStore:
         return kind
 
     def _table(self, leaves: tuple[Leaf, ...], exact: int) -> Table:
+        """Return a table for rows of another shape; files and bfloat16 where they are asked for.
+
+        Example:
+            >>> leaves = [Leaf.of(torch.ones(1, dtype=each)) for each in (torch.float32, torch.float16, torch.int64, torch.float32)]
+            >>> [column.rows.dtype for column in RowStore(1000, narrow=True)._table(tuple(leaves), exact=1).columns]
+            [torch.bfloat16, torch.float16, torch.int64, torch.float32]
+        """
         if self.folder is not None and self._directory is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._directory = tempfile.TemporaryDirectory(prefix="prefix-cache-", dir=self.folder)
@@ -344,7 +463,14 @@ class RowStore:
 
 
 def _put(part: Tensor, index: Tensor, rows: Tensor) -> None:
-    """Write rows at places of the first dimension, trimmed or padded with zeros at the end of each other one."""
+    """Write rows at places of the first dimension, trimmed or padded with zeros at the end of each other one.
+
+    Example:
+        >>> part = torch.ones(3, 2, 2)
+        >>> _put(part, torch.tensor([2]), torch.full((1, 1, 3), 5.0))
+        >>> part[1:].tolist()
+        [[[1.0, 1.0], [1.0, 1.0]], [[5.0, 5.0], [0.0, 0.0]]]
+    """
     sizes = list(map(min, part.shape[1:], rows.shape[1:]))
     whole = torch.zeros((len(index), *part.shape[1:]), dtype=part.dtype)
     _cut(whole, sizes).copy_(_cut(rows, sizes))
@@ -359,7 +485,13 @@ def _cut(rows: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _like(some: Sequence[Leaf], others: Sequence[Leaf]) -> bool:
-    """Return whether rows of one can be trimmed and padded into rows of the other."""
+    """Return whether rows of one can be trimmed and padded into rows of the other.
+
+    Example:
+        >>> one, longer, whole, flat = (Leaf.of(torch.ones(1, 2)), Leaf.of(torch.ones(1, 5)), Leaf.of(torch.ones(1, 2).int()), Leaf.of(torch.ones(1)))
+        >>> _like([one], [longer]), _like([one], [whole]), _like([one], [flat])
+        (True, False, False)
+    """
     return all(
         one.dtype == other.dtype and len(one.shape) == len(other.shape) for one, other in zip(some, others, strict=True)
     )

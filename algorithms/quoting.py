@@ -22,6 +22,10 @@ def quote(line: str) -> str:
         'thaw: ["*.bias", "blocks[-1]"]'
         >>> quote("until:\t2ep"), quote("lr:1.0e-3")
         ('until:  2ep', 'lr: 1.0e-3')
+        >>> quote("lr: 5%"), quote("a: %b"), quote("freeze: blocks[:2].*.weight")
+        ('lr: 5%', 'a: "%b"', 'freeze: "blocks[:2].*.weight"')
+        >>> quote(" x:y" + "z" * 296) == "x: y" + "z" * 296, quote("x:y" + "z" * 298)[:4]  # longer lines stay as they are
+        (True, 'x:yz')
     """
     line = line.strip()
     if len(line) > LONGEST_LINE:
@@ -34,6 +38,12 @@ def quote(line: str) -> str:
 
 
 def _outside_quotes(pattern: re.Pattern[str], line: str) -> str:
+    r"""Put quotes around what the pattern finds, where none are.
+
+    Example:
+        >>> _outside_quotes(_GLOB, "[*.a, '*.b', *.c, \"*.d\", *.e]")
+        '["*.a", \'*.b\', "*.c", "*.d", "*.e"]'
+    """
     pieces: list[str] = []
     end = 0
     for found in _QUOTED.finditer(line):

@@ -31,6 +31,8 @@ def shuffled(count: int, seed: int, *parts: object) -> list[int]:
     Example:
         >>> shuffled(6, 0, "me", 1), shuffled(6, 0, "me", 2)
         ([4, 0, 2, 3, 1, 5], [3, 2, 0, 4, 1, 5])
+        >>> shuffled(3, 0, "me", 1) == shuffled(3, 1, "me", 1), shuffled(0, 0)
+        (False, [])
     """
     return sorted(range(count), key=lambda each: derive_seed(seed, *parts, each))
 
@@ -45,6 +47,26 @@ class Turns(Algorithm):
         always: Selectors of what trains all the time; a layer that the model does not have is passed over.
         turn: The number of the running turn, from 0.
         active: The layers whose turn it is.
+
+    Example:
+        >>> from torch.optim import SGD
+        >>> from thawline.algorithms import BlockCycle
+        >>> from thawline.engine import Clock, ParameterLedger
+        >>> from thawline.engine.testing import tiny_models
+        >>> model = tiny_models()["residual"]()
+        >>> state = State(model, ParameterLedger(model, SGD), duration="12ba")
+        >>> turns = BlockCycle("2ba", order="ascending", always=("head", "*.bias"))
+        >>> turns.apply(Event.FIT_START, state)
+        >>> turns.active, [each for each in state.layers["blocks[0]"][0].parameters if each in state.ledger.trainable]
+        (('stem',), ['blocks.0.norm.bias', 'blocks.0.linear.bias'])
+        >>> state.clock = Clock(batch=2)
+        >>> turns.match(Event.BATCH_START, state), turns.turn
+        (True, 0)
+        >>> turns.apply(Event.BATCH_START, state)
+        >>> turns.state_dict(), turns.match(Event.BATCH_START, state), turns.match(Event.FIT_START, state)
+        ({'turn': 1, 'active': ['blocks[0]']}, False, True)
+        >>> [each for each in sorted(state.ledger.trainable) if not each.endswith("bias")]
+        ['blocks.0.linear.weight', 'blocks.0.norm.weight', 'head.weight']
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY
@@ -105,10 +127,43 @@ class Turns(Algorithm):
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take back what :meth:`state_dict` returned."""
+        """Take back what :meth:`state_dict` returned.
+
+        Example:
+            >>> from thawline.algorithms import LISA
+            >>> turns = LISA("1ep")
+            >>> turns.load_state_dict({"turn": 3, "active": ["blocks[1]"]})
+            >>> turns.turn, turns.active
+            (3, ('blocks[1]',))
+            >>> sorted(each.name for each in turns.events), sorted(each.name for each in LISA("9ba").events)
+            (['EPOCH_START', 'FIT_START'], ['BATCH_START', 'FIT_START'])
+        """
         self.turn, self.active = int(saved["turn"]), tuple(saved["active"])
 
     def _begin(self, state: State, candidates: Sequence[str], kept: frozenset[str]) -> None:
+        r"""Hold all but what always trains, and say what does not go together.
+
+        Example:
+            >>> import warnings
+            >>> from torch.optim import SGD
+            >>> from thawline.algorithms import LISA, BlockCycle
+            >>> from thawline.engine import ParameterLedger
+            >>> from thawline.engine.testing import tiny_models
+            >>> model = tiny_models()["residual"]()
+            >>> state = State(model, ParameterLedger(model, SGD), duration="12ba")
+            >>> with warnings.catch_warnings(record=True) as told:
+            ...     warnings.simplefilter("always")
+            ...     for each in (BlockCycle("1ba"), LISA("2ba", layers=1), LISA("12ba", layers=1)):
+            ...         each.apply(Event.FIT_START, state)
+            >>> print(*(each.message for each in told), sep="\n")
+            LISA and BlockCycle each hold what the other releases: a layer trains only where their turns meet. Leave one out.
+            LISA and BlockCycle each hold what the other releases: a layer trains only where their turns meet. Leave one out.
+            LISA(every='12ba') draws only once: the fit ends after 12ba. Write a shorter interval, such as LISA(every='0.02dur').
+            >>> BlockCycle(always="*").apply(Event.FIT_START, state)
+            Traceback (most recent call last):
+            thawline.engine.errors.LayerError: BlockCycle needs layers to take turns, and ['*'] leaves none:
+            ...
+        """
         name = type(self).__name__
         if not candidates:
             raise LayerError(
@@ -139,4 +194,11 @@ class Turns(Algorithm):
 
     @staticmethod
     def _selectors(layers: LayerMap, names: Sequence[str], kept: frozenset[str]) -> list[str]:
+        """Return selectors of what takes turns in the layers.
+
+        Example:
+            >>> from thawline.engine.testing import tiny_models
+            >>> Turns._selectors(LayerMap(tiny_models()["residual"]()), ["stem", "head"], frozenset({"head.bias"}))
+            ['stem', 'head.weight']
+        """
         return [select for name in names for layer in layers[name] for select in rest_of(layer, kept)]
