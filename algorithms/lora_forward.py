@@ -66,8 +66,8 @@ def lora_forward(
         tensor([[5., 5.]])
         >>> lora_forward(x, weight, None, down, up[:1], rows=[[1, 2]])  # the adapter is that of the second output alone
         tensor([[1., 4.]])
-        >>> lora_forward(x[0], weight, None, down, up[:1], rows=[[1, 2]]), lora_forward(x[0], weight.t(), None, down, up, transposed=True)
-        (tensor([1., 4.]), tensor([4., 4.]))
+        >>> lora_forward(x[0], weight.t(), None, down, up[:1], rows=[[1, 2]], transposed=True)
+        tensor([1., 4.])
         >>> lora_forward(x, weight, None, down, up, dropout=0.5)  # nothing is dropped outside of training
         tensor([[4., 4.]])
         >>> lora_forward(torch.ones(4, 1), weight[:, :1], None, up[:1], up, dropout=0.5, training=True)[:, 0].unique()
@@ -395,18 +395,20 @@ class _LowRank(LowRank):
 
     Example:
         >>> from functools import partial
-        >>> tensors = [torch.rand(each).double().requires_grad_() for each in ((4, 2), (2, 2), (2,), (1, 2), (2, 1))]
-        >>> torch.autograd.gradcheck(partial(lora_forward, scaling=3.0), tensors)  # of every input, against differences
+        >>> from torch.autograd import gradcheck, gradgradcheck
+        >>> x, weight, bias, down, up = (torch.rand(each).double().requires_grad_() for each in ((4, 2), (2, 2), 2, (1, 2), (2, 1)))
+        >>> scaled = partial(lora_forward, scaling=3.0)
+        >>> gradcheck(scaled, (x, weight, bias, down, up), fast_mode=True)  # those of every input, against differences
         True
-        >>> torch.autograd.gradgradcheck(partial(lora_forward, scaling=3.0), tensors)
+        >>> gradgradcheck(scaled, (x, weight, bias, down, up), fast_mode=True)
         True
-        >>> x, weight, bias, down, up = tensors
-        >>> torch.autograd.gradcheck(partial(lora_forward, rows=[[1, 2]], transposed=True), (x, weight, bias, down, up[:1]))
+        >>> sliced = partial(lora_forward, rows=[[1, 2]], transposed=True)
+        >>> gradcheck(sliced, (x, weight, bias, down, up[:1]), fast_mode=True)
         True
         >>> def dropping(*tensors):
         ...     torch.manual_seed(0)
         ...     return lora_forward(*tensors, dropout=0.3, training=True)
-        >>> torch.autograd.gradcheck(dropping, tensors)  # what was dropped is dropped in the backward pass as well
+        >>> gradcheck(dropping, (x, weight, bias, down, up), fast_mode=True)  # the same is dropped in the backward pass
         True
     """
 
