@@ -415,6 +415,10 @@ def _known(model: nn.Module) -> tuple[str, ...]:
         >>> model.default_peft_targets = ["query"]
         >>> _known(model)
         ('query',)
+        >>> [MODEL_TARGETS[each][0] for each in ("bert", "vit", "clip", "llama", "qwen3", "whisper")]
+        ['query', 'query', 'q_proj', 'q_proj', 'q_proj', 'q_proj']
+        >>> [MODEL_TARGETS[each] for each in ("falcon", "gpt2", "mpt", "t5")]
+        [('query_key_value',), ('c_attn',), ('Wqkv',), ('q', 'v')]
     """
     model_type = getattr(_outermost(model, "config"), "model_type", None)
     return _own_targets(model) or (MODEL_TARGETS.get(model_type, ()) if isinstance(model_type, str) else ())
