@@ -20,11 +20,11 @@ from .batches import Unloaded
 from .doubles import augmented_loader
 from .errors import LedgerError, ThawlineError, shorten
 from .events import Event
-from .log import jsonable
 from .neighbor import Before, Neighbor
 from .promises import REFUSALS, check, fail, same
 from .randomness import Randomness, derive_seed
-from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, batch_of, copied, difference, weights_of, written_in
+from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, copied, difference, some, weights_of
+from .resuming import FUNCTION, goes_on
 from .specimens import Nothing, Specimen
 from .state import State
 from .variants import halves, other_calls, together
@@ -118,7 +118,7 @@ def _refuses(build: type[Algorithm], arguments: Mapping[str, Any], name: str, wr
 def works_with_other_arguments(rehearsal: Rehearsal) -> None:
     """With other arguments, of its types and of its errors' corrected calls, it fits, describes itself and resumes as well."""
     calls = [(place, each) for place, algorithm in enumerate(rehearsal.make()) for each in _calls(rehearsal, algorithm)]
-    for place, call in calls if rehearsal.thorough else _some(calls, 3, rehearsal.seed):
+    for place, call in calls if rehearsal.thorough else some(calls, 3, rehearsal.seed):
         _try_call(rehearsal, place, call)
 
 
@@ -149,7 +149,7 @@ def _try_call(rehearsal: Rehearsal, place: int, call: Specimen) -> None:
             error.add_note(f"with the arguments {call!r}, which its constructor takes")
             raise
         for path in paths[:1]:
-            _goes_on(other, whole, path)
+            goes_on(other, whole, path)
 
 
 def _verify(event: Event, state: State) -> None:
@@ -227,7 +227,7 @@ def keeps_the_ledger_whole(rehearsal: Rehearsal) -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole, paths = other.saved(Path(folder) / "run", every="4ba", probe=look, debug=True)
         for path in paths[:1]:
-            _goes_on(other, whole, path)
+            goes_on(other, whole, path)
 
 
 _GRAMMAR = re.compile(
@@ -331,73 +331,7 @@ def leaves_the_global_generators_alone(rehearsal: Rehearsal) -> None:
     rehearsal.fit(algorithms)
 
 
-# -- saving ------------------------------------------------------------------------------------------------------------
-
-
-@check
-def resumes(rehearsal: Rehearsal) -> None:
-    """Resumed from a checkpoint of any batch, the fit ends bit for bit as the uninterrupted one."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        whole, paths = rehearsal.saved(run)
-        plain = rehearsal.whole.all | {
-            "warnings": whole.said
-        }  # checkpoints warn of a loader that cannot tell where it stands
-        same(
-            plain,
-            whole.all,
-            "the fit",
-            f"{rehearsal.name}: saving checkpoints changes the fit. state_dict() only looks.",
-        )
-        _is_saved_at_each_batch(rehearsal, whole, run, paths)
-        for path in paths if rehearsal.thorough else _some(paths, 3, rehearsal.seed):
-            _goes_on(rehearsal, whole, path)
-
-
-_STATE = (
-    "Return from state_dict() whatever changes during a fit, take it back in load_state_dict(), and build caches in attach(): "
-    "FIT_START does not come again."
-)
-_FUNCTION = (
-    "A function of @on remembers nothing from call to call: let it follow from the state it is given, or write a class, whose "
-    "state_dict() returns what changes during a fit."
-)
-
-
-def _goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
-    """Resume from a checkpoint, and compare with the uninterrupted fit."""
-    batch = batch_of(path)
-    resumed = rehearsal.fit(resume=path)
-    where = f"{rehearsal.name}, resumed at batch {batch},"
-    same(
-        whole.after(batch, resumed), resumed.after(batch, resumed), "the fit",
-        f"{where} does not go on as the uninterrupted fit. {_FUNCTION if rehearsal.has_no_memory else _STATE}",
-    )  # fmt: skip
-    if new := [each for each in resumed.said if each not in whole.said]:
-        fail(
-            f"{where} warns of what the uninterrupted fit does not: {new[0]} Warn at FIT_START of what concerns the whole fit; "
-            "attach() and load_state_dict() run on every resumed one."
-        )
-
-
-def _is_saved_at_each_batch(rehearsal: Rehearsal, whole: Outcome, run: Path, paths: list[Path]) -> None:
-    """Hold the checkpoints against the batches, and the metrics that were written against those that were told."""
-    batches = {batch for event, _, batch, _ in whole.events if event is Event.BATCH_END}
-    if missing := sorted(batches - {batch_of(path) for path in paths}):
-        fail(
-            f"{rehearsal.name}: no checkpoint was written after batch {missing[0]}. state_dict() returns tensors, numbers, "
-            "text, None, and lists and dicts of these, at every batch."
-        )
-    same(
-        jsonable(whole.told), jsonable(written_in(run)), "metrics.jsonl",
-        f"{rehearsal.name}: the metrics on disk are not those that were logged. Log numbers, by state.log().",
-    )  # fmt: skip
-
-
-def _some(items: list[Any], count: int, seed: int) -> list[Any]:
-    """Return a few items, drawn by the seed, in their order."""
-    chosen = sorted(range(len(items)), key=lambda index: derive_seed(seed, "conformance", index))[:count]
-    return [items[index] for index in sorted(chosen)]
+# -- other fits and other algorithms ------------------------------------------------------------------------------------
 
 
 _AFRESH = "The constructor runs again at its start: set all that changes there, and keep nothing on the class or in the module."
@@ -412,7 +346,7 @@ def starts_afresh(rehearsal: Rehearsal) -> None:
     same(
         rehearsal.whole.all, second.all, "the fit",
         f"{rehearsal.name}: a second fit with the same instance is another one. "
-        + (_FUNCTION if rehearsal.has_no_memory else _AFRESH),
+        + (FUNCTION if rehearsal.has_no_memory else _AFRESH),
     )  # fmt: skip
     rehearsal.fit(algorithms, model=model)
 
@@ -428,7 +362,7 @@ def keeps_instances_apart(rehearsal: Rehearsal) -> None:
 
     outer = rehearsal.fit(probe=nest)
     mend = "State belongs to the instance: set it in the constructor, not on the class or in the module."
-    mend = _FUNCTION if rehearsal.has_no_memory else mend
+    mend = FUNCTION if rehearsal.has_no_memory else mend
     for which, outcome in (("the outer", outer), *(("the inner", each) for each in inner)):
         place = f"{which} fit"
         same(rehearsal.whole.all, outcome.all, place, f"{rehearsal.name}: two instances mix in nested fits. {mend}")
@@ -440,7 +374,7 @@ def does_not_depend_on_order(rehearsal: Rehearsal) -> None:
     """Beside each other algorithm, the result is the same whichever comes first in the list."""
     kinds = {type(each) for each in rehearsal.make()}
     others = [each for each in rehearsal.partners if kinds.isdisjoint({type(one) for one in rehearsal.make(each)})]
-    for other in others if rehearsal.thorough else _some(others, 3, derive_seed(rehearsal.seed, rehearsal.name)):
+    for other in others if rehearsal.thorough else some(others, 3, derive_seed(rehearsal.seed, rehearsal.name)):
         first = _or_refusal(partial(rehearsal.fit, [*rehearsal.make(), *rehearsal.make(other)]))
         second = _or_refusal(partial(rehearsal.fit, [*rehearsal.make(other), *rehearsal.make()]))
         partner = ", ".join(type(each).__name__ for each in rehearsal.make(other))

@@ -19,7 +19,6 @@ from .checks import (
     leaves_the_loop_alone,
     match_is_pure,
     refuses_bad_arguments,
-    resumes,
     starts_afresh,
     works_with_other_arguments,
 )
@@ -35,10 +34,12 @@ from .endings import (
 )
 from .errors import ArgumentError, nearest
 from .examples import does_as_its_examples_say
+from .models import takes_other_models
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
 from .rehearsal import Rehearsal
+from .resuming import is_not_resumed_as_another, resumes
 from .specimens import installed, specimen
 
 CHECKS: dict[str, Check] = {
@@ -48,6 +49,7 @@ CHECKS: dict[str, Check] = {
         refuses_bad_arguments,
         does_as_its_examples_say,
         works_with_other_arguments,
+        takes_other_models,
         match_is_pure,
         keeps_the_ledger_whole,
         leaves_the_loop_alone,
@@ -61,6 +63,7 @@ CHECKS: dict[str, Check] = {
         steps_as_torch_does,
         keeps_true_records,
         resumes,
+        is_not_resumed_as_another,
         starts_afresh,
         keeps_instances_apart,
         does_not_depend_on_order,
@@ -98,7 +101,8 @@ def check_algorithm(
         loader: Batches that fit the model, fewer than about ten; None is :func:`tiny_loader`.
         loss_fn: As the Trainer's: None for a model that returns its own loss, as causal language models do.
         duration: Of the fits: long enough for the algorithm to act.
-        thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``.
+        thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``; and
+            train on two ranks with weights in shards as well.
         seed: Of models, fits, and what is drawn.
         partners: Builders of what it is run beside; None is every installed algorithm.
         accumulates: False for an algorithm that claims no equal updates where batches are cut into microbatches.

@@ -27,7 +27,7 @@ from .events import Event
 from .functions import FunctionAlgorithm
 from .homes import OptimizerLike
 from .plan import Plan
-from .randomness import Randomness
+from .randomness import Randomness, derive_seed
 from .schedules import linear
 from .settings import duration_of
 from .state import State
@@ -279,6 +279,12 @@ class Rehearsal:
         """Fit with checkpoints; return what it came to, and the checkpoints in order."""
         outcome = self.fit(run_dir=folder, checkpoint=Checkpointing(every=every, keep=10_000), **settings)
         return outcome, checkpoints_in(folder)
+
+
+def some(items: list[Any], count: int, seed: int) -> list[Any]:
+    """Return a few items, drawn by the seed, in their order."""
+    chosen = sorted(range(len(items)), key=lambda index: derive_seed(seed, "conformance", index))[:count]
+    return [items[index] for index in sorted(chosen)]
 
 
 def checkpoints_in(run: Path) -> list[Path]:

@@ -84,6 +84,8 @@ TIERS: tuple[frozenset[str], ...] = (
             "audit",
             "audits",
             "logbook",
+            "models",
+            "resuming",
             "unaided",
             "tasks",
             "examples",
