@@ -68,7 +68,14 @@ class LoRAMultiheadAttention(Adapted, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return outputs and attention weights; arguments and shapes are those of ``nn.MultiheadAttention``."""
+        """Return outputs and attention weights; arguments and shapes are those of ``nn.MultiheadAttention``.
+
+        Example:
+            >>> x = torch.ones(2, 1, 4)
+            >>> LoRAMultiheadAttention(4, 2)(x, x, x, is_causal=True)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: LoRAMultiheadAttention(attn_mask=) takes a mask with is_causal, got None. ...
+        """
         if query.is_nested or key.is_nested or value.is_nested:
             example = "torch.nested.to_padded_tensor(query, 0.0) and a key_padding_mask"
             raise ArgumentError(
