@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from typing import Any
 
@@ -81,6 +82,12 @@ def keeps(rehearsal: Rehearsal, duration: str | int, fit: Outcome) -> None:
     same(
         before, after, "it", f"{rehearsal.name}: a plan changes something. Keep nothing on the class or in the module."
     )
+    for what, told in (("plan", plan), ("timeline", fit.timeline)):
+        lines = [line for line in str(told).splitlines() if not line.startswith("Note: ")]
+        if Plan.from_json(json.loads(json.dumps(told.to_json()))) != told or len(lines) != len(told.spans) + 1:
+            fail(
+                f"{rehearsal.name}: the {what} is not what its JSON or its table says. Log and name layers in plain text."
+            )
     for each in algorithms:
         if (words := each.unplanned()) and not any(words in note for note in plan.notes):
             fail(f"{rehearsal.name}: the plan does not say that {each.owner} {words}, as its unplanned() does.")
