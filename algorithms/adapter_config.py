@@ -63,6 +63,31 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises:
         CheckpointError: Files that are missing or damaged, or that need what ours cannot do.
+
+    Example:
+        >>> import torch
+        >>> from safetensors.torch import save_file
+        >>> def reads(config):
+        ...     save_file({"lora_A": torch.ones(1)}, TENSORS)
+        ...     _ = Path(CONFIG).write_text(json.dumps(config))
+        ...     try:
+        ...         return read_adapter(Path())
+        ...     except CheckpointError as error:
+        ...         return str(error)
+        >>> reads({"peft_type": "LORA", "lora_alpha": 4, "lora_dropout": None, "r": 2})
+        ({'lora_alpha': 4, 'lora_dropout': 0.0, 'use_rslora': False, 'alpha_pattern': {}, 'modules_to_save': [], 'peft_type': 'LORA', 'r': 2}, {'lora_A': tensor([1.])})
+        >>> for wrong in (
+        ...     {"lora_alpha": 0}, {"lora_dropout": 1}, {"alpha_pattern": {"query": -1}}, {"modules_to_save": [3]},
+        ...     {"use_dora": True}, {"init_lora_weights": "pissa_niter_4"}, {"peft_type": "IA3"},
+        ... ):
+        ...     print(reads({"peft_type": "LORA"} | wrong))
+        adapter_config.json has lora_alpha=0; it takes a number above 0.
+        adapter_config.json has lora_dropout=1; it takes a number from 0 to below 1.
+        adapter_config.json has alpha_pattern={'query': -1}; it takes an object of patterns and numbers above 0.
+        adapter_config.json has modules_to_save=[3]; it takes a list of names.
+        the adapter in . was made with use_dora, which 'lora' does not do.
+        the adapter in . was begun with 'pissa_niter_4', which changes the base weights. Convert it in peft: model.save_pretrained(folder, path_initial_model_for_weight_conversion=…).
+        the adapter in . is of type 'IA3'; 'LORA' is what can be loaded.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -104,6 +129,11 @@ def by_pattern(patterns: Mapping[str, Any], name: str, default: float) -> float:
     Example:
         >>> by_pattern({"^a": 3, "query": 5}, "b.query", 8), by_pattern({"^a": 3}, "b.a", 8)
         (5.0, 8)
+        >>> by_pattern({"query": 5}, "query.dense", 8), by_pattern({"query": 5}, "subquery", 8)
+        (8, 8)
+        >>> by_pattern({"(": 5}, "query", 8)
+        Traceback (most recent call last):
+        thawline.engine.errors.CheckpointError: the adapter's pattern '(' is no regular expression.
     """
     for pattern, value in patterns.items():
         try:

@@ -81,6 +81,24 @@ def inject_lora(
         ('0.lora_A', '0.lora_B')
         >>> sorted(ledger.trainable)
         ['0.lora_A', '0.lora_B', '2.bias', '2.weight']
+        >>> inject_lora(ledger, rank=2, lr=0.1, lr_ratio=4, owner="me")  # it goes on
+        ('0.lora_A', '0.lora_B')
+        >>> sorted((name, group.base_lr, group.scale) for group in ledger.groups for name in group.parameters)
+        [('0.lora_A', 0.1, 1.0), ('0.lora_B', 0.1, 4.0), ('2.bias', 0.001, 1.0), ('2.weight', 0.001, 1.0)]
+        >>> inject_lora(model)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: inject_lora(ledger=) takes a ParameterLedger: ..., got 'Sequential'. Write: ...
+        >>> for wrong in ({"rank": 1.5}, {"alpha": 0}, {"dropout": 1}, {"lr_ratio": 0}, {"train_head": "yes"}, {"target": 3}):
+        ...     try:
+        ...         inject_lora(ledger, **wrong)
+        ...     except ArgumentError as error:
+        ...         print(str(error).partition(" Write")[0])
+        inject_lora(rank=) takes a whole number, 1 or above and 65536 or below, got 1.5.
+        inject_lora(alpha=) takes a number above 0, got 0.
+        inject_lora(dropout=) takes a number, 0 or above and below 1, got 1.
+        inject_lora(lr_ratio=) takes a number above 0, got 0.
+        inject_lora(train_head=) takes one of 'auto', True, False, got 'yes'.
+        inject_lora(target=) takes 'auto', 'attention', 'all-linear', a glob over module names, a list of globs, or {glob: 'q,v'}, got 3.
     """
     if not isinstance(ledger, ParameterLedger):
         takes = "a ParameterLedger: state.ledger in a fit, else one over the model and its optimizer"
@@ -121,7 +139,18 @@ def inject_lora(
 
 
 def _warn_of_rank(model: nn.Module, plans: Mapping[str, _Plan]) -> None:
-    """Warn where a rank that somebody chose is above what a change of the weight can have."""
+    """Warn where a rank that somebody chose is above what a change of the weight can have.
+
+    Example:
+        >>> import warnings
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     for rank in (4, 5):
+        ...         _warn_of_rank(model, {"0": _Plan(rank, 16, 0.0, False, None)})
+        >>> [str(each.message) for each in caught]
+        ["an adapter of rank 5 at '0', which is 4 x 8, is larger than the weight itself: ... Write LoRAInject(rank=1)."]
+    """
     for name, plan in plans.items():
         weight = getattr(model.get_submodule(name), "weight", None)
         if isinstance(weight, nn.Parameter) and weight.ndim == 2 and plan.rank > min(weight.shape):
@@ -222,7 +251,14 @@ class LoRAInject(Algorithm):
 
 @attrs.frozen
 class _Plan:
-    """The settings of one module's adapter."""
+    """The settings of one module's adapter.
+
+    Example:
+        >>> _Plan(4, 16, 0.1, False, None).scaling, _Plan(4, 16, 0.1, True, None).scaling
+        (4.0, 8.0)
+        >>> _Plan(4, 16, 0.1, False, None).arguments, _Plan(4, 16, 0.1, True, ((0, 2),)).arguments
+        ({'rank': 4, 'alpha': 16, 'dropout': 0.1}, {'rank': 4, 'alpha': 16, 'dropout': 0.1, 'rslora': True, 'rows': [[0, 2]]})
+    """
 
     rank: int
     alpha: float
@@ -266,7 +302,24 @@ def _plans(
 def _whole(
     ledger: ParameterLedger, modules_to_save: str | Sequence[str], train_head: TrainHead, targets: Sequence[str]
 ) -> _Whole:
-    """Find what trains as a whole beside the adapters: what was asked for, and the head."""
+    """Find what trains as a whole beside the adapters: what was asked for, and the head.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+        >>> ledger = ParameterLedger(model, torch.optim.SGD)
+        >>> whole = _whole(ledger, "1", "auto", ["0"])
+        >>> whole.modules, sorted(whole.parameters)
+        (('1', '2'), ['1.bias', '1.weight', '2.bias', '2.weight'])
+        >>> _whole(ledger, (), False, ["0"]).modules, _whole(ledger, (), "auto", ["2"]).modules
+        ((), ())
+        >>> _whole(ledger, (), True, ["2"])
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: LoRAInject(train_head=True) trains the head as a whole, and '2' in it gets an adapter. ...
+        >>> _whole(ledger, "0", False, ["0"])
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: LoRAInject(modules_to_save=) got '0', in which '0' gets an adapter: ...
+    """
     model, argument = ledger.model, "LoRAInject(modules_to_save=)"
     patterns = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save)
     modules = modules_matching(model, patterns, argument)
@@ -297,7 +350,14 @@ def _whole(
 
 
 def _owning(model: nn.Module, parameters: set[int], targets: Sequence[str]) -> list[str]:
-    """Return the outermost modules all of whose parameters are among ``parameters``, but for what gets adapters."""
+    """Return the outermost modules all of whose parameters are among ``parameters``, but for what gets adapters.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
+        >>> every = {id(each) for each in model[1].parameters()}
+        >>> _owning(model, every, []), _owning(model, every, ["1.0"]), _owning(model, every - {id(model[1][0].weight)}, [])
+        (['1'], ['1.2'], ['1.2'])
+    """
     found: list[str] = []
     parts = [each.split(".") for each in targets]
     adapting = {".".join(each[:count]) for each in parts for count in range(1, len(each) + 1)}
@@ -311,7 +371,16 @@ def _owning(model: nn.Module, parameters: set[int], targets: Sequence[str]) -> l
 
 
 def _attach(ledger: ParameterLedger, plans: Mapping[str, _Plan], owner: str) -> None:
-    """Attach adapters, those of equal settings together; none stays where one is refused."""
+    """Attach adapters, those of equal settings together; none stays where one is refused.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU())
+        >>> ledger, plan = ParameterLedger(model, torch.optim.SGD), _Plan(2, 16, 0.0, False, None)
+        >>> _attach(ledger, {"0": plan, "1": attrs.evolve(plan, rank=3), "2": plan}, "me")
+        >>> [tuple(each.lora_A.shape) for each in model[:3]], [entry.module for entry in ledger.journal]
+        ([(2, 4), (3, 4), (2, 4)], ['0', '2', '1'])
+    """
     alike: dict[str, tuple[dict[str, Json], list[str]]] = {}
     for name, plan in plans.items():
         check_site(ledger.model, name, ledger.model.get_submodule(name), rank=plan.rank, rows=plan.rows)
@@ -321,7 +390,28 @@ def _attach(ledger: ParameterLedger, plans: Mapping[str, _Plan], owner: str) -> 
 
 
 def _goes_on(model: nn.Module, name: str, plan: _Plan) -> bool:
-    """Return whether the module carries this adapter already; raise where it carries or can take no such one."""
+    """Return whether the module carries this adapter already; raise where it carries or can take no such one.
+
+    Example:
+        >>> import torch
+        >>> from thawline.algorithms import merge_lora
+        >>> model, plan = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 1), nn.Linear(4, 2)), _Plan(2, 16, 0.0, False, None)
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), ["0", "1"], rank=2)
+        >>> _goes_on(model, "0", plan), _goes_on(model, "1", plan), _goes_on(model, "2", plan)
+        (True, True, False)
+        >>> for other in ({"rank": 1}, {"alpha": 8}, {"dropout": 0.1}, {"rows": [[0, 2]]}):
+        ...     try:
+        ...         _goes_on(model, "0", attrs.evolve(plan, **other))
+        ...     except SurgeryError as error:
+        ...         print(error)
+        '0' carries an adapter of rank 2 already, alpha / rank 8, dropout 0. Write ...
+        '0' carries an adapter of rank 2 already, alpha / rank 8, dropout 0. Write ...
+        '0' carries an adapter of rank 2 already, alpha / rank 8, dropout 0. Write ...
+        '0' carries an adapter of rank 2 already, alpha / rank 8, dropout 0. Write ...
+        >>> merge_lora(model), _goes_on(model, "0", plan)
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: the adapter of '0' is merged and cannot train. Write unmerge_lora(model) first.
+    """
     module: Any = model.get_submodule(name)
     if not is_adapted(module):
         check_site(model, name, module, rank=plan.rank, rows=plan.rows)
@@ -345,7 +435,15 @@ def _listed(rows: Rows | None) -> list[list[int]] | None:
 
 
 def _adapters(model: nn.Module, names: Iterable[str] = ("",)) -> frozenset[str]:
-    """Return the names of the adapters' parameters in the modules called ``names`` and below."""
+    """Return the names of the adapters' parameters in the modules called ``names`` and below.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), rank=2)
+        >>> sorted(_adapters(model)) == sorted(adapters), sorted(_adapters(model, ["1", "2"])), sorted(_adapters(model[0]))
+        (True, ['1.0.lora_A', '1.0.lora_B'], ['lora_A', 'lora_B'])
+    """
     found: set[str] = set()
     for start in names:
         for inner, module in model.get_submodule(start).named_modules(prefix=start):
@@ -355,11 +453,35 @@ def _adapters(model: nn.Module, names: Iterable[str] = ("",)) -> frozenset[str]:
 
 
 def _has_pretrained_head(model: nn.Module) -> bool:
+    """Return whether a model is a language model, by its class's name or that of one it is derived from.
+
+    Example:
+        >>> class TinyForCausalLM(nn.Module): ...
+        >>> class Chat(TinyForCausalLM): ...
+        >>> _has_pretrained_head(Chat()), _has_pretrained_head(nn.Linear(2, 2))
+        (True, False)
+    """
     return any(each.__name__.endswith(_PRETRAINED_HEADS) for each in type(model).__mro__)
 
 
 def _check_values(argument: str, value: object, *, example: str, whole: bool) -> None:
-    """Check one value or a mapping from globs to values."""
+    """Check one value or a mapping from globs to values.
+
+    Example:
+        >>> _check_values("rank=", {"*.query": 1, "*": 65536}, example="8", whole=True)
+        >>> _check_values("alpha=", 0.5, example="8", whole=False)
+        >>> for wrong in (65537, 0.5, {}, {"": 8}, {3: 8}, {"*": 0}):
+        ...     try:
+        ...         _check_values("rank=", wrong, example="8", whole=True)
+        ...     except ArgumentError as error:
+        ...         print(str(error).partition(" Write")[0])
+        rank= takes a whole number, 1 or above and 65536 or below, got 65537.
+        rank= takes a whole number, 1 or above and 65536 or below, got 0.5.
+        rank= takes a number or {glob: number}, got {}.
+        rank= takes a number or {glob: number}, got {'': 8}.
+        rank= takes a number or {glob: number}, got {3: 8}.
+        rank= takes a whole number, 1 or above and 65536 or below, got 0.
+    """
     if isinstance(value, Mapping) and (not value or not all(isinstance(each, str) and each for each in value)):
         raise ArgumentError(argument, got=value, takes="a number or {glob: number}", example=example)
     for each in value.values() if isinstance(value, Mapping) else [value]:

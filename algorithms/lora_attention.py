@@ -24,6 +24,34 @@ class LoRAMultiheadAttention(Adapted, nn.MultiheadAttention):
     torch's fused kernels take the weights as they lie and would pass the adapters by. So the projections are made
     here, by :func:`lora_forward`, and only the attention itself is torch's. What is computed follows
     ``F.multi_head_attention_forward`` step by step: before the adapter has learned, outputs equal it bit for bit.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora, merge_lora, remove_lora
+        >>> from thawline.engine import ParameterLedger
+        >>> x, other = torch.rand(2, 3, 4), torch.rand(2, 5, 4)
+        >>> padding, causal = torch.tensor([[False, True, False]] * 2), nn.Transformer.generate_square_subsequent_mask(3).isinf()
+        >>> for options in ({}, {"bias": False}, {"add_bias_kv": True, "add_zero_attn": True}):
+        ...     layer = nn.MultiheadAttention(4, 2, **{"batch_first": True} | options)
+        ...     adapters = inject_lora(ParameterLedger(layer, torch.optim.SGD), "*", rank=2)
+        ...     for name in adapters:
+        ...         _ = nn.init.uniform_(layer.get_parameter(name))
+        ...     def outputs():
+        ...         yield from layer(x, x, x, key_padding_mask=padding, attn_mask=causal)
+        ...         yield from layer(x, other, other, average_attn_weights=False)
+        ...         yield layer(x[0], other[0], other[0].flip(0), need_weights=False)[0]
+        ...         yield layer(x, x, x, attn_mask=causal, is_causal=True, need_weights=False)[0]
+        ...     learned, merged, removed = list(outputs()), merge_lora(layer), remove_lora(layer)  # now it is torch's own class
+        ...     all(torch.allclose(*each, atol=1e-5) for each in zip(learned, outputs(), strict=True))
+        True
+        True
+        True
+        >>> layer, keys, values = nn.MultiheadAttention(4, 2, kdim=3, vdim=2), torch.rand(5, 3), torch.rand(5, 2)
+        >>> adapters = inject_lora(ParameterLedger(layer, torch.optim.SGD), "*", rank=2)
+        >>> for name in adapters:
+        ...     _ = nn.init.uniform_(layer.get_parameter(name))
+        >>> learned, merged, removed = layer(x[0], keys, values)[0], merge_lora(layer), remove_lora(layer)
+        >>> torch.allclose(learned, layer(x[0], keys, values)[0], atol=1e-5)
+        True
     """
 
     adapts = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -40,7 +68,14 @@ class LoRAMultiheadAttention(Adapted, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return outputs and attention weights; arguments and shapes are those of ``nn.MultiheadAttention``."""
+        """Return outputs and attention weights; arguments and shapes are those of ``nn.MultiheadAttention``.
+
+        Example:
+            >>> x = torch.ones(2, 1, 4)
+            >>> LoRAMultiheadAttention(4, 2)(x, x, x, is_causal=True)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: LoRAMultiheadAttention(attn_mask=) takes a mask with is_causal, got None. ...
+        """
         if query.is_nested or key.is_nested or value.is_nested:
             example = "torch.nested.to_padded_tensor(query, 0.0) and a key_padding_mask"
             raise ArgumentError(
@@ -127,7 +162,22 @@ class LoRAMultiheadAttention(Adapted, nn.MultiheadAttention):
         return q, k, v
 
     def _bias(self, mask: Tensor | None, padding: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-        """Merge both masks into what is added to the scores: (1 or batch * heads, 1 or L, S), or None."""
+        """Merge both masks into what is added to the scores: (1 or batch * heads, 1 or L, S), or None.
+
+        Example:
+            >>> layer, query, key = LoRAMultiheadAttention(4, 2), torch.ones(2, 1, 4), torch.ones(3, 1, 4)
+            >>> layer._bias(torch.ones(2, 3), torch.tensor([[0.0, 1.0, 0.0]]), query, key)[0]
+            tensor([[1., 2., 1.],
+                    [1., 2., 1.]])
+            >>> layer._bias(None, None, query, key), layer._bias(torch.ones(2, 2, 3), None, query, key).shape
+            (None, torch.Size([2, 2, 3]))
+            >>> layer._bias(torch.ones(3, 2), None, query, key)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: LoRAMultiheadAttention(attn_mask=) takes shape (2, 3) or (2, 2, 3), got (3, 2). ...
+            >>> layer._bias(None, torch.ones(3, 1), query, key)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: LoRAMultiheadAttention(key_padding_mask=) takes shape (1, 3), batch first, got (3, 1). ...
+        """
         (length, batch), keys, heads = query.shape[:2], key.shape[0], self.num_heads
         if mask is not None:
             if tuple(mask.shape) not in ((length, keys), (batch * heads, length, keys)):
@@ -175,7 +225,17 @@ def _pair(module: Any, suffix: str) -> tuple[Tensor, Tensor]:
 
 
 def _additive(name: str, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a mask as what is added to the scores: minus infinity where a boolean one says True."""
+    """Return a mask as what is added to the scores: minus infinity where a boolean one says True.
+
+    Example:
+        >>> _additive("attn_mask", torch.tensor([True, False]), torch.float32), _additive("attn_mask", None, torch.float32)
+        (tensor([-inf, 0.]), None)
+        >>> _additive("attn_mask", torch.tensor([2.5]), torch.float32)
+        tensor([2.5000])
+        >>> _additive("attn_mask", torch.tensor([1]), torch.float32)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: LoRAMultiheadAttention(attn_mask=) takes a boolean or floating-point mask, got torch.int64. ...
+    """
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:

@@ -14,6 +14,18 @@ class LoRAConv1D(Adapted, Conv1D):
     """GPT-2's ``Conv1D``, a linear layer with its weight transposed, (in, out), with a low-rank adapter.
 
     It gained ``lora_A`` (rank, in) and ``lora_B`` (out, rank), as :class:`~.lora_modules.LoRALinear`.
+
+    Example:
+        >>> import torch
+        >>> from thawline.algorithms import inject_lora, merge_lora
+        >>> from thawline.engine import ParameterLedger
+        >>> layer, x = Conv1D(3, 2), torch.ones(1, 2)
+        >>> adapters = inject_lora(ParameterLedger(layer, torch.optim.SGD), {"*": "q,v"}, rank=1, alpha=2)
+        >>> before, down, up = layer(x), torch.nn.init.ones_(layer.lora_A), torch.nn.init.ones_(layer.lora_B)
+        >>> (layer(x) - before).detach().round(decimals=4), merge_lora(layer)  # the key's row has no adapter
+        (tensor([[4., 0., 4.]]), ('',))
+        >>> (layer(x) - before).detach().round(decimals=4)
+        tensor([[4., 0., 4.]])
     """
 
     lora_rows: Rows | None = None

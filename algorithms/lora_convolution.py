@@ -53,6 +53,16 @@ def lora_convolution(
         >>> down, up = torch.ones(1, 2, 3), torch.ones(1, 1, 1)
         >>> lora_convolution(x, weight, None, down, up, stride=[1], padding=[0], dilation=[1], scaling=0.5)
         tensor([[[9.]]])
+        >>> lora_convolution(x, weight, torch.ones(1), down, up, stride=[2], padding=[1], dilation=[1])
+        tensor([[[9., 9.]]])
+        >>> grouped = {"stride": [1], "padding": [0], "dilation": [1], "groups": 2}
+        >>> weight, up = torch.ones(2, 1, 3), torch.ones(2, 1, 1)
+        >>> lora_convolution(x, weight, None, torch.ones(2, 1, 3), up, **grouped)  # each group has its half of the rank
+        tensor([[[6.],
+                 [6.]]])
+        >>> lora_convolution(x, weight, None, torch.ones(2, 2, 3), up, **grouped)  # each reads all channels, as in peft
+        tensor([[[9.],
+                 [9.]]])
     """
     p = dropout if training else 0.0
     down_groups = x.shape[1] // lora_A.shape[1]
@@ -99,7 +109,16 @@ class _Convolution:
         )
 
     def backward(self, push: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool, bool]) -> list[Any]:
-        """Return the gradients of input, weight and bias, None for what is not wanted."""
+        """Return the gradients of input, weight and bias, None for what is not wanted.
+
+        Example:
+            >>> sum_of_two = _Convolution(stride=(1,), padding=(0,), dilation=(1,), groups=1)
+            >>> x, weight = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[4.0, 5.0]]])
+            >>> sum_of_two(x, weight, None)
+            tensor([[[14., 23.]]])
+            >>> sum_of_two.backward(torch.ones(1, 1, 2), x, weight, (True, True, False))
+            [tensor([[[4., 9., 5.]]]), tensor([[[3., 5.]]]), None]
+        """
         none, bias_sizes = [0] * len(self.stride), [weight.shape[0]]
         return list(
             torch.ops.aten.convolution_backward(
@@ -111,6 +130,12 @@ class _Convolution:
         return attrs.evolve(self, groups=groups)
 
     def pointwise(self) -> _Convolution:
+        """Return a convolution of one element that meets each of ours once.
+
+        Example:
+            >>> _Convolution(stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=4).pointwise()
+            _Convolution(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=4)
+        """
         ones, none = (1,) * len(self.stride), (0,) * len(self.stride)
         return _Convolution(ones, none, ones, self.groups)
 
@@ -122,7 +147,28 @@ class _Plan(Plan):
 
 
 class _LowRank(LowRank):
-    """The convolution with its adapter."""
+    """The convolution with its adapter.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch.autograd import gradcheck, gradgradcheck
+        >>> shapes = ((2, 2, 4), (2, 1, 2), 2, (2, 1, 2), (2, 1, 1))
+        >>> tensors = [torch.rand(each).double().requires_grad_() for each in shapes]
+        >>> own = partial(lora_convolution, stride=[2], padding=[1], dilation=[1], scaling=3.0, groups=2)
+        >>> gradcheck(own, tensors, fast_mode=True), gradgradcheck(own, tensors, fast_mode=True)  # against differences
+        (True, True)
+        >>> def dropping(*tensors):
+        ...     torch.manual_seed(0)
+        ...     return own(*tensors, dropout=0.3, training=True)
+        >>> gradcheck(dropping, tensors, fast_mode=True)  # the same is dropped in the backward pass
+        True
+        >>> x, weight, bias, down, up = tensors
+        >>> gradcheck(lambda up: own(x.detach(), weight.detach(), None, down.detach(), up), up)  # of B alone
+        True
+        >>> once, again = dropping(*tensors), own(*tensors, dropout=0.3)  # nothing is dropped outside of training
+        >>> torch.allclose(again, own(*tensors)), torch.allclose(once, again)
+        (True, False)
+    """
 
     @staticmethod
     @override

@@ -62,6 +62,16 @@ def lora_forward(
         >>> x, weight, down, up = torch.ones(1, 3), torch.eye(2, 3), torch.ones(1, 3), torch.ones(2, 1)
         >>> lora_forward(x, weight, None, down, up, scaling=0.5)
         tensor([[2.5000, 2.5000]])
+        >>> lora_forward(x, weight.t(), torch.ones(2), down, up, transposed=True)
+        tensor([[5., 5.]])
+        >>> lora_forward(x, weight, None, down, up[:1], rows=[[1, 2]])  # the adapter is that of the second output alone
+        tensor([[1., 4.]])
+        >>> lora_forward(x[0], weight.t(), None, down, up[:1], rows=[[1, 2]], transposed=True)
+        tensor([1., 4.])
+        >>> lora_forward(x, weight, None, down, up, dropout=0.5)  # nothing is dropped outside of training
+        tensor([[4., 4.]])
+        >>> lora_forward(torch.ones(4, 1), weight[:, :1], None, up[:1], up, dropout=0.5, training=True)[:, 0].unique()
+        tensor([1., 3.])
     """
     p = dropout if training else 0.0
     if x.is_nested or x.dim() < 2 or torch.compiler.is_compiling():
@@ -102,6 +112,11 @@ def lora_branch(
     Example:
         >>> lora_branch(torch.ones(3), torch.ones(1, 3), torch.ones(2, 1), scaling=0.5)
         tensor([1.5000, 1.5000])
+        >>> lora_branch(torch.ones(3), torch.ones(1, 3), torch.ones(1, 1), rows=[[1, 2]], width=2)
+        tensor([0., 3.])
+        >>> x, one = torch.ones(8, 1), torch.ones(1, 1)
+        >>> lora_branch(x, one, one, dropout=0.5).unique(), lora_branch(x, one, one, dropout=0.5, training=True).unique()
+        (tensor([1.]), tensor([0., 2.]))
     """
     if rows is not None:
         assert width is not None, "slices do not say how many outputs there are"
@@ -128,7 +143,18 @@ def spread(lora_B: Tensor, rows: Rows, width: int) -> Tensor:
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a layer computes with ``x``: autocast's where it acts; it leaves float64 alone."""
+    """Return the dtype in which a layer computes with ``x``: autocast's where it acts; it leaves float64 alone.
+
+    Example:
+        >>> working_dtype(torch.ones(1))
+        torch.float32
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     working_dtype(torch.ones(1)), working_dtype(torch.ones(1).double()), working_dtype(torch.ones(1).long())
+        (torch.bfloat16, torch.float64, torch.int64)
+        >>> with torch.autocast("cpu", torch.bfloat16):  # the adapter's weights are cast as the layer's
+        ...     lora_forward(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), torch.ones(1, 1), torch.ones(1, 1))
+        tensor([[3.]], dtype=torch.bfloat16)
+    """
     return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
 
 
@@ -142,7 +168,15 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def new_seed() -> int:
-    """Draw the seed of one dropout from torch's global generator, the model's own, on the CPU: no device waits."""
+    """Draw the seed of one dropout from torch's global generator, the model's own, on the CPU: no device waits.
+
+    Example:
+        >>> generator = torch.manual_seed(0)
+        >>> first = new_seed()
+        >>> generator = torch.manual_seed(0)
+        >>> new_seed() == first, new_seed() == first
+        (True, False)
+    """
     return int(torch.empty((), dtype=torch.int64).random_())
 
 
@@ -173,7 +207,14 @@ def _without(x: Tensor, places: Tensor) -> Tensor:
 
 
 def _dropped(size: int, p: float, seed: int) -> Tensor:
-    """Return which of ``size`` elements are dropped, in order."""
+    """Return which of ``size`` elements are dropped, in order.
+
+    Example:
+        >>> _dropped(12, 0.25, seed=1), _dropped(12, 0.25, seed=2)
+        (tensor([4, 6, 8]), tensor([3, 5, 9]))
+        >>> round(len(_dropped(10000, 0.1, seed=1)) / 10000, 2), round(len(_dropped(10000, 0.9, seed=1)) / 10000, 2)
+        (0.1, 0.9)
+    """
     generator = torch.Generator().manual_seed(seed)
     expected = size * p
     count = int(expected + 6 * math.sqrt(expected * (1 - p))) + 8
@@ -193,7 +234,18 @@ def _dropped(size: int, p: float, seed: int) -> Tensor:
 
 @attrs.frozen
 class Plan:
-    """What is no tensor in a layer with its adapter."""
+    """What is no tensor in a layer with its adapter.
+
+    Example:
+        >>> plan, x = Plan(scaling=3.0, p=0.5, seed=1), torch.ones(8)
+        >>> plan.alpha, plan.places(x)
+        (6.0, tensor([2, 3, 4, 6, 7]))
+        >>> plan.dropped(x), torch.equal(plan.dropped(x), plan.dropped(x, plan.places(x)))
+        (tensor([1., 1., 0., 0., 0., 1., 0., 0.]), True)
+        >>> never = Plan(scaling=3.0, p=0.0, seed=0)
+        >>> never.alpha, never.places(x), never.dropped(x) is x
+        (3.0, None, True)
+    """
 
     scaling: float
     p: float
@@ -223,7 +275,16 @@ class Plan:
         wanted: bool,
         places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return for a backward pass what of ``x`` was not dropped, where it is wanted, and the hidden features."""
+        """Return for a backward pass what of ``x`` was not dropped, where it is wanted, and the hidden features.
+
+        Example:
+            >>> plan, x, hidden = Plan(scaling=1.0, p=0.5, seed=1), torch.ones(8), torch.ones(())
+            >>> with torch.no_grad():
+            ...     plan.again(x, hidden, torch.sum, wanted=True)[0].sum(), plan.again(x, hidden, torch.sum, wanted=False)
+            (tensor(3.), (tensor([1., 1., 1., 1., 1., 1., 1., 1.]), tensor(1.)))
+            >>> plan.again(x, hidden, torch.sum, wanted=False)[1]  # recorded: computed anew, for gradients of gradients
+            tensor(3.)
+        """
         recorded = torch.is_grad_enabled()  # gradients of gradients need to know where these came from
         dropped = self.dropped(x, places) if wanted or recorded else x
         return dropped, project(dropped) if recorded else hidden
@@ -235,7 +296,19 @@ class _Plan(Plan):
     transposed: bool
 
     def added(self, base: Tensor, back: Tensor, down: Tensor, places: Tensor | None) -> Tensor:
-        """Return ``base + dropped(back @ down)``; ``base`` is nobody else's, and written where no graph is recorded."""
+        """Return ``base + dropped(back @ down)``; ``base`` is nobody else's, and written where no graph is recorded.
+
+        Example:
+            >>> plan, back, down = _Plan(1.0, 0.5, seed=1, rows=None, transposed=False), torch.ones(4, 1), torch.ones(1, 2)
+            >>> recorded = plan.added(torch.ones(4, 2), back, down, places=None)
+            >>> recorded.flatten()
+            tensor([2., 2., 1., 1., 1., 2., 1., 1.])
+            >>> with torch.no_grad():
+            ...     base = torch.ones(4, 2)
+            ...     written = plan.added(base, back, down, plan.places(base))
+            >>> written is base, torch.equal(written, recorded)
+            (True, True)
+        """
         if torch.is_grad_enabled():
             return base + self.dropped(back @ down, places)
         if places is not None:  # all is added, and what was dropped put back
@@ -250,6 +323,14 @@ class _Plan(Plan):
         """Return whether one product of ``x`` and the sum of both weights is exact enough, and less work than adding twice.
 
         The sum begins on a boundary of memory, and a kernel may round differently where the weight does not.
+
+        Example:
+            >>> plan, dropping = _Plan(1.0, 0.0, 0, rows=None, transposed=False), _Plan(1.0, 0.5, 0, rows=None, transposed=False)
+            >>> x, weight = torch.ones(6, 3), torch.ones(2, 3)
+            >>> plan.merges(x, weight), plan.merges(x[:5], weight), plan.merges(x.half(), weight), dropping.merges(x, weight)
+            (True, False, False, False)
+            >>> plan.merges(x, weight[1:]), plan.merges(x, torch.ones(3, 2).t())  # not aligned, not contiguous
+            (False, False)
         """
         if self.p > 0 or self.rows is not None or x.dtype not in _WIDE or len(x) < 2 * x.shape[1]:
             return False
@@ -259,12 +340,28 @@ class _Plan(Plan):
             return False
 
     def merged(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Return the weight with what the adapter adds to it."""
+        """Return the weight with what the adapter adds to it.
+
+        Example:
+            >>> weight, down, up = torch.ones(2, 3), torch.ones(1, 3), torch.tensor([[1.0], [2.0]])
+            >>> _Plan(3.0, 0.0, 0, rows=None, transposed=False).merged(weight, down, up)
+            tensor([[4., 4., 4.],
+                    [7., 7., 7.]])
+            >>> _Plan(3.0, 0.0, 0, rows=None, transposed=True).merged(weight.t(), down, up)[0]
+            tensor([4., 7.])
+        """
         first, second = (down.t(), up.t()) if self.transposed else (up, down)
         return torch.addmm(weight, first, second, alpha=self.alpha)
 
     def slices(self, rank: int) -> list[tuple[slice, slice, slice]]:
-        """Return for each slice: its outputs, its part of the hidden features, its rows of B."""
+        """Return for each slice: its outputs, its part of the hidden features, its rows of B.
+
+        Example:
+            >>> for each in _Plan(1.0, 0.0, 0, rows=[[0, 4], [8, 12]], transposed=False).slices(rank=2):
+            ...     print(*each)
+            slice(0, 4, None) slice(0, 2, None) slice(0, 4, None)
+            slice(8, 12, None) slice(2, 4, None) slice(4, 8, None)
+        """
         made, at = list[tuple[slice, slice, slice]](), 0
         for place, (begin, end) in enumerate(self.rows or ()):
             up = slice(at, at + end - begin)
@@ -294,7 +391,26 @@ class LowRank(torch.autograd.Function):
 
 
 class _LowRank(LowRank):
-    """The layer with its adapter; saved for the backward pass are x, the hidden features, and the weights themselves."""
+    """The layer with its adapter; saved for the backward pass are x, the hidden features, and the weights themselves.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch.autograd import gradcheck, gradgradcheck
+        >>> x, weight, bias, down, up = (torch.rand(each).double().requires_grad_() for each in ((4, 2), (2, 2), 2, (1, 2), (2, 1)))
+        >>> scaled = partial(lora_forward, scaling=3.0)
+        >>> gradcheck(scaled, (x, weight, bias, down, up), fast_mode=True)  # those of every input, against differences
+        True
+        >>> gradgradcheck(scaled, (x, weight, bias, down, up), fast_mode=True)
+        True
+        >>> sliced = partial(lora_forward, rows=[[1, 2]], transposed=True)
+        >>> gradcheck(sliced, (x, weight, bias, down, up[:1]), fast_mode=True)
+        True
+        >>> def dropping(*tensors):
+        ...     torch.manual_seed(0)
+        ...     return lora_forward(*tensors, dropout=0.3, training=True)
+        >>> gradcheck(dropping, (x, weight, bias, down, up), fast_mode=True)  # the same is dropped in the backward pass
+        True
+    """
 
     @staticmethod
     @override

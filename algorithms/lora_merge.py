@@ -41,6 +41,19 @@ def merge_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
         (('0',), True)
         >>> unmerge_lora(model), model[0].lora_merged
         (('0',), False)
+        >>> ledger = ParameterLedger(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), partial(torch.optim.SGD, lr=0.1))
+        >>> adapters = inject_lora(ledger, rank=2, alpha=6)
+        >>> layer, before = ledger.model[0], ledger.model[0].weight.detach().clone()
+        >>> filled, merged, sum_of_both = nn.init.ones_(layer.lora_B), merge_lora(ledger), before + 3 * layer.lora_B @ layer.lora_A
+        >>> torch.allclose(layer.weight, sum_of_both, atol=1e-6), merge_lora(ledger)  # once only
+        (True, ())
+        >>> ledger.trainable & set(adapters), unmerge_lora(ledger)  # held while they are merged
+        (frozenset(), ('0',))
+        >>> ledger.trainable >= set(adapters), torch.equal(layer.weight, before)
+        (True, True)
+        >>> merge_lora(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: merge_lora: the model has no adapters. Write Trainer(algorithms=[LoRAInject()]), ...
     """
     ledger = ledger_of(model, "merge_lora(model=)")
     check_adapted(ledger.model, "merge_lora")
@@ -107,6 +120,10 @@ def remove_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
         >>> adapters = inject_lora(ParameterLedger(model, partial(torch.optim.SGD, lr=0.1)), rank=2)
         >>> remove_lora(model), type(model[0]).__name__
         (('0',), 'Linear')
+        >>> adapters, x = inject_lora(ParameterLedger(model, torch.optim.SGD), rank=2), torch.ones(1, 4)
+        >>> filled, learned = nn.init.ones_(model[0].lora_B), model(x)
+        >>> merge_lora(model), remove_lora(model), torch.allclose(model(x), learned, atol=1e-6), list(model.state_dict())
+        (('0',), ('0',), True, ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
     ledger = ledger_of(model, "remove_lora(model=)")
     entries = [entry for entry in ledger.journal if entry.op in OPS]
@@ -118,7 +135,17 @@ def remove_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
 
 @surgery_op("lora_merged")
 def lora_merged(site: Site) -> list[Attachment]:
-    """Keep the weights of an adapted module aside, and let its adapter stand still; who attaches it writes the weights."""
+    """Keep the weights of an adapted module aside, and let its adapter stand still; who attaches it writes the weights.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> attention = nn.MultiheadAttention(4, 2)
+        >>> adapters = inject_lora(ParameterLedger(attention, torch.optim.SGD), "*", rank=2)
+        >>> for each in lora_merged(Site(attention, "", attention, torch.Generator())):
+        ...     print(repr(each.module), list(each.buffers), each.attributes)
+        '' ['in_proj_weight_unmerged'] {'lora_merged': True}
+        'out_proj' ['weight_unmerged'] {'lora_merged': True}
+    """
     made: list[Attachment] = []
     for name, module in adapted(site.model):
         if name == site.name or name == f"{site.name}.out_proj".lstrip("."):
@@ -132,6 +159,14 @@ def ledger_of(model: nn.Module | ParameterLedger, argument: str) -> ParameterLed
 
     Raises:
         ArgumentError: It is neither; the error names the argument.
+
+    Example:
+        >>> ledger = ParameterLedger(nn.Linear(2, 2), torch.optim.SGD)
+        >>> ledger_of(ledger, "…") is ledger, ledger_of(ledger.model, "…").model is ledger.model
+        (True, True)
+        >>> ledger_of("model.pt", "merge_lora(model=)")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: merge_lora(model=) takes a torch.nn.Module, or its ledger, got 'model.pt'. Write: merge_lora(model)
     """
     if isinstance(model, ParameterLedger):
         return model
@@ -178,6 +213,22 @@ def _parameters(modules: dict[str, _Module]) -> list[str]:
 
 
 def _check(model: nn.Module, name: str, module: _Module) -> None:
+    """Raise a SurgeryError for an adapter that has no place in the weight, and for a weight that others use as well.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2), nn.Conv1d(2, 2, 1, groups=2))
+        >>> model[1].weight = model[0].weight
+        >>> ledger = ParameterLedger(model, torch.optim.SGD)
+        >>> adapters, dense = inject_lora(ledger, ["0", "2"], rank=2), ledger.attach("3", "lora", owner="me", rank=2, alpha=4, dense=True)
+        >>> _check(model, "2", model[2])
+        >>> _check(model, "0", model[0])
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: the weight of '0' is tied to that of '1', where a merge would change it as well. ...
+        >>> _check(model, "3", model[3])
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: the adapter of '3' reads the channels of all 2 groups, as peft's does, ...
+    """
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.lora_A.shape[1] != module.weight.shape[1]:
         raise SurgeryError(
             f"the adapter of {name!r} reads the channels of all {module.groups} groups, as peft's does, and the weight has "

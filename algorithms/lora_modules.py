@@ -28,7 +28,20 @@ class Settings(TypedDict):
 
 
 class Adapted:
-    """What all adapted modules have in common, beside their own class."""
+    """What all adapted modules have in common, beside their own class.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora, merge_lora
+        >>> from thawline.engine import ParameterLedger
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), rank=2, alpha=6, dropout=0.1)
+        >>> model[0].lora_settings()
+        {'scaling': 3.0, 'dropout': 0.1, 'training': True}
+        >>> model[0]
+        LoRALinear(in_features=4, out_features=8, bias=True, lora_rank=2, lora_scaling=3)
+        >>> merge_lora(model), model[0].lora_repr()
+        (('0',), 'lora_rank=2, lora_scaling=3, lora_merged')
+    """
 
     adapts: ClassVar[tuple[str, ...]] = ("weight",)
     """Names of the weights beside which an adapter may stand."""
@@ -64,6 +77,20 @@ class LoRALinear(Adapted, nn.Linear):
     For a linear class of your own write ``class LoRAMyLinear(LoRALinear, MyLinear)`` at module level; surgery finds
     it. Where ``MyLinear`` has its own ``forward``, give it one as well, usually
     ``return super(LoRALinear, self).forward(x) + self.lora_branch(x)``.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora, merge_lora
+        >>> from thawline.engine import ParameterLedger
+        >>> model, x = nn.Sequential(nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(1, 1)
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), {"0": "q,v"}, rank=1, alpha=2)
+        >>> layer, before = model[0], model[0](x)
+        >>> _, _ = nn.init.ones_(layer.lora_A), nn.init.ones_(layer.lora_B)
+        >>> (layer(x) - before).detach().round(decimals=4)  # the query's row and the value's have an adapter each
+        tensor([[2., 0., 2.]])
+        >>> layer.lora_branch(x).detach()
+        tensor([[2., 0., 2.]])
+        >>> merge_lora(model), torch.allclose(layer(x) - before, torch.tensor([2.0, 0.0, 2.0])), layer.lora_branch(x)
+        (('0',), True, tensor(0.))
     """
 
     lora_rows: Rows | None = None
@@ -101,6 +128,20 @@ class LoRAEmbedding(Adapted, nn.Embedding):
     """An ``nn.Embedding`` with a low-rank adapter: ``lora_A`` (rank, rows) and ``lora_B`` (width, rank).
 
     As in loralib and peft, ``lora_A`` begins at zero, ``lora_B`` is normally distributed, and nothing is dropped.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora, merge_lora
+        >>> from thawline.engine import ParameterLedger
+        >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), "0", rank=1, alpha=2)
+        >>> layer, asked = model[0], torch.tensor([0, 2])
+        >>> before, layer.lora_A.data, layer.lora_B.data = layer(asked), torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(2, 1)
+        >>> (layer(asked) - before).detach().round(decimals=4)
+        tensor([[2., 2.],
+                [6., 6.]])
+        >>> learned = layer(asked)
+        >>> layer.lora_deltas()["weight"].tolist(), merge_lora(model), torch.allclose(layer(asked), learned, atol=1e-6)
+        ([[2.0, 2.0], [4.0, 4.0], [6.0, 6.0]], ('0',), True)
     """
 
     @override
@@ -127,6 +168,20 @@ class LoRAConvolution(Adapted, _ConvNd):
     """What the adapted convolutions are: a convolution of torch's behind this class gives the spatial dimensions.
 
     They gained ``lora_A`` (rank, in / groups, …), a convolution like their own, and ``lora_B`` (out, rank / groups, 1, …).
+
+    Example:
+        >>> from thawline.algorithms import inject_lora, merge_lora
+        >>> from thawline.engine import ParameterLedger
+        >>> layer, x = nn.Conv1d(2, 4, 2, padding="same", groups=2), torch.rand(3, 2, 5)
+        >>> adapters = inject_lora(ParameterLedger(layer, torch.optim.SGD), "*", rank=2, alpha=6)
+        >>> filled, weight = nn.init.ones_(layer.lora_B), layer.weight + layer.lora_deltas()["weight"]
+        >>> torch.allclose(layer(x), F.conv1d(F.pad(x, (0, 1)), weight, layer.bias, groups=2), atol=1e-6)
+        True
+        >>> layer, x = nn.Conv2d(1, 2, 3, padding=(1, 0), padding_mode="circular"), torch.rand(1, 4, 5)  # without a batch
+        >>> adapters = inject_lora(ParameterLedger(layer, torch.optim.SGD), "*", rank=2, alpha=6)
+        >>> before, filled, learned = layer(x), nn.init.ones_(layer.lora_B), layer(x)
+        >>> learned.shape, merge_lora(layer), torch.allclose(learned, before), torch.allclose(learned, layer(x), atol=1e-6)
+        (torch.Size([2, 4, 3]), ('',), False, True)
     """
 
     @override
@@ -180,13 +235,25 @@ class LoRAConv3d(LoRAConvolution, nn.Conv3d):
 
 
 def matrix_delta(module: Adapted, width: int, rows: Rows | None = None) -> Tensor:
-    """Return ``scaling * lora_B @ lora_A``, shape (width, in), in float32 or wider."""
+    """Return ``scaling * lora_B @ lora_A``, shape (width, in), in float32 or wider.
+
+    Example:
+        >>> layer = LoRALinear(2, 2)
+        >>> layer.lora_scaling, layer.lora_A, layer.lora_B = 3.0, nn.Parameter(torch.ones(1, 2)), nn.Parameter(torch.ones(2, 1))
+        >>> matrix_delta(layer, 2).tolist(), matrix_delta(layer, 3, rows=[[0, 2]]).tolist()
+        ([[3.0, 3.0], [3.0, 3.0]], [[3.0, 3.0], [3.0, 3.0], [0.0, 0.0]])
+    """
     up = module.lora_B if rows is None else spread(module.lora_B, rows, width)
     return module.lora_scaling * (up.to(wide(up)) @ module.lora_A.to(wide(up)))
 
 
 def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which to add up: float32 for what is narrower."""
+    """Return the dtype in which to add up: float32 for what is narrower.
+
+    Example:
+        >>> wide(torch.ones(1, dtype=torch.bfloat16)), wide(torch.ones(1)), wide(torch.ones(1).double())
+        (torch.float32, torch.float32, torch.float64)
+    """
     return torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
 
 
@@ -196,7 +263,16 @@ def is_adapted(module: nn.Module) -> bool:
 
 
 def adapter_names(module: nn.Module) -> list[str]:
-    """Return the names of a module's own adapter parameters."""
+    """Return the names of a module's own adapter parameters.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> from thawline.engine import ParameterLedger
+        >>> attention = nn.MultiheadAttention(4, 2, kdim=2)
+        >>> adapters = inject_lora(ParameterLedger(attention, torch.optim.SGD), "*", rank=1)
+        >>> adapter_names(attention), adapter_names(attention.out_proj), is_adapted(attention), is_adapted(nn.Linear(2, 2))
+        (['lora_A_q', 'lora_B_q', 'lora_A_k', 'lora_B_k', 'lora_A_v', 'lora_B_v'], ['lora_A', 'lora_B'], True, False)
+    """
     return [name for name, _ in module.named_parameters(recurse=False) if name.startswith(("lora_A", "lora_B"))]
 
 

@@ -67,6 +67,22 @@ def lora(
         >>> built = lora(Site(model, "", model, torch.Generator().manual_seed(0)), rank=2, alpha=4)
         >>> {name: tuple(each.shape) for name, each in built[0].parameters.items()}
         {'lora_A': (2, 4), 'lora_B': (2, 2)}
+        >>> built[0].attributes, built[0].parameters["lora_B"].any().item()
+        ({'lora_scaling': 2.0, 'lora_dropout': 0.0}, False)
+        >>> attention = Site(model, "", nn.MultiheadAttention(4, 2), torch.Generator())
+        >>> [(each.module, [tuple(part.shape) for part in each.parameters.values()]) for each in lora(attention, rank=2, alpha=4)]
+        [('', [(2, 4), (12, 2)]), ('out_proj', [(2, 4), (4, 2)])]
+        >>> lora(Site(model, "", LoRALinear(4, 2), torch.Generator()), rank=2, alpha=4)
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: '' carries an adapter already. Detach it first: ledger.detach(name, 'lora', owner=…).
+        >>> for wrong in ({"rank": 0, "alpha": 1}, {"rank": 1, "alpha": 0}, {"rank": 1, "alpha": 1, "dropout": 1}):
+        ...     try:
+        ...         lora(attention, **wrong)
+        ...     except ArgumentError as error:
+        ...         print(str(error).partition(" Write")[0])
+        lora(rank=) takes a whole number, 1 or above and 65536 or below, got 0.
+        lora(alpha=) takes a number above 0, got 0.
+        lora(dropout=) takes a number, 0 or above and below 1, got 1.
     """
     example = "ledger.attach(name, 'lora', owner='me', rank=8, alpha=16)"
     check_whole("lora(rank=)", rank, at_least=1, at_most=MAX_RANK, example=example)
@@ -117,7 +133,12 @@ def scaling_of(rank: int, alpha: float, *, rslora: bool) -> float:
 
 
 def kind_of(module: nn.Module) -> tuple[type[nn.Module], type[nn.Module]] | None:
-    """Return the layer class that ``module`` is of and its adapted class; None where it takes no adapter."""
+    """Return the layer class that ``module`` is of and its adapted class; None where it takes no adapter.
+
+    Example:
+        >>> [each.__name__ for each in kind_of(nn.Embedding(2, 2))], kind_of(nn.ReLU())
+        (['Embedding', 'LoRAEmbedding'], None)
+    """
     if is_conv1d(module):
         from .lora_conv1d import LoRAConv1D  # transformers is loaded already: the model is made of it
 
@@ -150,6 +171,18 @@ def check_site(
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> check_site(model, "0", model[0]).__name__
         'LoRALinear'
+        >>> grouped, parametrized = nn.Conv1d(4, 4, 1, groups=2), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        >>> check_site(model, "0", grouped, rank=4).__name__
+        'LoRAConv1d'
+        >>> for module in (model, parametrized, nn.Embedding(2, 2, max_norm=1.0), grouped):
+        ...     try:
+        ...         check_site(model, "0", module, rank=3)
+        ...     except SurgeryError as error:
+        ...         print(error)
+        'lora' takes linear layers, embeddings, convolutions and nn.MultiheadAttention; '0' is a Sequential. ...
+        '0' computes its weight from other parameters ...
+        the embedding '0' has max_norm=1: its forward rewrites the weight that an adapter is to leave alone. ...
+        '0' has 2 groups, of which 3 is no multiple. Write a rank that is, such as rank={'0': 2, '*': 3}, or ...
     """
     _check_called(model, name, module)
     known = kind_of(module)
@@ -183,6 +216,15 @@ def check_site(
 
 
 def _check_called(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Raise a SurgeryError for the output projection of an attention, whose weight is read by the attention itself.
+
+    Example:
+        >>> encoder = nn.TransformerEncoderLayer(4, 2)
+        >>> _check_called(encoder, "linear1", encoder.linear1)
+        >>> _check_called(encoder, "self_attn.out_proj", encoder.self_attn.out_proj)
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: 'self_attn.out_proj' belongs to the nn.MultiheadAttention 'self_attn', ...
+    """
     above = name.rpartition(".")[0]
     # torch's own output projection is of a class of its own, and may be known under another name as well.
     everywhere = isinstance(module, NonDynamicallyQuantizableLinear)
@@ -195,7 +237,26 @@ def _check_called(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _check_rows(name: str, module: nn.Module, rows: Rows) -> None:
-    """Check slices: of a linear layer's output, in order, without overlap."""
+    """Check slices: of a linear layer's output, in order, without overlap.
+
+    Example:
+        >>> _check_rows("qkv", nn.Linear(4, 12), [[0, 4], [4, 12]])
+        >>> for wrong in ([[0, 13]], [[4, 8], [0, 4]], [[0, 4], [3, 8]], [[4, 4]], [[0, 1, 2]], [[0.0, 4]], []):
+        ...     try:
+        ...         _check_rows("qkv", nn.Linear(4, 12), wrong)
+        ...     except ArgumentError as error:
+        ...         print(str(error).partition(" Write")[0])
+        lora(rows=) takes pairs of rows from 0 to 12, in order and without overlap, got [[0, 13]].
+        lora(rows=) takes pairs of rows from 0 to 12, in order and without overlap, got [[4, 8], [0, 4]].
+        lora(rows=) takes pairs of rows from 0 to 12, in order and without overlap, got [[0, 4], [3, 8]].
+        lora(rows=) takes pairs of rows from 0 to 12, in order and without overlap, got [[4, 4]].
+        lora(rows=) takes pairs of rows from 0 to 12, in order and without overlap, got [[0, 1, 2]].
+        lora(rows=) takes pairs of rows from 0 to 12, in order and without overlap, got [[0.0, 4]].
+        lora(rows=) takes at least one pair, got [].
+        >>> _check_rows("0", nn.Embedding(2, 2), [[0, 1]])
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: '0' is a Embedding, and slices are for linear layers. Write LoRAInject(target='0').
+    """
     if not isinstance(module, nn.Linear) and not is_conv1d(module):
         raise SurgeryError(
             f"{name!r} is a {type(module).__name__}, and slices are for linear layers. Write LoRAInject(target={name!r})."
@@ -218,7 +279,29 @@ def output_width(module: Any) -> int:
 
 
 def check_class(name: str, module: nn.Module, adapter: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """Return the statically defined adapter class for ``module``, or raise a SurgeryError that says how to write one."""
+    """Return the statically defined adapter class for ``module``, or raise a SurgeryError that says how to write one.
+
+    Example:
+        >>> class Plain(nn.Linear):
+        ...     pass
+        >>> class Own(nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x)
+        >>> wrapped, quantized = nn.Linear(1, 1), nn.Linear(1, 1)
+        >>> wrapped.forward = wrapped.forward
+        >>> quantized.weight = nn.Parameter(torch.ones(1, 1, dtype=torch.int8), requires_grad=False)
+        >>> for module in (Plain(1, 1), Own(1, 1), wrapped, quantized):
+        ...     try:
+        ...         check_class("0", module, LoRALinear, nn.Linear)
+        ...     except SurgeryError as error:
+        ...         print(error)
+        '0' is a Plain, a subclass of Linear that 'lora' does not know. Write ...: class LoRAPlain(LoRALinear, Plain): pass
+        '0' is a Own, a subclass of Linear that 'lora' does not know and that has its own forward. Write ...
+        '0' had its forward replaced on the instance, which would pass the adapter by. ...
+        the weight of '0' has dtype torch.int8; 'lora' takes float64, float32, bfloat16 and float16. ...
+        >>> check_class("0", nn.Linear(1, 1).half(), LoRALinear, nn.Linear).__name__
+        'LoRALinear'
+    """
     own, title = type(module), type(module).__name__
     if "forward" in vars(module):
         raise SurgeryError(
@@ -259,6 +342,19 @@ def _with_subclasses(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
 def _adapter(
     module: nn.Module, rank: int, generator: torch.Generator, rows: Rows | None, dense: bool
 ) -> dict[str, nn.Parameter]:
+    """Build the adapter of a layer, whatever its kind.
+
+    Example:
+        >>> def shapes(module, rank, rows=None, dense=False):
+        ...     return [tuple(each.shape) for each in _adapter(module, rank, torch.Generator(), rows, dense).values()]
+        >>> shapes(nn.Linear(4, 12), 2), shapes(nn.Linear(4, 12), 2, [[0, 4], [8, 11]])
+        ([(2, 4), (12, 2)], [(4, 4), (7, 2)])
+        >>> grouped = nn.Conv1d(4, 6, 3, groups=2)
+        >>> shapes(grouped, 2), shapes(grouped, 2, dense=True), shapes(nn.Embedding(5, 3), 2)
+        ([(2, 2, 3), (6, 1, 1)], [(2, 4, 3), (6, 1, 1)], [(2, 5), (3, 2)])
+        >>> [each.any().item() for each in _adapter(nn.Embedding(5, 3), 2, torch.Generator(), None, False).values()]
+        [False, True]
+    """
     weight: Tensor = module.weight  # type: ignore[assignment]  # checked: it has one
     if isinstance(module, CONVOLUTIONS):
         channels = weight.shape[1] * (module.groups if dense else 1)
@@ -281,6 +377,15 @@ def _adapter(
 def _pair(
     weight: Tensor, down_shape: Sequence[int], up_shape: Sequence[int], generator: torch.Generator, suffix: str = ""
 ) -> dict[str, nn.Parameter]:
+    """Draw a down projection, and make an up projection of zeros.
+
+    Example:
+        >>> pair = _pair(torch.ones(2, 2).half(), (100, 4), (2, 100), torch.Generator().manual_seed(0), "_q")
+        >>> {name: each.dtype for name, each in pair.items()}
+        {'lora_A_q': torch.float32, 'lora_B_q': torch.float32}
+        >>> [round(each.item(), 2) for each in (pair["lora_A_q"].min(), pair["lora_A_q"].max(), pair["lora_B_q"].abs().max())]
+        [-0.5, 0.5, 0.0]
+    """
     dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
     bound = 1 / math.sqrt(max(math.prod(down_shape[1:]), 1))  # Kaiming-uniform with a = sqrt(5)
     # Drawn on the generator's device, so that every device gets the same numbers.
@@ -296,6 +401,12 @@ def _switches(site: Site) -> list[Attachment]:
     ``TransformerEncoderLayer`` hands all its weights to one kernel where ``activation_relu_or_gelu`` is set, and
     ``TransformerEncoder`` makes padded batches nested tensors, which only that kernel takes. Neither attribute is read
     anywhere else.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(4, 2, batch_first=True)
+        >>> site = Site(layer, "linear1", layer.linear1, torch.Generator())
+        >>> [(each.module, each.attributes) for each in _switches(site)]
+        [('', {'activation_relu_or_gelu': 0})]
     """
     off: dict[type[nn.Module], dict[str, object]] = {
         nn.TransformerEncoderLayer: {"activation_relu_or_gelu": 0},

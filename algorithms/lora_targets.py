@@ -73,6 +73,20 @@ def lora_targets(model: nn.Module, layers: LayerMap, target: Target = "auto") ->
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> lora_targets(model, LayerMap(model)), lora_targets(model, LayerMap(model), ["2"])
         (('0',), ('2',))
+        >>> encoder = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 2))
+        >>> layers = LayerMap(encoder)
+        >>> lora_targets(encoder, layers), lora_targets(encoder, layers, "all-linear"), lora_targets(encoder, layers, "linear?")
+        (('0.self_attn',), ('0.self_attn', '0.linear1', '0.linear2'), ('0.linear1', '0.linear2'))
+        >>> lora_targets(model, LayerMap(model), "attention")
+        Traceback (most recent call last):
+        thawline.engine.errors.SelectorError: Sequential has no nn.MultiheadAttention and no linear layer with a usual name ...
+        >>> pixels = nn.Sequential(nn.Conv1d(1, 1, 1))
+        >>> lora_targets(pixels, LayerMap(pixels))
+        Traceback (most recent call last):
+        thawline.engine.errors.SelectorError: Sequential has no linear layer outside its head. Name ...: LoRAInject(target=['0']). ...
+        >>> lora_targets(norm := nn.LayerNorm(2), LayerMap(norm))
+        Traceback (most recent call last):
+        thawline.engine.errors.SelectorError: LayerNorm has no linear layer outside its head. Leave LoRAInject out: ...
     """
     return tuple(lora_sites(model, layers, target))
 
@@ -84,6 +98,8 @@ def lora_sites(model: nn.Module, layers: LayerMap, target: Target = "auto") -> d
         >>> model = nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 2))
         >>> lora_sites(model, LayerMap(model), {"0": "q,v"})
         {'0': [[0, 4], [8, 12]]}
+        >>> lora_sites(model, LayerMap(model), {"1": None, "*": [[0, 2]]}), lora_sites(model, LayerMap(model), "0")
+        ({'0': [[0, 2]], '1': None}, {'0': None})
     """
     if not isinstance(target, Mapping):
         return dict.fromkeys(_modules(model, layers, target))
@@ -95,7 +111,22 @@ def lora_sites(model: nn.Module, layers: LayerMap, target: Target = "auto") -> d
 
 
 def check_target(argument: str, value: object, example: str) -> None:
-    """Raise an ArgumentError that names ``argument`` where ``value`` is no target."""
+    """Raise an ArgumentError that names ``argument`` where ``value`` is no target.
+
+    Example:
+        >>> for right in ("auto", ["query", "0"], {"c_attn": "q, v"}, {"c_attn": [[0, 4]], "*": None}):
+        ...     check_target("target=", right, "'auto'")
+        >>> for wrong in ("", [""], {}, {"c_attn": "q,q"}, {"c_attn": 3}):
+        ...     try:
+        ...         check_target("target=", wrong, "'auto'")
+        ...     except ArgumentError as error:
+        ...         print(str(error).partition(", got ")[2].partition(". Write")[0])
+        ''
+        ['']
+        {}
+        {'c_attn': 'q,q'}
+        {'c_attn': 3}
+    """
     mapped = isinstance(value, Mapping)
     parts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple, Mapping)) else []
     right = bool(parts) and all(isinstance(each, str) and each for each in parts)
@@ -115,6 +146,14 @@ def by_pattern(
     Example:
         >>> by_pattern("rank", {"*.query": 16, "*": 8}, ["0.query", "0.key"], "…")
         {'0.query': 16, '0.key': 8}
+        >>> by_pattern("rank", 4, ["0.query", "0.key"], "…")
+        {'0.query': 4, '0.key': 4}
+        >>> by_pattern("rank=", {"*.query": 16}, ["0.query", "0.key"], "…")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: rank= takes a value, or globs for all targets, ..., got no glob for '0.key'. ...
+        >>> by_pattern("rank=", {"*": 16, "valve": 8}, ["0.value"], "…")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: rank= takes ... such as '0.value', got a glob 'valve' that matches no target. ...
     """
     names = list(names)
     if not isinstance(values, Mapping):
@@ -134,6 +173,14 @@ def modules_matching(model: nn.Module, patterns: Sequence[str], argument: str) -
 
     Raises:
         SelectorError: A glob matches nothing.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.Linear(2, 2))
+        >>> modules_matching(model, ["0.0", "0", "1"], "…"), modules_matching(model, ["0.*"], "…")
+        (('0', '1'), ('0.0',))
+        >>> modules_matching(model, ["0.1"], "modules_to_save=")
+        Traceback (most recent call last):
+        thawline.engine.errors.SelectorError: modules_to_save=: '0.1' matches no module with parameters. Nearest: ...
     """
     able = [name for name, each in model.named_modules() if name and any(True for _ in each.parameters())]
     found = set[str]()
@@ -165,7 +212,24 @@ def _is_parts(value: object) -> bool:
 
 
 def _rows(model: nn.Module, name: str, parts: Parts) -> Rows | None:
-    """Return the rows of a fused projection that ``parts`` means."""
+    """Return the rows of a fused projection that ``parts`` means.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8))
+        >>> _rows(model, "0", None), _rows(model, "0", [(0, 3)])
+        (None, [[0, 3]])
+        >>> _rows(model, "0", "q,v")  # no third of 8 rows, and no configuration that says more
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: which of the 8 rows of '0' are the query's, the key's and the value's is not known. ...
+        >>> from types import SimpleNamespace
+        >>> model.config = SimpleNamespace(num_attention_heads=2, hidden_size=4, num_key_value_heads=1)
+        >>> _rows(model, "0", "q,v"), _rows(model, "0", "k")
+        ([[0, 4], [6, 8]], [[4, 6]])
+        >>> model.config.model_type = "falcon"  # whose rows are mixed
+        >>> _rows(model, "0", "q")
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: which of the 8 rows of '0' ...
+    """
     if parts is None:
         return None
     module = model.get_submodule(name)
@@ -189,7 +253,17 @@ def _rows(model: nn.Module, name: str, parts: Parts) -> Rows | None:
 
 
 def _sizes(config: object) -> tuple[int, int, int]:
-    """Return how many rows query, key and value have by a configuration of transformers; zeros where it does not say."""
+    """Return how many rows query, key and value have by a configuration of transformers; zeros where it does not say.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> _sizes(SimpleNamespace(num_attention_heads=4, hidden_size=8)), _sizes(None)
+        ((8, 8, 8), (0, 0, 0))
+        >>> _sizes(SimpleNamespace(num_attention_heads=4, hidden_size=8, head_dim=3, num_key_value_heads=2))
+        (12, 6, 6)
+        >>> _sizes(SimpleNamespace(num_attention_heads=0, hidden_size=8)), _sizes(SimpleNamespace(num_attention_heads=4))
+        ((0, 0, 0), (0, 0, 0))
+    """
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(width, int) or not heads:
         return (0, 0, 0)
@@ -199,6 +273,21 @@ def _sizes(config: object) -> tuple[int, int, int]:
 
 
 def _modules(model: nn.Module, layers: LayerMap, target: str | Sequence[str]) -> tuple[str, ...]:
+    """Find the modules that a word or globs mean; ``"auto"`` asks the model, then its type, then its names.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = nn.Sequential(nn.ModuleDict({"q": nn.Linear(2, 2), "key": nn.Linear(2, 2), "dense": nn.Linear(2, 2)}), nn.Linear(2, 1))
+        >>> layers = LayerMap(model)
+        >>> _modules(model, layers, "auto"), _modules(model, layers, "all-linear"), _modules(model, layers, "1")
+        (('0.q', '0.key'), ('0.q', '0.key', '0.dense'), ('1',))
+        >>> model.config = SimpleNamespace(model_type="bert")  # query and value, of which there is no such
+        >>> _modules(model, layers, "auto")
+        ('0.q', '0.key')
+        >>> model.default_peft_targets = ["dense", "key"]
+        >>> _modules(model, layers, "auto"), _modules(model, layers, "attention")
+        (('0.key', '0.dense'), ('0.q', '0.key'))
+    """
     body = _outside_head(model, layers, _linear(model))
     attention = [name for name in body if _is_attention(name, model)]
     if target == "attention":
@@ -238,7 +327,13 @@ def _modules(model: nn.Module, layers: LayerMap, target: str | Sequence[str]) ->
 
 
 def _able(model: nn.Module) -> list[str]:
-    """Return the names of the modules of a kind that takes an adapter."""
+    """Return the names of the modules of a kind that takes an adapter.
+
+    Example:
+        >>> model = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Embedding(2, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> _able(model), _linear(model)  # not the attention's own output projection
+        (['0', '1', '3'], ['0', '3'])
+    """
     inside = {id(each.out_proj) for each in model.modules() if isinstance(each, nn.MultiheadAttention)}
     return [name for name, each in model.named_modules() if kind_of(each) and id(each) not in inside]
 
@@ -251,13 +346,27 @@ def _linear(model: nn.Module) -> list[str]:
 
 
 def _outside_head(model: nn.Module, layers: LayerMap, names: Iterable[str]) -> list[str]:
-    """Leave out what lies in the head, and output layers tied to an embedding, which lie in the stem."""
+    """Leave out what lies in the head, and output layers tied to an embedding, which lie in the stem.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2), nn.Linear(2, 3, bias=False), nn.Linear(3, 2))
+        >>> model[2].weight = model[0].weight
+        >>> _outside_head(model, LayerMap(model), ["1", "2", "3"])
+        ['1']
+    """
     head = {id(model.get_parameter(name)) for name in layers.head.parameters}
     head |= {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)}
     return [name for name in names if head.isdisjoint(id(each) for each in model.get_submodule(name).parameters())]
 
 
 def _is_attention(name: str, model: nn.Module) -> bool:
+    """Return whether a module is an attention or, by its name, a projection of one.
+
+    Example:
+        >>> model = nn.ModuleDict({"q_proj": nn.Linear(2, 2), "mine": nn.MultiheadAttention(2, 1), "up": nn.Linear(2, 2)})
+        >>> [_is_attention(name, model) for name in model]
+        [True, True, False]
+    """
     return name.rpartition(".")[2] in ATTENTION_NAMES or isinstance(model.get_submodule(name), nn.MultiheadAttention)
 
 
@@ -268,6 +377,24 @@ def _outermost(model: nn.Module, attribute: str) -> Any:
 
 
 def _own_targets(model: nn.Module) -> tuple[str, ...]:
+    """Return the ``default_peft_targets`` of the model or of what it wraps: a glob, several, or a method that returns them.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> model = nn.Sequential(inner)
+        >>> _own_targets(model)
+        ()
+        >>> inner.default_peft_targets = lambda: ["query", "value"]
+        >>> _own_targets(model)
+        ('query', 'value')
+        >>> model.default_peft_targets = "0"
+        >>> _own_targets(model)
+        ('0',)
+        >>> model.default_peft_targets = [3]
+        >>> _own_targets(model)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: default_peft_targets takes ..., got [3]. Write: default_peft_targets = ['query', 'value']
+    """
     value = _outermost(model, "default_peft_targets")
     value = value() if callable(value) else value
     if value is None:
@@ -277,12 +404,40 @@ def _own_targets(model: nn.Module) -> tuple[str, ...]:
 
 
 def _known(model: nn.Module) -> tuple[str, ...]:
-    """Return what is usual for the model's type, its own ``default_peft_targets`` first."""
+    """Return what is usual for the model's type, its own ``default_peft_targets`` first.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = nn.Linear(2, 2)
+        >>> model.config = SimpleNamespace(model_type="distilbert")
+        >>> _known(model), _known(nn.Linear(2, 2))
+        (('q_lin', 'v_lin'), ())
+        >>> model.default_peft_targets = ["query"]
+        >>> _known(model)
+        ('query',)
+        >>> [MODEL_TARGETS[each][0] for each in ("bert", "vit", "clip", "llama", "qwen3", "whisper")]
+        ['query', 'query', 'q_proj', 'q_proj', 'q_proj', 'q_proj']
+        >>> [MODEL_TARGETS[each] for each in ("falcon", "gpt2", "mpt", "t5")]
+        [('query_key_value',), ('c_attn',), ('Wqkv',), ('q', 'v')]
+    """
     model_type = getattr(_outermost(model, "config"), "model_type", None)
     return _own_targets(model) or (MODEL_TARGETS.get(model_type, ()) if isinstance(model_type, str) else ())
 
 
 def _matched(model: nn.Module, patterns: Sequence[str], argument: str) -> tuple[str, ...]:
+    """Return the modules that globs mean, in the model's order; each glob must mean one that takes an adapter.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> _matched(model, ["2", "0"], "…")
+        ('0', '2')
+        >>> _matched(model, ["1"], "…")
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: 'lora' takes linear layers, ...; '1' is a ReLU. ...
+        >>> _matched(model, ["0", "4"], "target=")
+        Traceback (most recent call last):
+        thawline.engine.errors.SelectorError: target=: '4' matches no module. Nearest: ...
+    """
     able, found = _able(model), set[str]()
     for pattern in patterns:
         names = _matching(pattern, able)
@@ -298,12 +453,27 @@ def _matched(model: nn.Module, patterns: Sequence[str], argument: str) -> tuple[
 
 
 def _matching(pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the names that a glob means, or their ends; an exact name means itself alone.
+
+    Example:
+        >>> _matching("query", ["0.query", "1.query", "1.key"]), _matching("query", ["query", "1.query"])
+        (['0.query', '1.query'], ['query'])
+        >>> _matching("1.*", ["0.query", "1.query", "2.1.key"])
+        ['1.query', '2.1.key']
+    """
     if pattern in names:
         return [pattern]
     return [name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")]
 
 
 def _nearest(model: nn.Module, name: str) -> str:
+    """Return what may have been meant by ``name``: words, ends of names and whole names.
+
+    Example:
+        >>> model = nn.Sequential(nn.ModuleDict({"query": nn.Linear(2, 2), "act": nn.ReLU()}))
+        >>> _nearest(model, "qerry"), _nearest(model, ""), _nearest(model[0].act, "x")
+        ("'query', '0.query'", "'query', '0.query'", "'attention', 'all-linear', 'auto'")
+    """
     names = _able(model) or [each for each, _ in model.named_modules() if each]
     ends = dict.fromkeys(each.rpartition(".")[2] for each in names)
     return nearest(
