@@ -23,6 +23,15 @@ _NEEDS = {"Phase": "thaw='head'", "Plateau": "'eval/loss'"}
 
 
 def _span(value: Any, argument: str, example: str = "2ep") -> Time | None:
+    """Return a time of an argument, None where there is none.
+
+    Example:
+        >>> _span(3, "Phase(until=)"), _span(None, "Phase(until=)")
+        (Time('3ep'), None)
+        >>> _span("soon", "Plateau(at_most=)", "5ep")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Plateau(at_most=) takes a time above zero: an int (epochs), '3ep', '200ba', '5000sp' or '0.5dur', or None, got 'soon'. Write: Plateau('eval/loss', at_most='5ep')
+    """
     owner, name = argument.removesuffix(")").split("(")
     call = f"{owner}({_NEEDS[owner]}, {name}{example!r})"
     return None if value is None else check_time(argument, value, example=call, or_none=True)
@@ -51,8 +60,17 @@ class Plateau:
         ArgumentError: An argument of the wrong type or out of range.
 
     Example:
-        >>> Plateau("eval/accuracy", patience=2, at_most="5ep").at_most
-        Time('5ep')
+        >>> Plateau("eval/accuracy", patience=2, at_most="5ep")
+        Plateau(monitor='eval/accuracy', patience=2, min_delta=0.0, mode='auto', at_most=Time('5ep'))
+        >>> Plateau("eval/loss", patience=0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Plateau(patience=) takes a whole number, 1 or above, got 0. Write: Plateau('eval/loss', patience=3)
+        >>> Plateau("eval/loss", min_delta=-0.1)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Plateau(min_delta=) takes a number, 0 or above, got -0.1. Write: Plateau('eval/loss', min_delta=0.0)
+        >>> Plateau("eval/loss", mode="least")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Plateau(mode=) takes one of 'auto', 'min', 'max', got 'least'. Write: Plateau('eval/loss', mode='auto')
     """
 
     monitor: str = attrs.field(validator=text(example="eval/loss"), metadata={"call": _NEEDS["Plateau"]})
@@ -63,13 +81,28 @@ class Plateau:
 
 
 def _selectors(value: Any) -> tuple[str, ...]:
-    """Take one selector for a tuple of it; what is no sequence goes on to the validator."""
+    """Take one selector for a tuple of it; what is no sequence goes on to the validator.
+
+    Example:
+        >>> _selectors("head"), _selectors(["head", "*.bias"]), _selectors(3)
+        (('head',), ('head', '*.bias'), 3)
+    """
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, Sequence) else value
 
 
 def _check_selectors(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Refuse what are no selectors, and the same one twice.
+
+    Example:
+        >>> Phase(thaw=["head", ""])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(thaw=) takes selectors: layers such as 'head', globs over parameter names, got ('head', ''). Write: Phase(thaw=('head', 'blocks[-1]'))
+        >>> Phase(thaw="head", freeze=["stem", "stem"])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(freeze=) takes each selector once, got ('stem', 'stem'). Write: Phase(freeze=('head', 'blocks[-1]'))
+    """
     argument, example = f"Phase({attribute.name}=)", f"Phase({attribute.name}=('head', 'blocks[-1]'))"
     if not isinstance(value, tuple) or not all(isinstance(each, str) and each for each in value):
         takes = "selectors: layers such as 'head', globs over parameter names"
@@ -79,6 +112,13 @@ def _check_selectors(_instance: object, attribute: attrs.Attribute[Any], value: 
 
 
 def _check_restore_monitor(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    """Refuse what is no name of a metric.
+
+    Example:
+        >>> Phase(thaw="head", restore="best", restore_monitor="")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(restore_monitor=) takes a string or None, got ''. Write: Phase(thaw='head', restore='best', restore_monitor='eval/loss')
+    """
     if value is not None and not (isinstance(value, str) and value):
         example = "Phase(thaw='head', restore='best', restore_monitor='eval/loss')"
         raise ArgumentError("Phase(restore_monitor=)", got=value, takes="a string or None", example=example)
@@ -89,6 +129,21 @@ def _rates(value: Any) -> Any:
 
 
 def _check_rates(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    """Refuse rates that are not above 0, and what are no selectors.
+
+    Example:
+        >>> Phase(thaw="head", lr={"head": 1, "*.bias": 1e-5}).lr
+        {'head': 1, '*.bias': 1e-05}
+        >>> Phase(thaw="head", lr=0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(lr=) takes a number above 0, or None, got 0. Write: Phase(thaw='head', lr=0.001)
+        >>> Phase(thaw="head", lr={"head": 0.0})
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(lr={'head': …}) takes a number above 0, got 0.0. Write: Phase(thaw='head', lr={'head': 0.001})
+        >>> Phase(thaw="head", lr={})
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(lr=) takes a number above 0, or a mapping of selectors to such numbers, got {}. Write: Phase(thaw='head', lr={'head': 0.001})
+    """
     if value is None:
         return
     if not isinstance(value, Mapping):
@@ -103,6 +158,20 @@ def _check_rates(_instance: object, _attribute: attrs.Attribute[Any], value: obj
 
 
 def _until(value: Any) -> Any:
+    """Return what ends a phase, numbers and text as a time.
+
+    Example:
+        >>> _until(2), _until("3ba"), _until(None), _until(Plateau("eval/loss", at_most=3)).at_most
+        (Time('2ep'), Time('3ba'), None, Time('3ep'))
+        >>> _until(print) is print
+        True
+        >>> _until(True)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes a time ('2ep', '100ba', '0.3dur', an int for epochs), a Plateau, a function of the state, or None, got True. Write: Phase(thaw='head', until='2ep')
+        >>> _until(Plateau)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes a time ('2ep', '100ba', '0.3dur', an int for epochs), a Plateau, a function of the state, or None, got <class 'thawline.algorithms.phases.Plateau'>. Write: Phase(thaw='head', until='2ep')
+    """
     if value is None or isinstance(value, Plateau) or (callable(value) and not isinstance(value, type)):
         return value
     if isinstance(value, (str, int, Time)) and not isinstance(value, bool):
@@ -135,6 +204,20 @@ class Phase:
     Example:
         >>> Phase(thaw="head", lr=1e-3, until="2ep")
         Phase(name=None, thaw=('head',), freeze=(), lr=0.001, ..., until=Time('2ep'), ...)
+        >>> Phase(freeze=["stem"], lr_scale=0.5, schedule="cosine").freeze
+        ('stem',)
+        >>> Phase(until="2ep")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase() takes something to change: thaw=, freeze=, lr_scale= or schedule=, got None. Write: Phase(thaw='head', until='2ep')
+        >>> Phase(freeze="head", warmup="2ba")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(warmup=) takes what it is for in the same phase: thaw=, got Time('2ba'). Write: Phase(thaw='head', warmup='2ba')
+        >>> Phase(thaw=["head", "stem"], freeze="stem")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(freeze=) takes what thaw= does not name, got 'stem'. Write: Phase(thaw='stem')
+        >>> Phase(thaw="head", restore_monitor="eval/f1")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(restore_monitor=) takes restore='best' beside it, got 'eval/f1'. Write: Phase(thaw='head', restore='best', restore_monitor='eval/f1')
     """
 
     name: str | None = attrs.field(default=None, validator=text(example="head", or_none=True))
@@ -177,6 +260,11 @@ class Written(tuple[Phase, ...]):  # noqa: SLOT001 - it keeps two attributes bes
         phases: The phases.
         source: How what was read is called in errors.
         lines: For each phase its selectors, each with its line, such as ``"line 4"``; none of what is no text.
+
+    Example:
+        >>> written = Written([Phase(thaw="head"), Phase(thaw="stem")])
+        >>> len(written), written.source, written.lines
+        (2, 'the schedule', [{}, {}])
     """
 
     source: str
@@ -192,7 +280,15 @@ class Written(tuple[Phase, ...]):  # noqa: SLOT001 - it keeps two attributes bes
 
     @classmethod
     def like(cls, phases: Sequence[Phase], named: Iterable[Phase]) -> Self:
-        """Return ``named`` standing where ``phases`` do."""
+        """Return ``named`` standing where ``phases`` do.
+
+        Example:
+            >>> head = Phase(thaw="head")
+            >>> Written.like(Written([head], "thaw.yaml", [{"head": "line 2"}]), [head]).lines
+            [{'head': 'line 2'}]
+            >>> Written.like([head], [head]).source
+            'the schedule'
+        """
         return cls(named, phases.source, phases.lines) if isinstance(phases, Written) else cls(named)
 
 
@@ -210,6 +306,18 @@ def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> Written:
     Example:
         >>> [phase.name for phase in number_phases([Phase(thaw="head", until=1), Phase(thaw="blocks[-1]")])]
         ['phase 1', 'phase 2']
+        >>> number_phases([Phase(thaw="head", until=1), Phase(name="phase 1", thaw="stem")])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(name=) takes a name that no other phase has, got 'phase 1'. Write: Phase(name='phase 1 again', thaw='head')
+        >>> number_phases([Phase(thaw="head"), Phase(thaw="stem")])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes an end in 'phase 1': only the phase that is the last of all may go on to the end of the fit, got None. Write: Phase(thaw='head', until='2ep')
+        >>> number_phases([Phase(thaw="head")], repeat=2)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes an end in 'phase 1': only the phase that is the last of all may go on to the end of the fit, got None. Write: Phase(thaw='head', until='2ep')
+        >>> number_phases([])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: phases takes at least one phase, got []. Write: [Phase(thaw='head')]
     """
     if not phases:
         raise ArgumentError("phases", got=[], takes="at least one phase", example="[Phase(thaw='head')]")
