@@ -70,7 +70,7 @@ class PhaseWatch:
             True
             >>> PhaseWatch().look(Event.BATCH_END, state, phase, lambda state: torch.ones(2))
             Traceback (most recent call last):
-            thawline.engine.errors.ArgumentError: Phase(until=) takes a function that returns True or False, got tensor([1., 1.]). Write: Phase(thaw='head', until=lambda state: state.metrics.get('eval/loss', 1.0) < 0.1)
+            thawline.engine.errors.ArgumentError: Phase(until=) takes a function that returns True or False, got tensor([1., 1.]). ...
         """
         if self.over:
             return
@@ -189,7 +189,7 @@ def metric(name: str, event: Event, state: State) -> float | None:
         >>> metric("train/loss", Event.EPOCH_END, state)  # none of training
         >>> metric("eval/los", Event.EVAL_END, state)
         Traceback (most recent call last):
-        thawline.engine.errors.ArgumentError: Plateau(monitor=) takes metrics that are logged by then: 'eval/loss', got 'eval/los'. Write: Plateau('eval/loss')
+        thawline.engine.errors.ArgumentError: Plateau(monitor=) takes metrics that are logged by then: 'eval/loss', got 'eval/los'. ...
     """
     if name in state.metrics:
         return state.metrics[name]
