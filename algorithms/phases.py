@@ -60,8 +60,8 @@ class Plateau:
         ArgumentError: An argument of the wrong type or out of range.
 
     Example:
-        >>> Plateau("eval/accuracy", patience=2, at_most="5ep")
-        Plateau(monitor='eval/accuracy', patience=2, min_delta=0.0, mode='auto', at_most=Time('5ep'))
+        >>> Plateau("eval/accuracy", at_most="5ep")
+        Plateau(monitor='eval/accuracy', patience=3, min_delta=0.0, mode='auto', at_most=Time('5ep'))
         >>> Plateau("eval/loss", patience=0)
         Traceback (most recent call last):
         thawline.engine.errors.ArgumentError: Plateau(patience=) takes a whole number, 1 or above, got 0. ...
@@ -332,3 +332,57 @@ def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> Written:
             takes = f"an end in {phase.name!r}: only the phase that is the last of all may go on to the end of the fit"
             raise ArgumentError("Phase(until=)", got=None, takes=takes, example="Phase(thaw='head', until='2ep')")
     return named
+
+
+def length_of(phase: Phase) -> Time | None:
+    """Return how long a phase is at most, as far as it says so.
+
+    Example:
+        >>> length_of(Phase(thaw="head", until="2ep")), length_of(Phase(thaw="head", until=Plateau("eval/loss", at_most=3)))
+        (Time('2ep'), Time('3ep'))
+        >>> length_of(Phase(thaw="head", until=print)), length_of(Phase(thaw="head", until=Plateau("eval/loss")))
+        (None, None)
+    """
+    until = phase.until
+    return until.at_most if isinstance(until, Plateau) else until if isinstance(until, Time) else None
+
+
+def check_length(phase: Phase) -> None:
+    """Refuse a schedule over a phase whose length nobody knows; where it has no end, that is the fit's.
+
+    Example:
+        >>> check_length(Phase(thaw="head", schedule="cosine"))
+        >>> check_length(Phase(thaw="head", until=Plateau("eval/loss")))
+        >>> check_length(Phase(name="head", thaw="head", schedule="cosine", until=Plateau("eval/loss")))
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(schedule=) takes a phase whose length is known: 'head' ends by what only the fit knows, ...
+    """
+    if phase.schedule is not None and phase.until is not None and length_of(phase) is None:
+        takes = f"a phase whose length is known: {phase.name!r} ends by what only the fit knows"
+        example = f"Phase(schedule={phase.schedule!r}, until=Plateau('eval/loss', at_most='5ep'))"
+        raise ArgumentError("Phase(schedule=)", got=phase.schedule, takes=takes, example=example)
+
+
+def unplanned_ends(phases: Iterable[Phase]) -> str | None:
+    """Return which phases end by what only a fit knows.
+
+    Example:
+        >>> ends = [Plateau("eval/loss", at_most=9), Plateau("eval/f1", patience=1), lambda state: True, "2ep"]
+        >>> print(unplanned_ends(Phase(name=f"{place}", thaw="head", until=end) for place, end in enumerate(ends)))
+        may end its phases '0' when eval/loss has not improved for 3 evaluations, at the latest after 9ep, as shown;
+        '1' when eval/f1 has not improved for 1 evaluation; '2' by a function of the state
+        >>> print(unplanned_ends([Phase(thaw="head", until="2ep")]))
+        None
+    """
+    words = []
+    for phase in phases:
+        until = phase.until
+        if isinstance(until, Plateau):
+            latest = "" if until.at_most is None else f", at the latest after {until.at_most}, as shown"
+            plural = "s" * (until.patience != 1)
+            words.append(
+                f"{phase.name!r} when {until.monitor} has not improved for {until.patience} evaluation{plural}{latest}"
+            )
+        elif callable(until):
+            words.append(f"{phase.name!r} by a function of the state")
+    return f"may end its phases {'; '.join(words)}" if words else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..engine import LayerMap, ParameterLedger, ScheduleError, SelectorError, State, Time
+from ..engine import LayerMap, ParameterLedger, ScheduleError, SelectorError, State, Time, warn
 from .layer_thaw import share_of_fit
 from .phases import Phase, Written
 
@@ -92,6 +92,52 @@ def check_phases(phases: Sequence[Phase], ledger: ParameterLedger) -> tuple[str,
     if faults:
         raise ScheduleError(written.source, faults)
     return tuple(name for name in ledger.parameters if name not in named)
+
+
+def check_fit(phases: Sequence[Phase], count: int, state: State) -> None:
+    """Check the phases beside the model, and warn of what is allowed and probably not meant.
+
+    Args:
+        phases: Those of one round, all with a name.
+        count: How many begin, in all rounds.
+        state: The state at FIT_START.
+
+    Raises:
+        ScheduleError: As :func:`check_phases`.
+
+    Example:
+        >>> import torch, warnings
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=0.1)), duration="1ep")
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     check_fit([Phase(name="bias", thaw="1.bias", until="1ep", warmup="2ep"), Phase(name="rest", thaw="1.weight")], 2, state)
+        >>> for each in caught:
+        ...     print(each.message)
+        ThawSchedule: no phase names 2 parameters, which stay frozen: 0.weight, 0.bias. Name them in thaw= or freeze=.
+        ThawSchedule: 1 phase never begins: 'rest'. The fit ends after 1ep, before it. Write shorter phases.
+        ThawSchedule: the warmup of 'bias' is not over when the fit ends after 1ep, so its full rate is never reached. An int is epochs: write warmup='100ba' for batches, or warmup='0.1dur' for a share of the fit.
+    """
+    left = check_phases(phases, state.ledger)
+    left = tuple(name for name in left if "user" not in state.ledger.owners(name))
+    if left:
+        shown = ", ".join(left[:3]) + f" and {len(left) - 3} more" * (len(left) > 3)
+        _warn(f"no phase names {len(left)} parameters, which stay frozen: {shown}. Name them in thaw= or freeze=.")
+    if late := never_begin(phases, count, state):
+        shown = ", ".join(map(repr, late[:3])) + f" and {len(late) - 3} more" * (len(late) > 3)
+        never, them = ("phase never begins", "it") if len(late) == 1 else ("phases never begin", "them")
+        _warn(
+            f"{len(late)} {never}: {shown}. The fit ends after {state.duration}, before {them}. Write shorter phases."
+        )
+    if cold := never_warm(phases, count, state):
+        shown = ", ".join(map(repr, cold))
+        _warn(
+            f"the warmup of {shown} is not over when the fit ends after {state.duration}, so its full rate is never "
+            "reached. An int is epochs: write warmup='100ba' for batches, or warmup='0.1dur' for a share of the fit."
+        )
+
+
+def _warn(text: str) -> None:
+    warn(f"ThawSchedule: {text}")
 
 
 def never_begin(phases: Sequence[Phase], count: int, state: State) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -68,3 +69,17 @@ def standing_after(
         for selector, lr in phase.lr.items() if isinstance(phase.lr, Mapping) else ():
             standing.update({name: attrs.evolve(standing[name], lr=lr) for name in select(selector)})
     return standing
+
+
+def group_by(standing: Mapping[str, Standing], field: str) -> ItemsView[Any, list[str]]:
+    """Return each value of a field with the parameters that have it.
+
+    Example:
+        >>> rates = {"a": Standing(lr=0.1), "b": Standing(), "c": Standing(lr=0.1)}
+        >>> list(group_by(rates, "lr"))
+        [(0.1, ['a', 'c']), (None, ['b'])]
+    """
+    found: dict[Any, list[str]] = {}
+    for name, each in standing.items():
+        found.setdefault(getattr(each, field), []).append(name)
+    return found.items()
