@@ -37,7 +37,7 @@ MEMORY = 16 << 30  # bytes of address space: a list that grows without end fails
 # Imported before the forks, so that none of them has to.
 WARM = (
     "hypothesis.stateful", "matplotlib.pyplot", "numpy", "rich.progress", "safetensors.torch", "sklearn.metrics", "structlog",
-    "torch._dynamo", "torch.distributed.fsdp", "torch.utils.data", "torchmetrics", "transformers.models.bert.modeling_bert",
+    "torch._dynamo", "torch.utils.data", "torchmetrics", "transformers.models.bert.modeling_bert",
     "transformers.models.gpt2.modeling_gpt2", "yaml",
 )  # fmt: skip
 

@@ -49,6 +49,11 @@ class Audit(Logbook):
         run, model = folder / "run", self.task.model()
         whole = self._fit([Before(self._first, self._set_up), *self.task.make()], model, probe=self._last, run_dir=run)
         self.check_history(whole)
+        if self.task.own:
+            trainer = self.rehearsal.trainer(self.task.make(), metrics=self.task.given(model)["metrics"])
+            now = trainer.evaluate(model, self.task.loader)
+            what = "Trainer.evaluate of the model after the fit does not come to what its weights give in eval mode."
+            self.hold("keeps_true_records", now, self.evaluate(model), "metrics", what, tolerance=1e-5)
         paths = checkpoints_in(run)
         self.check_files(paths, whole, model)
         if "follows_from_its_calls" in self.faults:  # what the guest may set was told wrongly

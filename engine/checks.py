@@ -149,7 +149,7 @@ def _try_call(rehearsal: Rehearsal, place: int, call: Specimen) -> None:
             error.add_note(f"with the arguments {call!r}, which its constructor takes")
             raise
         for path in paths[:1]:
-            _goes_on(other, whole, path)
+            goes_on(other, whole, path)
 
 
 def _verify(event: Event, state: State) -> None:
@@ -227,7 +227,7 @@ def keeps_the_ledger_whole(rehearsal: Rehearsal) -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole, paths = other.saved(Path(folder) / "run", every="4ba", probe=look, debug=True)
         for path in paths[:1]:
-            _goes_on(other, whole, path)
+            goes_on(other, whole, path)
 
 
 _GRAMMAR = re.compile(
@@ -351,7 +351,7 @@ def resumes(rehearsal: Rehearsal) -> None:
         )
         _is_saved_at_each_batch(rehearsal, whole, run, paths)
         for path in paths if rehearsal.thorough else _some(paths, 3, rehearsal.seed):
-            _goes_on(rehearsal, whole, path)
+            goes_on(rehearsal, whole, path)
 
 
 _STATE = (
@@ -364,7 +364,7 @@ _FUNCTION = (
 )
 
 
-def _goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
+def goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
     """Resume from a checkpoint, and compare with the uninterrupted fit."""
     batch = batch_of(path)
     resumed = rehearsal.fit(resume=path)

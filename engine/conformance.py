@@ -35,6 +35,7 @@ from .endings import (
 )
 from .errors import ArgumentError, nearest
 from .examples import does_as_its_examples_say
+from .models import takes_other_models
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
@@ -48,6 +49,7 @@ CHECKS: dict[str, Check] = {
         refuses_bad_arguments,
         does_as_its_examples_say,
         works_with_other_arguments,
+        takes_other_models,
         match_is_pure,
         keeps_the_ledger_whole,
         leaves_the_loop_alone,
@@ -98,7 +100,8 @@ def check_algorithm(
         loader: Batches that fit the model, fewer than about ten; None is :func:`tiny_loader`.
         loss_fn: As the Trainer's: None for a model that returns its own loss, as causal language models do.
         duration: Of the fits: long enough for the algorithm to act.
-        thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``.
+        thorough: Resume at every step and run beside every other algorithm, not at and beside a few drawn by ``seed``; and
+            train on two ranks with weights in shards as well.
         seed: Of models, fits, and what is drawn.
         partners: Builders of what it is run beside; None is every installed algorithm.
         accumulates: False for an algorithm that claims no equal updates where batches are cut into microbatches.

@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from importlib import import_module
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -185,15 +184,9 @@ def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
         raise DistributedError(f"{name} takes a whole number, got {shorten(text)}. Start with torchrun.") from None
 
 
-def ready_to_fork() -> bool:
-    """Return whether ranks can be made here by forking: there is gloo, and this process is not one of several.
-
-    Where they can, what they need of torch is loaded, once for all of them.
-    """
-    ready = hasattr(os, "fork") and dist.is_available() and dist.is_gloo_available() and not dist.is_initialized()
-    if ready:
-        import_module("torch.distributed.fsdp")
-    return ready
+def can_fork() -> bool:
+    """Return whether ranks can be made here by forking: there is gloo, and this process is not one of several."""
+    return hasattr(os, "fork") and dist.is_available() and dist.is_gloo_available() and not dist.is_initialized()
 
 
 def restarts(environment: Mapping[str, str]) -> int:

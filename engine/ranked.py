@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .distributed import FullyShard, Replicate, join, ready_to_fork
+from .distributed import FullyShard, Replicate, Team, can_fork, join
 from .endings import end_in_float64, if_parts_add_up
 from .errors import DistributedError, ThawlineError
 from .promises import check, fail, unless_alone
@@ -34,9 +34,9 @@ _PATIENCE = 600  # seconds
 def stays_equal_on_two_ranks(rehearsal: Rehearsal) -> None:
     """On two ranks weights, optimizer, algorithm and history are the same, and up to rounding those of one; where processes can fork.
 
-    With weights in shards as well, unless the fit is refused by a typed error that names ``Replicate()``.
+    Where ``thorough``, with weights in shards as well, unless the fit is refused by a typed error that names ``Replicate()``.
     """
-    if ready_to_fork() and _divides(rehearsal):
+    if can_fork() and _divides(rehearsal):
         unless_alone(rehearsal, _train_two)
 
 
@@ -108,15 +108,20 @@ def _train(rehearsal: Rehearsal, rank: int, port: int) -> str:
     assert team is not None, "WORLD_SIZE is set"
     facts = dict(_facts(rehearsal.fit(distributed=_TOGETHER).result))
     team.compare("what a fit came to", json.dumps(facts), lambda: facts)
+    if_parts_add_up(rehearsal, _hold_against_one)
+    if rehearsal.thorough:
+        _train_in_shards(rehearsal, team)
+    return ""
+
+
+def _train_in_shards(rehearsal: Rehearsal, team: Team) -> None:
     try:
-        sharded = dict(_facts(rehearsal.fit(distributed=_IN_SHARDS).result))
+        facts = dict(_facts(rehearsal.fit(distributed=_IN_SHARDS).result))
     except ThawlineError as error:
         if "Replicate()" not in str(error):
             raise
     else:
-        team.compare("what a fit with weights in shards came to", json.dumps(sharded), lambda: sharded)
-    if_parts_add_up(rehearsal, _hold_against_one)
-    return ""
+        team.compare("what a fit with weights in shards came to", json.dumps(facts), lambda: facts)
 
 
 def _hold_against_one(rehearsal: Rehearsal) -> None:

@@ -484,6 +484,21 @@ class Optimistic(Algorithm):
         state.step_skipped = False
 
 
+@caught_by("takes_other_models")
+@attrs.define(slots=False, eq=False)
+class Steadying(Algorithm):
+    """Lets batch normalization average ever more slowly, by a count of its own that it does not save."""
+
+    events = frozenset({Event.BATCH_START})
+    batches: int = attrs.field(default=0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        self.batches += 1
+        for module in state.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1 / (1 + self.batches)
+
+
 @caught_by("stays_equal_on_two_ranks")
 @attrs.define(slots=False, eq=False)
 class Weighing(Algorithm):

@@ -84,6 +84,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "audit",
             "audits",
             "logbook",
+            "models",
             "unaided",
             "tasks",
             "examples",
