@@ -298,10 +298,12 @@ class _Reading:
             >>> reading._warn_surplus("l.1", names[:3], item)
             >>> reading._warn_surplus("l.(1|2).*", names, item)
             >>> reading._warn_surplus(r"l\.1\.", names[:1], item)
+            >>> reading._warn_surplus("l.1.*", names[:3], item)
             >>> for note in notes:
             ...     print(note)
             line 4: the expression 'l.1' also takes 'l.10.w' and 1 more. Write: 'l\\.1\\.'
             line 4: the expression 'l.(1|2).*' also takes 'l.10.w' and 1 more. Write: 'l.(1(?!\\d)|2(?!\\d))(?!\\d).*'
+            line 4: the expression 'l.1.*' also takes 'l.10.w' and 1 more. Write: 'l\\.1\\..*'
         """
         beyond = {name for name in names if cuts_number(pattern, name)}
         write, meant = "", [name for name in names if name not in beyond]
