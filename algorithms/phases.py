@@ -369,8 +369,7 @@ def unplanned_ends(phases: Iterable[Phase]) -> str | None:
     Example:
         >>> ends = [Plateau("eval/loss", at_most=9), Plateau("eval/f1", patience=1), lambda state: True, "2ep"]
         >>> print(unplanned_ends(Phase(name=f"{place}", thaw="head", until=end) for place, end in enumerate(ends)))
-        may end its phases '0' when eval/loss has not improved for 3 evaluations, at the latest after 9ep, as shown;
-        '1' when eval/f1 has not improved for 1 evaluation; '2' by a function of the state
+        may end its phases '0' when eval/loss has not improved for 3 evaluations, at the latest after 9ep, as shown; '1' when eval/f1 has not improved for 1 evaluation; '2' by a function of the state
         >>> print(unplanned_ends([Phase(thaw="head", until="2ep")]))
         None
     """

@@ -194,8 +194,7 @@ def _fields(item: Item, table: Mapping[str, Field], faults: Faults) -> dict[str,
         >>> _fields(read_tree("thaw: head\nlr: -1\nuntl: 2ep\nname: &a x", faults)[1], _PHASE, faults)
         {'thaw': ('head',), 'name': 'x'}
         >>> [fault[:2] for fault in faults.found]
-        [(4, '&a is an anchor in YAML, which is not read here'), (2, 'lr takes a number above 0, or None, got -1'),
-         (3, "unknown key 'untl', the nearest is 'until'")]
+        [(4, '&a is an anchor in YAML, which is not read here'), (2, 'lr takes a number above 0, or None, got -1'), (3, "unknown key 'untl', the nearest is 'until'")]
     """
     values: dict[str, Any] = {}
     for key, each in item.value.items():
