@@ -23,6 +23,15 @@ _NEEDS = {"Phase": "thaw='head'", "Plateau": "'eval/loss'"}
 
 
 def _span(value: Any, argument: str, example: str = "2ep") -> Time | None:
+    """Return a time of an argument, None where there is none.
+
+    Example:
+        >>> _span(3, "Phase(until=)"), _span(None, "Phase(until=)")
+        (Time('3ep'), None)
+        >>> _span("soon", "Plateau(at_most=)", "5ep")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Plateau(at_most=) takes a time above zero: ... got 'soon'. ...
+    """
     owner, name = argument.removesuffix(")").split("(")
     call = f"{owner}({_NEEDS[owner]}, {name}{example!r})"
     return None if value is None else check_time(argument, value, example=call, or_none=True)
@@ -51,8 +60,14 @@ class Plateau:
         ArgumentError: An argument of the wrong type or out of range.
 
     Example:
-        >>> Plateau("eval/accuracy", patience=2, at_most="5ep").at_most
-        Time('5ep')
+        >>> Plateau("eval/accuracy", at_most="5ep")
+        Plateau(monitor='eval/accuracy', patience=3, min_delta=0.0, mode='auto', at_most=Time('5ep'))
+        >>> Plateau("eval/loss", patience=0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Plateau(patience=) takes a whole number, 1 or above, got 0. ...
+        >>> Plateau("eval/loss", min_delta=-0.1)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Plateau(min_delta=) takes a number, 0 or above, got -0.1. ...
     """
 
     monitor: str = attrs.field(validator=text(example="eval/loss"), metadata={"call": _NEEDS["Plateau"]})
@@ -63,13 +78,28 @@ class Plateau:
 
 
 def _selectors(value: Any) -> tuple[str, ...]:
-    """Take one selector for a tuple of it; what is no sequence goes on to the validator."""
+    """Take one selector for a tuple of it; what is no sequence goes on to the validator.
+
+    Example:
+        >>> _selectors("head"), _selectors(["head", "*.bias"]), _selectors(3)
+        (('head',), ('head', '*.bias'), 3)
+    """
     if isinstance(value, str):
         return (value,)
     return tuple(value) if isinstance(value, Sequence) else value
 
 
 def _check_selectors(_instance: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    """Refuse what are no selectors, and the same one twice.
+
+    Example:
+        >>> Phase(thaw=["head", ""])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(thaw=) takes selectors: layers such as 'head', globs over parameter names, got ('head', ''). ...
+        >>> Phase(thaw="head", freeze=["stem", "stem"])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(freeze=) takes each selector once, got ('stem', 'stem'). ...
+    """
     argument, example = f"Phase({attribute.name}=)", f"Phase({attribute.name}=('head', 'blocks[-1]'))"
     if not isinstance(value, tuple) or not all(isinstance(each, str) and each for each in value):
         takes = "selectors: layers such as 'head', globs over parameter names"
@@ -79,6 +109,13 @@ def _check_selectors(_instance: object, attribute: attrs.Attribute[Any], value: 
 
 
 def _check_restore_monitor(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    """Refuse what is no name of a metric.
+
+    Example:
+        >>> Phase(thaw="head", restore="best", restore_monitor="")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(restore_monitor=) takes a string or None, got ''. ...
+    """
     if value is not None and not (isinstance(value, str) and value):
         example = "Phase(thaw='head', restore='best', restore_monitor='eval/loss')"
         raise ArgumentError("Phase(restore_monitor=)", got=value, takes="a string or None", example=example)
@@ -89,6 +126,21 @@ def _rates(value: Any) -> Any:
 
 
 def _check_rates(_instance: object, _attribute: attrs.Attribute[Any], value: object) -> None:
+    """Refuse rates that are not above 0, and what are no selectors.
+
+    Example:
+        >>> Phase(thaw="head", lr={"head": 1, "*.bias": 1e-5}).lr
+        {'head': 1, '*.bias': 1e-05}
+        >>> Phase(thaw="head", lr=0)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(lr=) takes a number above 0, or None, got 0. ...
+        >>> Phase(thaw="head", lr={"head": 0.0})
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(lr={'head': …}) takes a number above 0, got 0.0. ...
+        >>> Phase(thaw="head", lr={})
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(lr=) takes a number above 0, or a mapping of selectors to such numbers, got {}. ...
+    """
     if value is None:
         return
     if not isinstance(value, Mapping):
@@ -103,6 +155,20 @@ def _check_rates(_instance: object, _attribute: attrs.Attribute[Any], value: obj
 
 
 def _until(value: Any) -> Any:
+    """Return what ends a phase, numbers and text as a time.
+
+    Example:
+        >>> _until(2), _until("3ba"), _until(None), _until(Plateau("eval/loss", at_most=3)).at_most
+        (Time('2ep'), Time('3ba'), None, Time('3ep'))
+        >>> _until(print) is print
+        True
+        >>> _until(True)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes a time ('2ep', ...), a Plateau, a function of the state, or None, got True. ...
+        >>> _until(Plateau)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes ..., got <class 'thawline.algorithms.phases.Plateau'>. ...
+    """
     if value is None or isinstance(value, Plateau) or (callable(value) and not isinstance(value, type)):
         return value
     if isinstance(value, (str, int, Time)) and not isinstance(value, bool):
@@ -135,6 +201,20 @@ class Phase:
     Example:
         >>> Phase(thaw="head", lr=1e-3, until="2ep")
         Phase(name=None, thaw=('head',), freeze=(), lr=0.001, ..., until=Time('2ep'), ...)
+        >>> Phase(freeze=["stem"], lr_scale=0.5, schedule="cosine").freeze
+        ('stem',)
+        >>> Phase(until="2ep")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase() takes something to change: thaw=, freeze=, lr_scale= or schedule=, got None. ...
+        >>> Phase(freeze="head", warmup="2ba")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(warmup=) takes what it is for in the same phase: thaw=, got Time('2ba'). ...
+        >>> Phase(thaw=["head", "stem"], freeze="stem")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(freeze=) takes what thaw= does not name, got 'stem'. ...
+        >>> Phase(thaw="head", restore_monitor="eval/f1")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(restore_monitor=) takes restore='best' beside it, got 'eval/f1'. ...
     """
 
     name: str | None = attrs.field(default=None, validator=text(example="head", or_none=True))
@@ -177,6 +257,11 @@ class Written(tuple[Phase, ...]):  # noqa: SLOT001 - it keeps two attributes bes
         phases: The phases.
         source: How what was read is called in errors.
         lines: For each phase its selectors, each with its line, such as ``"line 4"``; none of what is no text.
+
+    Example:
+        >>> written = Written([Phase(thaw="head"), Phase(thaw="stem")])
+        >>> len(written), written.source, written.lines
+        (2, 'the schedule', [{}, {}])
     """
 
     source: str
@@ -192,7 +277,15 @@ class Written(tuple[Phase, ...]):  # noqa: SLOT001 - it keeps two attributes bes
 
     @classmethod
     def like(cls, phases: Sequence[Phase], named: Iterable[Phase]) -> Self:
-        """Return ``named`` standing where ``phases`` do."""
+        """Return ``named`` standing where ``phases`` do.
+
+        Example:
+            >>> head = Phase(thaw="head")
+            >>> Written.like(Written([head], "thaw.yaml", [{"head": "line 2"}]), [head]).lines
+            [{'head': 'line 2'}]
+            >>> Written.like([head], [head]).source
+            'the schedule'
+        """
         return cls(named, phases.source, phases.lines) if isinstance(phases, Written) else cls(named)
 
 
@@ -210,6 +303,18 @@ def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> Written:
     Example:
         >>> [phase.name for phase in number_phases([Phase(thaw="head", until=1), Phase(thaw="blocks[-1]")])]
         ['phase 1', 'phase 2']
+        >>> number_phases([Phase(thaw="head", until=1), Phase(name="phase 1", thaw="stem")])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(name=) takes a name that no other phase has, got 'phase 1'. ...
+        >>> number_phases([Phase(thaw="head"), Phase(thaw="stem")])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes an end in 'phase 1': only the phase that is the last of all may go on to the end of the fit, got None. ...
+        >>> number_phases([Phase(thaw="head")], repeat=2)
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes an end in 'phase 1': only the phase that is the last of all may go on to the end of the fit, got None. ...
+        >>> number_phases([])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: phases takes at least one phase, got []. ...
     """
     if not phases:
         raise ArgumentError("phases", got=[], takes="at least one phase", example="[Phase(thaw='head')]")
@@ -227,3 +332,56 @@ def number_phases(phases: Sequence[Phase], *, repeat: int = 1) -> Written:
             takes = f"an end in {phase.name!r}: only the phase that is the last of all may go on to the end of the fit"
             raise ArgumentError("Phase(until=)", got=None, takes=takes, example="Phase(thaw='head', until='2ep')")
     return named
+
+
+def length_of(phase: Phase) -> Time | None:
+    """Return how long a phase is at most, as far as it says so.
+
+    Example:
+        >>> length_of(Phase(thaw="head", until="2ep")), length_of(Phase(thaw="head", until=Plateau("eval/loss", at_most=3)))
+        (Time('2ep'), Time('3ep'))
+        >>> length_of(Phase(thaw="head", until=print)), length_of(Phase(thaw="head", until=Plateau("eval/loss")))
+        (None, None)
+    """
+    until = phase.until
+    return until.at_most if isinstance(until, Plateau) else until if isinstance(until, Time) else None
+
+
+def check_length(phase: Phase) -> None:
+    """Refuse a schedule over a phase whose length nobody knows; where it has no end, that is the fit's.
+
+    Example:
+        >>> check_length(Phase(thaw="head", schedule="cosine"))
+        >>> check_length(Phase(thaw="head", until=Plateau("eval/loss")))
+        >>> check_length(Phase(name="head", thaw="head", schedule="cosine", until=Plateau("eval/loss")))
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(schedule=) takes a phase whose length is known: 'head' ends by what only the fit knows, ...
+    """
+    if phase.schedule is not None and phase.until is not None and length_of(phase) is None:
+        takes = f"a phase whose length is known: {phase.name!r} ends by what only the fit knows"
+        example = f"Phase(schedule={phase.schedule!r}, until=Plateau('eval/loss', at_most='5ep'))"
+        raise ArgumentError("Phase(schedule=)", got=phase.schedule, takes=takes, example=example)
+
+
+def unplanned_ends(phases: Iterable[Phase]) -> str | None:
+    """Return which phases end by what only a fit knows.
+
+    Example:
+        >>> ends = [Plateau("eval/loss", at_most=9), Plateau("eval/f1", patience=1), lambda state: True, "2ep"]
+        >>> print(unplanned_ends(Phase(name=f"{place}", thaw="head", until=end) for place, end in enumerate(ends)))
+        may end its phases '0' when eval/loss has not improved for 3 evaluations, at the latest after 9ep, as shown; '1' when eval/f1 has not improved for 1 evaluation; '2' by a function of the state
+        >>> print(unplanned_ends([Phase(thaw="head", until="2ep")]))
+        None
+    """
+    words = []
+    for phase in phases:
+        until = phase.until
+        if isinstance(until, Plateau):
+            latest = "" if until.at_most is None else f", at the latest after {until.at_most}, as shown"
+            plural = "s" * (until.patience != 1)
+            words.append(
+                f"{phase.name!r} when {until.monitor} has not improved for {until.patience} evaluation{plural}{latest}"
+            )
+        elif callable(until):
+            words.append(f"{phase.name!r} by a function of the state")
+    return f"may end its phases {'; '.join(words)}" if words else None

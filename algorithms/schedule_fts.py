@@ -12,6 +12,7 @@ import attrs
 from torch import nn
 
 from ..engine import ArgumentError, Time, nearest, warn
+from .name_patterns import compact, cuts_number, guarded, precise
 from .phases import Phase, Plateau
 from .schedule_tree import Faults, Item, read_tree
 
@@ -71,6 +72,17 @@ def phases_from_fts(
         ...     print(phase.thaw, phase.lr, phase.until)
         ('1',) None Plateau(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', at_most=Time('3ep'))
         ('0',) 1e-05 Plateau(monitor='eval/loss', patience=3, min_delta=0.0, mode='auto', at_most=None)
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     phases = phases_from_fts("0: {params: ['1.weight']}", model, callback=Callback(restore_best=False))
+        >>> str(caught[0].message)
+        'the schedule: no phase names 0.weight, 0.bias, 1.bias: they stay frozen. Name them where they shall thaw.'
+        >>> phases_from_fts("0: {params: ['1.*']}", model.parameters())
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: from_fts(model=) takes a torch.nn.Module, got <generator ...>. ...
+        >>> phases_from_fts("0: {params: ['2.*']}", model)
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: the schedule has 1 error:
+          line 1: '2.*' matches no parameter, the nearest are '0.weight', '0.bias', ...
     """
     for argument, got, kind, last in (
         ("model", model, nn.Module, "model"),
@@ -97,7 +109,19 @@ def phases_from_fts(
 
 
 def _numbered(tree: Item, faults: Faults) -> list[Item]:
-    """Return the phases by their numbers, which begin at 0 and leave none out."""
+    """Return the phases by their numbers, which begin at 0 and leave none out.
+
+    Example:
+        >>> faults = Faults()
+        >>> [item.value for item in _numbered(read_tree("{1: later, 0: first}", faults)[1], faults)], len(faults)
+        (['first', 'later'], 0)
+        >>> for text in ("{0: a, 2: c, 4: d}", "{0: a, one: b}", "{}", "[a]"):
+        ...     print(len(_numbered(read_tree(text, faults)[1], faults)), faults.found[-1][1])
+        3 the phases are numbered from 0 without a gap, and 1 is missing before 2
+        1 a phase's key is its number, got 'one'
+        0 a schedule of finetuning-scheduler maps phase numbers to phases
+        0 a schedule of finetuning-scheduler maps phase numbers to phases
+    """
     if tree.kind != "map" or not tree.value:
         faults.add(tree.place, "a schedule of finetuning-scheduler maps phase numbers to phases", "0: {params: […]}")
         return []
@@ -116,7 +140,20 @@ def _numbered(tree: Item, faults: Faults) -> list[Item]:
 
 
 class _Reading:
-    """Reads one phase after the other; knows which parameters and epochs are taken."""
+    """Reads one phase after the other; knows which parameters and epochs are taken.
+
+    Example:
+        >>> reading = _Reading(["a.w", "a.b", "b.w"], Callback(epoch_transitions_only=True, patience=5), Faults(), [])
+        >>> tree = read_tree("[{params: [b.w], max_transition_epoch: 2}, {params: [a.w, a.b], lr: 1e-3}]", Faults())[1]
+        >>> first = reading.phase(0, tree.value[0], last=False)
+        >>> first.thaw, first.lr, first.until, first.restore, first.restore_monitor
+        (('b',), None, Time('2ep'), 'best', 'eval/loss')
+        >>> last = reading.phase(1, tree.value[1], last=True)
+        >>> last.thaw, last.lr, last.until, last.restore, last.restore_monitor
+        (('a',), 0.001, None, None, None)
+        >>> reading.where
+        {'b.w': 0, 'a.w': 1, 'a.b': 1}
+    """
 
     def __init__(self, names: Sequence[str], callback: Callback, faults: Faults, notes: list[str]) -> None:
         self._names, self._callback, self._faults, self._notes = names, callback, faults, notes
@@ -124,7 +161,22 @@ class _Reading:
         self._epoch: int | None = 0
 
     def phase(self, number: int, item: Item, *, last: bool) -> Phase | None:
-        """Return a phase, or None where it has a fault."""
+        """Return a phase, or None where it has a fault.
+
+        Example:
+            >>> faults = Faults()
+            >>> reading = _Reading(["a.w", "b.w"], Callback(), faults, [])
+            >>> tree = read_tree("[{params: [a.w], rl: 1}, {params: [a.w], new_optimizer: SGD}, {}, b.w]", Faults())[1]
+            >>> [reading.phase(number, item, last=False) for number, item in enumerate(tree.value)]
+            [None, None, None, None]
+            >>> for _, problem, write in faults.found:
+            ...     print(problem, "|", write)
+            unknown key 'rl', the nearest is 'lr' | lr: …
+            new_optimizer has no place here: a fit keeps its optimizer, and with it what it has learned | Trainer(optimizer=[(select, factory), …]), an optimizer for each part of the model
+            'a.w' thaws in phase 1, and in phase 0 already | it in one of them
+            phase 2 has a list of params | params: ['classifier.weight']
+            phase 3 is a mapping with params in it | params: […]
+        """
         if item.kind != "map":
             if item.kind != "refused":
                 self._faults.add(item.place, f"phase {number} is a mapping with params in it", "params: […]")
@@ -154,6 +206,15 @@ class _Reading:
             self._faults.add(entries["new_optimizer"].place, problem, write)
 
     def _params(self, number: int, item: Item | None, phase: Item) -> list[str]:
+        """Return the parameters of a phase in the model's order.
+
+        Example:
+            >>> faults = Faults()
+            >>> reading = _Reading(["a.w", "a.b", "b.w"], Callback(), faults, [])
+            >>> item = read_tree("[b.w, 'a.*', 3]", faults)[1]
+            >>> reading._params(0, item, item), faults.found
+            (['a.w', 'a.b', 'b.w'], [(1, 'params are names of parameters or regular expressions', "- '3'")])
+        """
         found: dict[str, None] = {}
         listed = item.value if item is not None and item.kind == "list" else ()
         if not listed:
@@ -173,6 +234,18 @@ class _Reading:
         return [name for name in self._names if name in found]
 
     def _matches(self, item: Item) -> list[str]:
+        r"""Return the parameters that a name or an expression takes, with or without ``model.`` before it.
+
+        Example:
+            >>> faults = Faults()
+            >>> reading = _Reading(["a.w", "a.w2", "b.w"], Callback(), faults, [])
+            >>> [reading._matches(Item("text", text, 1)) for text in ("a.w", "a.*", "model.b.w", "model.a.*", "c", "(")]
+            [['a.w'], ['a.w', 'a.w2'], ['b.w'], ['a.w', 'a.w2'], [], []]
+            >>> for _, problem, write in faults.found:
+            ...     print(problem, "|", write)
+            'c' matches no parameter, the nearest are 'a.w', 'a.w2', 'b.w' | 'a.w', 'a.w2', 'b.w'
+            '(' is no regular expression that is read here: missing ), unterminated subpattern at position 0 | - 'encoder\.layer\.1\..*'
+        """
         pattern: str = item.value
         for text in dict.fromkeys((pattern, re.sub(r"^model(\\?\.)", "", pattern))):
             if text in self._names:
@@ -191,6 +264,23 @@ class _Reading:
         return []
 
     def _search(self, pattern: str) -> list[str]:
+        """Return the parameters whose names begin as an expression says; one that may take long is refused.
+
+        Example:
+            >>> reading = _Reading(["a.w", "a.b", "b.a"], Callback(), Faults(), [])
+            >>> reading._search("a"), reading._search(".*" * 6 + "w")
+            (['a.w', 'a.b'], ['a.w'])
+            >>> for pattern in ("a" * 501, ".*" * 7, "(a)+"):
+            ...     try:
+            ...         reading._search(pattern)
+            ...     except ValueError as error:
+            ...         print(error)
+            it is too long, repeats too often, or repeats a group
+            it is too long, repeats too often, or repeats a group
+            it is too long, repeats too often, or repeats a group
+            >>> reading._search("a" * 500)
+            []
+        """
         repeats = len(re.findall(r"[*+]|\{\d*,\d*\}", pattern))
         if len(pattern) > _LONGEST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
             raise ValueError("it is too long, repeats too often, or repeats a group")
@@ -200,9 +290,24 @@ class _Reading:
         return [name for name in self._names if expression.match(name)]
 
     def _warn_surplus(self, pattern: str, names: Sequence[str], item: Item) -> None:
+        r"""Note what an expression takes beyond what somebody means who reads its dots as dots, and how to write that.
+
+        Example:
+            >>> notes, names = [], ["l.1.w", "l.10.w", "l.11.w", "l.2.w"]
+            >>> reading, item = _Reading(names, Callback(), Faults(), notes), Item("text", "", 4)
+            >>> reading._warn_surplus("l.1", names[:3], item)
+            >>> reading._warn_surplus("l.(1|2).*", names, item)
+            >>> reading._warn_surplus(r"l\.1\.", names[:1], item)
+            >>> reading._warn_surplus("l.1.*", names[:3], item)
+            >>> for note in notes:
+            ...     print(note)
+            line 4: the expression 'l.1' also takes 'l.10.w' and 1 more. Write: 'l\\.1\\.'
+            line 4: the expression 'l.(1|2).*' also takes 'l.10.w' and 1 more. Write: 'l.(1(?!\\d)|2(?!\\d))(?!\\d).*'
+            line 4: the expression 'l.1.*' also takes 'l.10.w' and 1 more. Write: 'l\\.1\\..*'
+        """
         beyond = {name for name in names if cuts_number(pattern, name)}
         write, meant = "", [name for name in names if name not in beyond]
-        for corrected in (precise(pattern), *([_guarded(pattern)] if beyond else [])):
+        for corrected in (precise(pattern), *([guarded(pattern)] if beyond else [])):
             try:
                 found = self._search(corrected)
             except (re.error, ValueError):  # too long now, or made of what only looked like numbers
@@ -218,6 +323,17 @@ class _Reading:
             )
 
     def _lr(self, number: int, item: Item | None) -> float | None:
+        """Return the rate of a phase; that of phase 0 is the optimizer's.
+
+        Example:
+            >>> faults, notes = Faults(), []
+            >>> reading = _Reading(["w"], Callback(base_max_lr=2e-5), faults, notes)
+            >>> rate = Item("text", "1e-3", 2, "1e-3")
+            >>> reading._lr(0, None), reading._lr(1, None), reading._lr(1, rate), reading._lr(0, rate), len(notes)
+            (None, 2e-05, 0.001, None, 1)
+            >>> reading._lr(1, Item("number", 0, 3, "0")), faults.found
+            (None, [(3, 'lr takes a number above 0, got 0', 'lr: 1.0e-5')])
+        """
         if item is None or item.kind in {"null", "refused"}:
             return None if number == 0 else self._callback.base_max_lr
         try:
@@ -237,6 +353,19 @@ class _Reading:
         return lr
 
     def _until(self, number: int, item: Item | None, phase: Item, *, last: bool) -> Time | Plateau | None:
+        """Return the end of a phase.
+
+        Example:
+            >>> faults, item = Faults(), Item("number", 3, 2, "3")
+            >>> early = _Reading(["w"], Callback(patience=1), faults, [])
+            >>> early._until(0, item, item, last=False).at_most, early._until(1, item, item, last=True).at_most
+            (Time('3ep'), None)
+            >>> timed = _Reading(["w"], Callback(epoch_transitions_only=True), faults, [])
+            >>> timed._until(0, item, item, last=False), timed._until(1, None, item, last=True), len(faults)
+            (Time('3ep'), None, 0)
+            >>> timed._until(1, None, item, last=False), faults.found
+            (None, [(2, 'phase 1 ends by its epoch alone, and has none', 'max_transition_epoch: 2')])
+        """
         span = self._span(number, item)
         if not self._callback.epoch_transitions_only:
             each = self._callback
@@ -247,7 +376,20 @@ class _Reading:
         return None if last else span
 
     def _span(self, number: int, item: Item | None) -> Time | None:
-        """Return how long a phase lasts at most: the epochs from the one in which it begins."""
+        """Return how long a phase lasts at most: the epochs from the one in which it begins.
+
+        Example:
+            >>> faults, notes = Faults(), []
+            >>> reading, epoch = _Reading(["w"], Callback(), faults, notes), lambda number: Item("number", number, 1, f"{number}")
+            >>> [reading._span(phase, epoch(number)) for phase, number in enumerate((3, 5, 5, 7, -1, 9, 10))]
+            [Time('3ep'), Time('2ep'), Time('1ep'), Time('1ep'), None, Time('9ep'), Time('1ep')]
+            >>> for note in notes:
+            ...     print(note)
+            line 1: phase 2 has an epoch that its predecessor has used up, and lasts one epoch, as there. Write: max_transition_epoch: 6
+            line 1: phase 5 ends 9 epochs after its begin, since it is not known when that is; in finetuning-scheduler at epoch 9 of the fit. Write another at_most.
+            >>> reading._span(7, epoch(-2)), reading._span(7, epoch(1.5)), len(faults)
+            (None, None, 2)
+        """
         if item is None or item.kind == "refused" or (item.kind == "number" and item.value == -1):
             self._epoch = None
             return None
@@ -271,6 +413,18 @@ class _Reading:
         return Time(self._epoch - begin)
 
     def _schedule(self, number: int, item: Item | None) -> str | None:
+        """Return the schedule of a phase that stands for its scheduler of torch.
+
+        Example:
+            >>> faults, notes = Faults(), []
+            >>> reading = _Reading(["w"], Callback(), faults, notes)
+            >>> entry = "{lr_scheduler_init: {class_path: torch.optim.lr_scheduler.%s}, init_pg_lrs: [0.1]}"
+            >>> cosine, step = (read_tree(entry % name, faults)[1] for name in ("CosineAnnealingLR", "ConstantLR"))
+            >>> reading._schedule(1, cosine), reading._schedule(1, step), reading._schedule(0, cosine), reading._schedule(1, None)
+            ('cosine', None, None, None)
+            >>> [fault[2] for fault in faults.found], len(notes)
+            (['lr_scale: 0.5, the factor on all that trained before', 'schedule: constant', 'Trainer(schedule=cosine())'], 1)
+        """
         if item is None or item.kind in {"null", "refused"}:
             return None
         scheduler = _under(item, "lr_scheduler_init", "class_path")
@@ -302,63 +456,13 @@ _INSTEAD = {
 
 
 def _under(item: Item | None, *keys: str) -> Item | None:
+    """Return what stands under keys of keys; None where one is missing.
+
+    Example:
+        >>> tree = read_tree("{a: {b: 1}}", Faults())[1]
+        >>> _under(tree, "a", "b").value, _under(tree, "a", "c"), _under(tree, "a", "b", "c")
+        (1, None, None)
+    """
     for key in keys:
         item = item.value.get(key) if item is not None and item.kind == "map" else None
     return item
-
-
-def precise(pattern: str) -> str:
-    r"""Return a regular expression for the names that somebody means who reads ``.`` as a dot.
-
-    Example:
-        >>> precise("layer.1"), precise("layer.1.*"), precise(r"layer\.1\..*")
-        ('layer\\.1\\.', 'layer\\.1\\..*', 'layer\\.1\\..*')
-    """
-    # Letters stand on both sides of a plain dot, or the end; a dot with a quantifier is meant as one.
-    dotted = re.sub(r"(?<=[\w\])}*])(?<!\\)\.(?![*+?{])", r"\\.", pattern)
-    dotted = re.sub(r"(?<=\d)\.(?=[*+])", r"\\..", dotted)
-    return dotted + r"\." if re.search(r"\d$", dotted) else dotted
-
-
-def cuts_number(pattern: str, name: str) -> bool:
-    r"""Return whether a regular expression takes a number in a name for its first digits.
-
-    Example:
-        >>> cuts_number("layer.(1|2).*", "layer.10.w"), cuts_number(r"layer\.(1|10)\.", "layer.10.w")
-        (True, False)
-    """
-    expression = re.compile(pattern)
-    for number in re.finditer(r"\d{2,}", name):
-        before, digits, after = name[: number.start()], number[0], name[number.end() :]
-        forms = [digits[:count] + "x" * (len(digits) - count) for count in range(len(digits))]
-        without, *cut = (bool(expression.match(before + form + after)) for form in forms)
-        if any(cut) and not without:
-            return True
-    return False
-
-
-def _guarded(pattern: str) -> str:
-    """Return a regular expression in which no digit follows where a number may end."""
-    return re.sub(r"(\[[^\]]*\]|\\d|(?<!\\)\d+|\))(?![*+?{\d]|\\d)", r"\1(?!\\d)", pattern)
-
-
-def compact(names: Sequence[str], everything: Sequence[str]) -> tuple[str, ...]:
-    """Return selectors for exactly these parameters: modules where all of a module's are among them, names elsewhere.
-
-    Example:
-        >>> compact(["a.0.w", "a.0.b", "a.1.w"], ["a.0.w", "a.0.b", "a.1.w", "a.1.b"])
-        ('a.0', 'a.1.w')
-    """
-    chosen = set(names)
-    # Not by these names: as selectors they are layers.
-    mixed = {"stem", "blocks", "head"}
-    for name in everything:
-        if name not in chosen:
-            mixed.update(_modules(name))
-    return tuple(dict.fromkeys(next((each for each in _modules(name) if each not in mixed), name) for name in names))
-
-
-def _modules(name: str) -> list[str]:
-    """Return the modules around a parameter, the outermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]

@@ -55,6 +55,16 @@ def read_phases(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> tuple
         >>> options, phases = read_phases("repeat: 2\nphases:\n- {thaw: head, lr: 1.0e-3, until: 2ep}\n")
         >>> options, phases[0].thaw, phases[0].until
         ({'repeat': 2}, ('head',), Time('2ep'))
+        >>> phases.source, phases.lines
+        ('the schedule', [{'head': 'line 3'}])
+        >>> read_phases([{"thaw": "head"}])[1][0].thaw
+        ('head',)
+        >>> read_phases("repeat: 0\nphase: 3\n")
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: the schedule has 3 errors:
+          line 1: repeat takes a whole number, 1 or above, got 0. Write: repeat: 2
+          line 1: there are no phases. Write: phases: [{thaw: head}]
+          line 2: unknown key 'phase', the nearest is 'phases'. Write: phases: [{thaw: head}]
     """
     faults = Faults()
     name, tree = read_tree(source, faults)
@@ -77,7 +87,12 @@ def read_phases(source: str | Path | Mapping[str, Any] | Sequence[Any]) -> tuple
 
 
 def _lines(phase: Item) -> dict[str, str]:
-    """Return the line of each selector of a phase that is text."""
+    r"""Return the line of each selector of a phase that is text.
+
+    Example:
+        >>> _lines(read_tree("thaw: [head,\n  stem]\nlr:\n  '*.bias': 0.1\n  head: 0.2\nfreeze: out", Faults())[1])
+        {'*.bias': 'line 4', 'head': 'line 1', 'stem': 'line 2', 'out': 'line 6'}
+    """
     listed = [phase.value[key] for key in ("thaw", "freeze") if key in phase.value]
     each = [one for item in listed for one in (item.value if item.kind == "list" else (item,))]
     rates = phase.value.get("lr")
@@ -103,6 +118,9 @@ def write_phases(options: Mapping[str, Json], phases: Sequence[Phase]) -> str:
         - thaw: [head, '*.bias']
           lr: 0.001
           until: 2ep
+        >>> write_phases({"repeats": 2}, [Phase(thaw="head")])
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: write_phases(options=) takes options such as 'repeat', 'max_depth', got 'repeats'. ...
     """
     for key in options:
         if key not in _OPTIONS or key == "phases":
@@ -118,6 +136,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Return a text for the dumper, in double quotes where it is not printable."""
     style = None if text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -130,6 +149,15 @@ def as_data(phase: Phase) -> dict[str, Json]:
 
     Raises:
         ArgumentError: It ends by a function.
+
+    Example:
+        >>> as_data(Phase(name="all", thaw=("head", "stem"), lr={"head": 0.1}, until="2ep", restore="best"))
+        {'name': 'all', 'thaw': ['head', 'stem'], 'lr': {'head': 0.1}, 'until': '2ep', 'restore': 'best'}
+        >>> as_data(Phase(thaw="head", until=Plateau("eval/loss", patience=2, at_most="5ep")))
+        {'thaw': 'head', 'until': {'plateau': 'eval/loss', 'patience': 2, 'at_most': '5ep'}}
+        >>> as_data(Phase(thaw="head", until=lambda state: True))
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: Phase(until=) takes a time or a Plateau where the schedule is written as text, got <function ...>. ...
     """
     data: dict[str, Json] = {}
     for field in attrs.fields(Phase):
@@ -159,7 +187,15 @@ def _value_as_data(value: Any) -> Json:
 
 
 def _fields(item: Item, table: Mapping[str, Field], faults: Faults) -> dict[str, Any]:
-    """Return the values of the keys that are right; for each other key a fault is entered."""
+    r"""Return the values of the keys that are right; for each other key a fault is entered.
+
+    Example:
+        >>> faults = Faults()
+        >>> _fields(read_tree("thaw: head\nlr: -1\nuntl: 2ep\nname: &a x", faults)[1], _PHASE, faults)
+        {'thaw': ('head',), 'name': 'x'}
+        >>> [fault[:2] for fault in faults.found]
+        [(4, '&a is an anchor in YAML, which is not read here'), (2, 'lr takes a number above 0, or None, got -1'), (3, "unknown key 'untl', the nearest is 'until'")]
+    """
     values: dict[str, Any] = {}
     for key, each in item.value.items():
         field = table.get(key)
@@ -181,7 +217,18 @@ def _fields(item: Item, table: Mapping[str, Field], faults: Faults) -> dict[str,
 
 
 def _check_order(listed: Item, options: Mapping[str, Any], faults: Faults) -> None:
-    """Enter what is wrong with the phases side by side: an end that is missing, a name that stands twice."""
+    r"""Enter what is wrong with the phases side by side: an end that is missing, a name that stands twice.
+
+    Example:
+        >>> listed = read_tree("- {freeze: stem}\n- {name: phase 1, thaw: head,\n  until: null}\n- {thaw: out}", Faults())[1]
+        >>> faults = Faults()
+        >>> _check_order(listed, {}, faults)
+        >>> [line for line, _, _ in faults.found]  # no end, nothing to thaw; the name again; no end
+        [1, 1, 2, 3]
+        >>> _check_order(listed, {"repeat": 2}, again := Faults())
+        >>> again.found[-1][:2]
+        (4, 'a phase that is followed by its repetition has no end')
+    """
     if listed.kind != "list":
         return
     names: dict[str, int | str] = {}
@@ -208,6 +255,16 @@ def _check_order(listed: Item, options: Mapping[str, Any], faults: Faults) -> No
 
 
 def _shown(item: Item) -> str:
+    r"""Return a value as an error shows it.
+
+    Example:
+        >>> text = "[{}, [head], {a: 1}, yes, true, ~, 1.0e-3, é, " + "a" * 58 + ", " + "a" * 59 + "]"
+        >>> shown = [_shown(item) for item in read_tree(text, Faults())[1].value]
+        >>> shown[:-2]
+        ['a mapping that is empty', 'a list', 'a mapping', 'yes, which YAML reads as true', 'true', 'nothing', '1.0e-3', "'\\xe9'"]
+        >>> [(len(each), each[-2:]) for each in shown[-2:]]
+        [(60, "a'"), (60, 'a…')]
+    """
     if item.kind in {"map", "list"}:
         return f"a {'mapping' if item.kind == 'map' else 'list'}" + " that is empty" * (not item.value)
     if item.kind == "flag" and item.written.lower() not in {"true", "false"}:
@@ -219,13 +276,30 @@ def _shown(item: Item) -> str:
 
 
 def _text(key: str, item: Item, faults: Faults) -> Any:
+    """Read text; what YAML takes for a number or a truth value wants quotes.
+
+    Example:
+        >>> faults = Faults()
+        >>> [_text("name", item, faults) for item in read_tree("[head, ~, 12, on]", faults)[1].value]
+        ['head', None, 12, True]
+        >>> [fault[1:] for fault in faults.found]
+        [('name takes text, got 12', 'name: "12"'), ('name takes text, got on, which YAML reads as true', 'name: "on"')]
+    """
     if item.kind in {"flag", "number"}:
         faults.add(item.place, f"{key} takes text, got {_shown(item)}", f'{key}: "{item.written}"')
     return _plain(key, item, faults)
 
 
 def _number(key: str, item: Item, faults: Faults) -> Any:
-    """Read a number, also one such as 1e-5, which is text to YAML 1.1 and a number to everybody else."""
+    """Read a number, also one such as 1e-5, which is text to YAML 1.1 and a number to everybody else.
+
+    Example:
+        >>> faults = Faults()
+        >>> [_number("lr", item, faults) for item in read_tree("[1.5, 1e-5, '1e-5', much, .5e1]", faults)[1].value]
+        [1.5, 1e-05, '1e-5', 'much', 5.0]
+        >>> [fault[1:] for fault in faults.found]
+        [('lr takes a number, got text in quotes', 'lr: 1.0e-05')]
+    """
     if item.kind == "text" and _NUMBER.fullmatch(item.value) and len(item.value) < 60:
         if item.plain:
             return float(item.value)
@@ -239,12 +313,25 @@ def _as_yaml(value: object) -> str:
 
 
 def _plain(_key: str, item: Item, _faults: Faults) -> Any:
+    """Return the value with all that is in it."""
     if item.kind == "map":
         return {key: _plain(key, each, _faults) for key, each in item.value.items()}
     return [_plain("", each, _faults) for each in item.value] if item.kind == "list" else item.value
 
 
 def _selectors(key: str, item: Item, faults: Faults) -> Any:
+    """Read a selector or a list of them.
+
+    Example:
+        >>> faults = Faults()
+        >>> _selectors("thaw", read_tree("[head, stem]", faults)[1], faults), _selectors("thaw", Item("text", "head", 1), faults)
+        (('head', 'stem'), ('head',))
+        >>> _ = _selectors("thaw", read_tree("[head, 3, [stem]]", faults)[1], faults)
+        >>> [fault[1:] for fault in faults.found]
+        [('thaw takes names of layers and parameters, got 3', 'thaw: ["3"]'), ('thaw takes names of layers and parameters, got a list', 'thaw: [head]')]
+        >>> _selectors("thaw", Item("list", (Item("refused", None, 1),), 1), faults) is _REFUSED
+        True
+    """
     listed = item.value if item.kind == "list" else (item,)
     for each in listed:
         if each.kind not in {"text", "refused"}:
@@ -255,6 +342,17 @@ def _selectors(key: str, item: Item, faults: Faults) -> Any:
 
 
 def _rates(key: str, item: Item, faults: Faults) -> Any:
+    """Read a rate, or selectors to rates.
+
+    Example:
+        >>> faults = Faults()
+        >>> _rates("lr", read_tree("{head: 1e-3, stem: 0.1}", faults)[1], faults), _rates("lr", Item("number", 0.5, 1), faults)
+        ({'head': 0.001, 'stem': 0.1}, 0.5)
+        >>> _rates("lr", read_tree("{head: 0, stem: 0.1}", faults)[1], faults) is _REFUSED
+        True
+        >>> faults.found
+        [(1, 'head takes a number above 0, got 0', 'head: 1.0e-3')]
+    """
     if item.kind != "map":
         return _number(key, item, faults)
     rate = Field(_number, lambda value: check_in_range("", value, above=0, example=""), "head: 1.0e-3")
@@ -263,6 +361,20 @@ def _rates(key: str, item: Item, faults: Faults) -> Any:
 
 
 def _until(key: str, item: Item, faults: Faults) -> Any:
+    """Read a time, or a mapping as a plateau.
+
+    Example:
+        >>> faults = Faults()
+        >>> for text in ("[2ep]", "[{plateau: eval/loss, patience: 2}]", "[{patience: 2}]", "[{plateau: eval/loss, patience: 0}]"):
+        ...     value = _until("until", read_tree(text, faults)[1].value[0], faults)
+        ...     print("refused" if value is _REFUSED else value)
+        2ep
+        Plateau(monitor='eval/loss', patience=2, min_delta=0.0, mode='auto', at_most=None)
+        refused
+        refused
+        >>> [fault[1] for fault in faults.found]
+        ['until takes a time, or a mapping with plateau in it', 'patience takes a whole number, 1 or above, got 0']
+    """
     if item.kind != "map":
         return _plain(key, item, faults)
     values = _fields(item, _PLATEAU, faults)
@@ -274,6 +386,15 @@ def _until(key: str, item: Item, faults: Faults) -> Any:
 
 
 def _phases(_key: str, item: Item, faults: Faults) -> Any:
+    """Read the list of phases.
+
+    Example:
+        >>> faults = Faults()
+        >>> _phases("phases", Item("list", (), 1), faults), _phases("phases", Item("null", None, 2), faults)
+        (None, None)
+        >>> [fault[1] for fault in faults.found]
+        ['phases takes a list of phases, got a list that is empty', 'phases takes a list of phases, got nothing']
+    """
     if item.kind != "list" or not item.value:
         faults.add(item.place, f"phases takes a list of phases, got {_shown(item)}", "phases: [{thaw: head}]")
         return None
@@ -281,6 +402,20 @@ def _phases(_key: str, item: Item, faults: Faults) -> Any:
 
 
 def _phase(item: Item, faults: Faults) -> Phase | None:
+    """Read a phase; None where there is a fault in it.
+
+    Example:
+        >>> faults = Faults()
+        >>> text = "[head, {name: a}, {freeze: head, warmup: 2ep}, {thaw: a, freeze: a}, {thaw: b}]"
+        >>> [_phase(item, faults) and "a phase" for item in read_tree(text, faults)[1].value]
+        [None, None, None, None, 'a phase']
+        >>> for fault in faults.found:
+        ...     print(*fault, sep=" | ")
+        1 | a phase is a mapping, got 'head' | - {thaw: head, until: 2ep}
+        1 | a phase changes something, by thaw, freeze, lr_scale or schedule | thaw: head
+        1 | warmup is that of what this phase thaws, and it thaws nothing | thaw: head
+        1 | freeze names what thaw names as well | freeze: [stem]
+    """
     if item.kind != "map":
         if item.kind != "refused":
             faults.add(item.place, f"a phase is a mapping, got {_shown(item)}", "- {thaw: head, until: 2ep}")

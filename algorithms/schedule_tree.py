@@ -41,6 +41,10 @@ class Item:
         place: Where it stands: a line, or the way to it in what is no text.
         written: How it is written; for text without its quotes.
         plain: Whether it is a scalar without quotes.
+
+    Example:
+        >>> Item("null", None, 4).where, Item("null", None, "phases[2].lr").where, Item("null", None, 4).plain
+        ('line 4', 'phases[2].lr', False)
     """
 
     kind: Kind
@@ -57,7 +61,21 @@ class Item:
 
 @attrs.frozen
 class Faults:
-    """What is found to be wrong with a schedule."""
+    """What is found to be wrong with a schedule.
+
+    Example:
+        >>> faults = Faults()
+        >>> faults.add(12, "no   end", "until: 2ep")
+        >>> faults.add(3, "no phases", "phases: [{thaw: head}]")
+        >>> faults.add("the end", "too long", "less")
+        >>> len(faults)
+        3
+        >>> print(faults.error("thaw.yaml"))
+        thaw.yaml has 3 errors:
+          the end: too long. Write: less
+          line 3: no phases. Write: phases: [{thaw: head}]
+          line 12: no end. Write: until: 2ep
+    """
 
     found: list[tuple[int | str, str, str]] = attrs.field(factory=list)
 
@@ -76,7 +94,7 @@ class Faults:
 
 
 def read_tree(source: object, faults: Faults) -> tuple[str, Item]:
-    """Return how the source is called in errors, and its tree.
+    r"""Return how the source is called in errors, and its tree.
 
     Args:
         source: A path, YAML text, or what YAML could hold: dicts and lists of strings, numbers, booleans and None.
@@ -84,6 +102,27 @@ def read_tree(source: object, faults: Faults) -> tuple[str, Item]:
 
     Raises:
         ScheduleError: The source cannot be read, or is no YAML.
+
+    Example:
+        >>> name, tree = read_tree("phases:\n- {thaw: head}", Faults())
+        >>> name, tree.value["phases"].value[0].value["thaw"]
+        ('the schedule', Item(kind='text', value='head', place=2, written='head', plain=True))
+        >>> read_tree([], Faults())
+        ('the schedule', Item(kind='list', value=(), place='the top', written='', plain=False))
+        >>> _ = Path("thaw.yaml").write_text("repeat: 2", encoding="utf-8")
+        >>> for path in ("thaw.yaml", Path("thaw.yaml")):
+        ...     name, tree = read_tree(path, Faults())
+        ...     print(name, tree.value["repeat"].value)
+        thaw.yaml 2
+        thaw.yaml 2
+        >>> read_tree(3, Faults())
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: the schedule has 1 error:
+          source: it is a path, YAML text, a dict or a list, got int. Write: 'schedule.yaml'
+        >>> read_tree("- thaw: " + "x" * MAX_BYTES, Faults())
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: the schedule has 1 error:
+          the file: longer than 1 MB, which no schedule is. Write: globs and layers, such as thaw: 'blocks[2:6]', for long lists
     """
     if isinstance(source, (Mapping, list, tuple)):
         return "the schedule", from_python(source, faults)
@@ -100,11 +139,13 @@ def read_tree(source: object, faults: Faults) -> tuple[str, Item]:
 
 
 def is_text(source: str) -> bool:
-    """Return whether a string is YAML text rather than a path: it has more than a line, or a mapping or list in it.
+    r"""Return whether a string is YAML text rather than a path: it has more than a line, or a mapping or list in it.
 
     Example:
         >>> is_text("schedule.yaml"), is_text("- thaw: head"), is_text("C:/runs/schedule.yaml")
         (False, True, False)
+        >>> is_text("phases:"), is_text(""), is_text("a\nb"), is_text(" [a, b]")
+        (True, True, True, True)
     """
     text = source.strip()
     return not text or text.startswith(("[", "{", "- ")) or re.search(r"[\r\n]|: |:$", source) is not None
@@ -116,6 +157,31 @@ def _too_long(name: str) -> ScheduleError:
 
 
 def _file_text(path: Path) -> str:
+    r"""Return what a file holds, without a byte order mark.
+
+    Example:
+        >>> _ = Path("a.yaml").write_bytes(b"\xef\xbb\xbf" + b" " * (MAX_BYTES - 3))
+        >>> len(_file_text(Path("a.yaml")))
+        1048573
+        >>> _ = Path("a.yaml").write_bytes(b" " * (MAX_BYTES + 1))
+        >>> _file_text(Path("a.yaml"))
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: a.yaml has 1 error:
+          the file: longer than 1 MB, which no schedule is. Write: globs and layers, such as thaw: 'blocks[2:6]', for long lists
+        >>> _ = Path("b.yaml").write_bytes(b"name:\n\xff\n")
+        >>> _file_text(Path("b.yaml"))
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: b.yaml has 1 error:
+          line 2: byte 0xff is not UTF-8. Write: the same text, saved as UTF-8
+        >>> _file_text(Path("."))
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: . has 1 error:
+          the file: it is none. Write: the path of a YAML file, or its text
+        >>> _file_text(Path("c.yaml"))
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: c.yaml has 1 error:
+          the file: it cannot be read: ... Write: the path of a YAML file, or its text
+    """
     try:
         if path.exists() and not path.is_file():
             raise ScheduleError(str(path), [("the file", "it is none", "the path of a YAML file, or its text")])
@@ -138,6 +204,12 @@ def _file_text(path: Path) -> str:
 
 
 def _printable(text: str) -> str:
+    r"""Return a path for people: lone surrogates escaped, and not longer than 200 characters.
+
+    Example:
+        >>> _printable("a\udcff"), len(_printable("a" * 200)), _printable("a" * 201)[-3:]
+        ('a\\udcff', 200, "a'…")
+    """
     return text.encode("utf-8", "backslashreplace").decode() if len(text) <= 200 else f"{text[:199]!a}…"
 
 
@@ -149,7 +221,24 @@ class _TooDeep(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes, and refuses anchors, aliases and tags on the way."""
+    r"""Composes nodes, and refuses anchors, aliases and tags on the way.
+
+    Example:
+        >>> faults = Faults()
+        >>> text = "a: &one 1\nb: !!str 2\nc: !x '3'\nd: *one\ne: " + "[" * 11 + "]" * 11
+        >>> [each.kind for each in read_tree(text, faults)[1].value.values()]
+        ['number', 'number', 'text', 'refused', 'list']
+        >>> for fault in faults.found:
+        ...     print(*fault, sep=" | ")
+        1 | &one is an anchor in YAML, which is not read here | a: 1
+        2 | tag:yaml.org,2002:str is a tag in YAML, which is not read here | b: 2
+        3 | !x is a tag in YAML, which is not read here | c: '3'
+        4 | *one is an alias in YAML, which is not read here | d: "*one"
+        >>> read_tree("[" * 13 + "]" * 13, Faults())
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: the schedule has 1 error:
+          line 1: nested deeper than 12 levels. Write: - {thaw: head, until: 2ep}
+    """
 
     def __init__(self, text: str, faults: Faults) -> None:
         super().__init__(text)
@@ -190,6 +279,28 @@ class _Loader(yaml.SafeLoader):
 
 
 def _composed(name: str, text: str, faults: Faults) -> Item:
+    r"""Return the tree of a text.
+
+    Example:
+        >>> _composed("thaw.yaml", "# nothing\n\n'text'", Faults())
+        Item(kind='text', value='text', place=3, written='text', plain=False)
+        >>> _composed("thaw.yaml", "# nothing", Faults())
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: thaw.yaml has 1 error:
+          line 1: there is no phase in it. Write: - {thaw: head, until: 2ep}
+        >>> _composed("thaw.yaml", "a: 1\nb: \x07", Faults())
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: thaw.yaml has 1 error:
+          line 2: the character '\x07' is not allowed in YAML. Write: the line without it
+        >>> _composed("thaw.yaml", "a: 1\nb: [1, 2", Faults())
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: thaw.yaml has 1 error:
+          line 2: it is no YAML: expected ',' or ']', but got '<stream end>'. Write: - {thaw: head, until: 2ep}
+        >>> _composed("thaw.yaml", "\n\"\\UFFFFFFFF\"", Faults())
+        Traceback (most recent call last):
+        thawline.engine.errors.ScheduleError: thaw.yaml has 1 error:
+          line 2: it is no YAML: ... Write: - {thaw: head, until: 2ep}
+    """
     node: yaml.Node | None = None
     try:
         loader = _Loader(text, faults)
@@ -215,7 +326,21 @@ def _composed(name: str, text: str, faults: Faults) -> Item:
 
 
 def _add_broken(text: str, line: int, problem: str, faults: Faults) -> None:
-    """Enter what PyYAML says of text that is no YAML, with the line as it was probably meant."""
+    r"""Enter what PyYAML says of text that is no YAML, with the line as it was probably meant.
+
+    Example:
+        >>> faults = Faults()
+        >>> _add_broken("until: 2ep\nthaw: @head\nlr: 1", 2, "found '@'", faults)
+        >>> _add_broken("thaw: @head\nlr: 1", 2, "found '@'", faults)  # seen one line late
+        >>> _add_broken("thaw: head\nlr: 1", 7, "the end", faults)
+        >>> _add_broken("thaw: @head", 1, "nested deeper than 12 levels", faults)
+        >>> for fault in faults.found:
+        ...     print(*fault, sep=" | ")
+        2 | it is no YAML: found '@' | thaw: "@head"
+        1 | it is no YAML: found '@' | thaw: "@head"
+        2 | it is no YAML: the end | - {thaw: head, until: 2ep}
+        1 | nested deeper than 12 levels | - {thaw: head, until: 2ep}
+    """
     if "nested" in problem:
         faults.add(line, problem, _EXAMPLE)
         return
@@ -238,6 +363,16 @@ def _item(node: yaml.Node, line: int, faults: Faults) -> Item:
 
 
 def _entries(node: yaml.MappingNode, faults: Faults) -> dict[str, Item]:
+    r"""Return the values of a mapping by their keys; of a key that stands twice, the first.
+
+    Example:
+        >>> faults = Faults()
+        >>> tree = read_tree("a: 1\n[b]: 2\n*c : 3\nd: 4\na: 5", faults)[1]
+        >>> {key: (each.value, each.where) for key, each in tree.value.items()}
+        {'a': (1, 'line 1'), 'd': (4, 'line 4')}
+        >>> [fault[:2] for fault in faults.found]
+        [(3, '*c is an alias in YAML, which is not read here'), (2, 'a key is a word, not a list or a mapping'), (5, "the key 'a' stands twice, first in line 1")]
+    """
     entries: dict[str, Item] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
@@ -255,6 +390,29 @@ def _entries(node: yaml.MappingNode, faults: Faults) -> dict[str, Item]:
 
 
 def _scalar(node: yaml.Node, line: int, faults: Faults) -> Item:
+    """Return a value without others in it; numbers are decimal ones.
+
+    Example:
+        >>> faults = Faults()
+        >>> text = "[head, 'head', 12, 1.5, -.inf, .nan, yes, off, ~, 010, 1:30, 1234567890123456789, 123456789012345678]"
+        >>> for item in read_tree(text, faults)[1].value:
+        ...     print(item.kind, item.value, item.written, item.plain)
+        text head head True
+        text head head False
+        number 12 12 True
+        number 1.5 1.5 True
+        number -inf -.inf True
+        number nan .nan True
+        flag True yes True
+        flag False off True
+        null None ~ True
+        refused None  False
+        refused None  False
+        refused None  False
+        number 123456789012345678 123456789012345678 True
+        >>> len(faults), faults.found[0]
+        (3, (1, '010 is no decimal number of at most 18 digits', '"010", or a decimal number'))
+    """
     kind, text, plain = node.tag.rpartition(":")[2], str(node.value), getattr(node, "style", None) is None
     if kind == "refused":
         return Item("refused", None, line)
@@ -276,6 +434,12 @@ def _scalar(node: yaml.Node, line: int, faults: Faults) -> Item:
 
 
 def _cut(text: str) -> str:
+    """Return the text, no longer than 60 characters.
+
+    Example:
+        >>> len(_cut("a" * 60)), _cut("a" * 61)[-3:], len(_cut("a" * 61))
+        (60, 'aa…', 60)
+    """
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
@@ -283,7 +447,23 @@ def _cut(text: str) -> str:
 
 
 def from_python(value: object, faults: Faults, place: str = "", depth: int = 0) -> Item:
-    """Return dicts and lists as a tree, such as JSON gives them; places are paths like ``phases[2].lr``."""
+    """Return dicts and lists as a tree, such as JSON gives them; places are paths like ``phases[2].lr``.
+
+    Example:
+        >>> faults = Faults()
+        >>> tree = from_python({"phases": [{"thaw": "head", "lr": 0.1}], 2: None, "on": True, "big": 10**18, 1.5: 1}, faults)
+        >>> tree.value["phases"].value[0].value["lr"]
+        Item(kind='number', value=0.1, place='phases[0].lr', written='0.1', plain=False)
+        >>> {key: (each.kind, each.where) for key, each in tree.value.items()}
+        {'phases': ('list', 'phases'), '2': ('null', '2'), 'on': ('flag', 'on'), 'big': ('refused', 'big')}
+        >>> for fault in faults.found:
+        ...     print(*fault, sep=" | ")
+        big | a schedule is strings, numbers, lists and dicts, got int | - {thaw: head, until: 2ep}
+        the top | a key is a word, not a float | {'phases': […]}
+        >>> nested = from_python([[1]], faults, depth=MAX_DEPTH - 1)
+        >>> nested.value[0].kind, nested.value[0].value[0].kind, faults.found[-1][:2]
+        ('list', 'refused', ('[0][0]', 'nested deeper than 12 levels'))
+    """
     here = place or "the top"
     if depth > MAX_DEPTH:
         faults.add(here, f"nested deeper than {MAX_DEPTH} levels", _EXAMPLE)

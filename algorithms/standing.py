@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -40,10 +41,15 @@ def standing_after(
         base_max_lr: The base rate of what a phase after the first thaws without a rate.
 
     Example:
-        >>> phases = [Phase(thaw="head"), Phase(thaw="body", lr=1e-4, lr_scale=0.5)]
-        >>> standing = standing_after(phases, lambda selector: [f"{selector}.weight"])
-        >>> standing["head.weight"].factor, standing["body.weight"].lr
-        (0.5, 0.0001)
+        >>> weight = lambda selector: [f"{selector}.weight"]
+        >>> phases = [Phase(thaw="head", weight_decay=0.1), Phase(thaw="body", lr=1e-4, lr_scale=0.5)]
+        >>> standing = standing_after(phases, weight)
+        >>> standing["head.weight"], standing["body.weight"].lr
+        (Standing(lr=None, weight_decay=0.1, factor=0.5), 0.0001)
+        >>> more = [*phases, Phase(freeze="head", lr_scale=0.5), Phase(thaw=("tail", "stem"), lr={"stem": 1e-3})]
+        >>> {name: (each.lr, each.factor) for name, each in standing_after(more, weight, base_max_lr=1e-5).items()}
+        {'body.weight': (0.0001, 0.5), 'tail.weight': (1e-05, 1.0), 'stem.weight': (0.001, 1.0)}
+        >>> standing_after(more[:1], weight, base_max_lr=1e-5)["head.weight"].lr  # not of the first phase
     """
     standing: dict[str, Standing] = {}
     for number, phase in enumerate(phases):
@@ -63,3 +69,17 @@ def standing_after(
         for selector, lr in phase.lr.items() if isinstance(phase.lr, Mapping) else ():
             standing.update({name: attrs.evolve(standing[name], lr=lr) for name in select(selector)})
     return standing
+
+
+def group_by(standing: Mapping[str, Standing], field: str) -> ItemsView[Any, list[str]]:
+    """Return each value of a field with the parameters that have it.
+
+    Example:
+        >>> rates = {"a": Standing(lr=0.1), "b": Standing(), "c": Standing(lr=0.1)}
+        >>> list(group_by(rates, "lr"))
+        [(0.1, ['a', 'c']), (None, ['b'])]
+    """
+    found: dict[Any, list[str]] = {}
+    for name, each in standing.items():
+        found.setdefault(getattr(each, field), []).append(name)
+    return found.items()

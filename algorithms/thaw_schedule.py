@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Literal, Self
 
 import attrs
 from torch import nn
@@ -26,18 +26,17 @@ from ..engine import (
     get_logger,
     linear,
     register,
-    warn,
 )
 from .arguments import flag, one_of, positive, whole
 from .phase_watch import PhaseWatch, monitors
-from .phases import SCHEDULES, Phase, Plateau, Written, number_phases
-from .schedule_check import check_phases, generate_phases, never_begin, never_warm
+from .phases import SCHEDULES, Phase, Plateau, Written, check_length, length_of, number_phases, unplanned_ends
+from .schedule_check import check_fit, generate_phases
 from .schedule_fts import Callback, phases_from_fts
-from .schedule_text import as_data, read_phases, write_phases
-from .standing import Standing, standing_after
+from .schedule_source import Source, read_source
+from .schedule_text import as_data, write_phases
+from .standing import Standing, group_by, standing_after
 from .train_only import all_but
 
-Source: TypeAlias = "str | Path | Mapping[str, Any] | Sequence[Phase] | Sequence[Mapping[str, Any]]"
 COMPLETED = "ThawSchedule: last phase completed"
 OPTIONS = ("repeat", "max_depth", "batchnorm", "base_max_lr", "end_with_last_phase")
 log = get_logger(__name__)
@@ -82,12 +81,23 @@ class ThawSchedule(Algorithm):
     Source: the phases of finetuning-scheduler (Dale, 2021, doi:10.5281/zenodo.5595185).
 
     Example:
+        >>> import torch
         >>> from thawline.engine import Trainer
         >>> from thawline.engine.testing import tiny_loader, tiny_models
         >>> schedule = ThawSchedule([Phase(thaw="head", until="1ep"), Phase(thaw="blocks", lr=1e-4, lr_scale=0.5)])
         >>> plan = Trainer(algorithms=[schedule]).plan(tiny_models()["mlp"](), tiny_loader(), duration="4ep")
         >>> [(span.start.epoch, *span.layers) for span in plan.spans]
         [(0, 'head'), (1, 'blocks[0]', 'blocks[1]', 'head')]
+        >>> plan.samples[0].rates, plan.samples[-1].rates
+        ({'head': 0.0001}, {'blocks[0]': 0.0001, 'blocks[1]': 0.0001, 'head': 5e-05})
+        >>> head = Phase(thaw="head", until="3ba", schedule="linear", warmup="2ba")
+        >>> schedule = ThawSchedule([head, Phase(thaw="blocks", freeze="head", until="1ep")], repeat=2, base_max_lr=0.01)
+        >>> trainer = Trainer(algorithms=[schedule], optimizer=lambda each: torch.optim.SGD(each, lr=1.0))
+        >>> plan = trainer.plan(tiny_models()["mlp"](), tiny_loader(), duration="6ep")
+        >>> [(span.start.batch, *span.layers) for span in plan.spans]
+        [(0, 'head'), (3, 'blocks[0]', 'blocks[1]'), (8, 'head'), (11, 'blocks[0]', 'blocks[1]')]
+        >>> [{name: round(rate, 2) for name, rate in sample.rates.items()} for sample in plan.samples[:4]]
+        [{'head': 0.0}, {'head': 0.33}, {'head': 0.33}, {'blocks[0]': 0.01, 'blocks[1]': 0.01}]
     """
 
     stage: ClassVar[Stage] = Stage.TRAINABILITY
@@ -112,12 +122,12 @@ class ThawSchedule(Algorithm):
     _watch: PhaseWatch = attrs.field(init=False, factory=PhaseWatch, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        options, phases = _read(self.source)
+        options, phases = read_source(self.source)
         for name in options.keys() - self._arguments[1].keys():
             setattr(self, name, options[name])
         self.phases = number_phases(phases, repeat=self.repeat)
         for phase in self.phases:
-            _check_length(phase)
+            check_length(phase)
         if not self.phases[0].thaw:
             example = "ThawSchedule([Phase(thaw='head')])"
             raise ArgumentError(
@@ -139,6 +149,11 @@ class ThawSchedule(Algorithm):
         Args:
             model: The model, or its LayerMap.
             **options: As for the constructor.
+
+        Example:
+            >>> schedule = ThawSchedule.generate(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), max_depth=1)
+            >>> [phase.name for phase in schedule.phases], schedule.max_depth
+            (['head', 'blocks[0]'], 1)
         """
         if not isinstance(model, (nn.Module, LayerMap)):
             takes = "a torch.nn.Module or a LayerMap"
@@ -166,6 +181,15 @@ class ThawSchedule(Algorithm):
 
         Raises:
             ArgumentError: A phase ends by a function, which text cannot hold.
+
+        Example:
+            >>> path = ThawSchedule([Phase(thaw="head", until="2ep")], repeat=2).save("thaw.yaml")
+            >>> print(path.read_text(), end="")
+            repeat: 2
+            phases:
+            - {name: phase 1, thaw: head, until: 2ep}
+            >>> ThawSchedule(path).repeat, ThawSchedule(path, repeat=3).repeat
+            (2, 3)
         """
         defaults = {each.name: each.default for each in attrs.fields(type(self))}
         options = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) != defaults[name]}
@@ -192,7 +216,13 @@ class ThawSchedule(Algorithm):
 
     @property
     def monitor(self) -> str | None:
-        """The first metric of an evaluation that a phase waits for or goes back by."""
+        """The first metric of an evaluation that a phase waits for or goes back by.
+
+        Example:
+            >>> ends = [Plateau("train/loss"), Plateau("eval/f1")]
+            >>> ThawSchedule([Phase(thaw=f"{place}", until=end) for place, end in enumerate(ends)]).monitor
+            'eval/f1'
+        """
         found = (name for phase in self.phases for name in monitors(phase) if not name.startswith("train/"))
         return next(found, None)
 
@@ -211,18 +241,7 @@ class ThawSchedule(Algorithm):
     @override
     def unplanned(self) -> str | None:
         """Return which phases end by what only a fit knows."""
-        words = []
-        for phase in self.phases:
-            until = phase.until
-            if isinstance(until, Plateau):
-                latest = "" if until.at_most is None else f", at the latest after {until.at_most}, as shown"
-                plural = "s" * (until.patience != 1)
-                words.append(
-                    f"{phase.name!r} when {until.monitor} has not improved for {until.patience} evaluation{plural}{latest}"
-                )
-            elif callable(until):
-                words.append(f"{phase.name!r} by a function of the state")
-        return f"may end its phases {'; '.join(words)}" if words else None
+        return unplanned_ends(self.phases)
 
     # -- events --------------------------------------------------------------------------------------------------
 
@@ -235,9 +254,24 @@ class ThawSchedule(Algorithm):
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        """Begin, watch the running phase, or let the next one begin."""
+        """Begin, watch the running phase, or let the next one begin.
+
+        Example:
+            >>> import torch
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+            >>> state = State(model, ParameterLedger(model, lambda every: torch.optim.SGD(every, lr=0.1)))
+            >>> body = Phase(thaw="blocks", lr=0.01, lr_scale=0.5, weight_decay=0.1)
+            >>> schedule = ThawSchedule([Phase(thaw="head", until="2ba"), body])
+            >>> schedule.apply(Event.FIT_START, state)
+            >>> for state.clock in (Clock(batch=1), Clock(batch=2)):
+            ...     if schedule.match(Event.BATCH_START, state):
+            ...         schedule.apply(Event.BATCH_START, state)
+            ...     print([(group.name, group.lr, group.options["weight_decay"]) for group in state.ledger.groups])
+            [('head', 0.1, 0)]
+            [('blocks[0]', 0.01, 0.1), ('head', 0.05, 0)]
+        """
         if event is Event.FIT_START:
-            self._check(state)
+            check_fit(self.phases, self._total, state)
             self._enter(state)
         elif event in (Event.EPOCH_START, Event.BATCH_START):
             self._leave(state)
@@ -263,6 +297,18 @@ class ThawSchedule(Algorithm):
 
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` returned.
+
+        Example:
+            >>> schedule = ThawSchedule([Phase(name="head", thaw="head", until="2ep"), Phase(thaw="stem", until="2ep")], repeat=2)
+            >>> schedule.phase, schedule.depth, schedule.remaining
+            (None, 0, 4)
+            >>> begun = ThawSchedule(schedule.phases, repeat=2)
+            >>> begun._place, begun._begun, begun._late = 2, Clock(epoch=4, batch=40), 0.5
+            >>> schedule.load_state_dict(begun.state_dict())
+            >>> schedule.phase.name, schedule.depth, schedule.remaining, schedule._begun == begun._begun, schedule._late
+            ('head', 1, 1, True, 0.5)
+        """
         self._place, self._begun, self._late = saved["place"], Clock(**saved["begun"]), saved["late"]
         self._watch.load_state_dict(saved["watch"])
 
@@ -270,7 +316,13 @@ class ThawSchedule(Algorithm):
 
     @property
     def _total(self) -> int:
-        """How many phases run, in all rounds."""
+        """How many phases run, in all rounds.
+
+        Example:
+            >>> phases = [Phase(thaw="head", until="2ep"), Phase(thaw="stem", until="2ep")]
+            >>> [ThawSchedule(phases, repeat=2, max_depth=depth)._total for depth in (None, 1, 2, 3)]
+            [4, 1, 2, 4]
+        """
         return self.max_depth if self._is_capped else len(self.phases) * self.repeat  # type: ignore[return-value]
 
     @property
@@ -283,18 +335,44 @@ class ThawSchedule(Algorithm):
 
     @property
     def _until(self) -> Time | Plateau | Callable[[State], bool] | None:
-        """What ends the running phase; nothing ends one that is kept."""
+        """What ends the running phase; nothing ends one that is kept.
+
+        Example:
+            >>> schedule = ThawSchedule([Phase(thaw="head", until="2ep"), Phase(thaw="stem", until="3ep")], max_depth=2)
+            >>> schedule._place = 0
+            >>> schedule._until, schedule._is_last
+            (Time('2ep'), False)
+            >>> schedule._place = 1
+            >>> schedule._until, schedule._is_last
+            (None, True)
+        """
         phase = self.phase
         return None if phase is None or (self._is_last and self._is_capped) else phase.until
 
     def _is_due(self, event: Event, clock: Clock) -> bool:
-        """Return whether to leave the running phase now; the end of the last one is the fit's, or nothing follows."""
+        """Return whether to leave the running phase now; the end of the last one is the fit's, or nothing follows.
+
+        Example:
+            >>> for ends in (True, False):
+            ...     schedule = ThawSchedule([Phase(thaw="head", until="3ba")], end_with_last_phase=ends)
+            ...     schedule._place = 0
+            ...     print([schedule._is_due(Event.BATCH_START, Clock(batch=batch)) for batch in (2, 3)])
+            [False, False]
+            [False, True]
+        """
         if self.phase is None or (self._is_last and self.end_with_last_phase):
             return False
         return self._watch.over or self._has_passed(event, clock)
 
     def _has_passed(self, event: Event, clock: Clock) -> bool:
-        """Return whether the running phase's time is up; one in epochs only between two of them."""
+        """Return whether the running phase's time is up; one in epochs only between two of them.
+
+        Example:
+            >>> schedule, clock = ThawSchedule([Phase(thaw="head", until="1ep")]), Clock(epoch=1, batch=4)
+            >>> schedule._place = 0
+            >>> schedule._has_passed(Event.BATCH_START, clock), schedule._has_passed(Event.EPOCH_START, clock)
+            (False, True)
+        """
         until = self._until
         time = until.at_most if isinstance(until, Plateau) else until
         if not isinstance(time, Time) or (time.unit == "ep" and event not in (Event.EPOCH_START, Event.EPOCH_END)):
@@ -306,7 +384,16 @@ class ThawSchedule(Algorithm):
         return time.elapsed(clock) - time.elapsed(self._begun) + self._late - time.value
 
     def _lateness(self, clock: Clock) -> float:
-        """Return how much later than the running phase named the next begins, where both end by times of one unit."""
+        """Return how much later than the running phase named the next begins, where both end by times of one unit.
+
+        Example:
+            >>> for until in ("0.25dur", "1ep"):
+            ...     schedule = ThawSchedule([Phase(thaw="head", until="0.25dur"), Phase(thaw="stem", until=until)])
+            ...     schedule._place, schedule._late = 0, 0.05
+            ...     print(round(schedule._lateness(Clock(progress=0.3)), 2))
+            0.1
+            0.0
+        """
         before, after = self._until, self.phases[(self._place + 1) % len(self.phases)].until
         if isinstance(before, Time) and isinstance(after, Time) and before.unit == after.unit:
             return self._overdue(before, clock)
@@ -347,17 +434,17 @@ class ThawSchedule(Algorithm):
         """Set rates, options and schedule, and take them back from what is frozen; leave to others what no phase sets."""
         owner = self.owner
         if self.base_max_lr is not None or any(each.lr is not None for each in self.phases):
-            for lr, names in _by(standing, "lr"):
+            for lr, names in group_by(standing, "lr"):
                 ledger.set_lr(names, lr, owner=owner)
         if any(each.weight_decay is not None for each in self.phases):
-            for decay, names in _by(standing, "weight_decay"):
+            for decay, names in group_by(standing, "weight_decay"):
                 ledger.set_options(names, weight_decay=decay, owner=owner)
         if any(each.lr_scale is not None for each in self.phases):
-            for factor, names in _by(standing, "factor"):
+            for factor, names in group_by(standing, "factor"):
                 ledger.scale(names, factor, owner=owner)
         if any(each.schedule is not None for each in self.phases):
             schedule = None if phase.schedule is None else _SCHEDULES[phase.schedule]()
-            span = _length(phase) or Time(f"{max(1e-9, 1 - ledger.clock.progress)!r}dur")
+            span = length_of(phase) or Time(f"{max(1e-9, 1 - ledger.clock.progress)!r}dur")
             ledger.set_schedule("*", None, owner=owner)
             ledger.set_schedule(free, schedule, span=span, owner=owner)
 
@@ -368,7 +455,26 @@ class ThawSchedule(Algorithm):
     # -- the end of the last ----------------------------------------------------------------------------------------------
 
     def _end(self, event: Event, state: State) -> None:
-        """End the fit with its last phase; at the fit's last EPOCH_END the best weights come back."""
+        """End the fit with its last phase; at the fit's last EPOCH_END the best weights come back.
+
+        Example:
+            >>> import torch
+            >>> model = nn.Linear(4, 2)
+            >>> state = State(model, ParameterLedger(model, torch.optim.SGD(model.parameters(), lr=0.1)), duration="9ep")
+            >>> schedule = ThawSchedule([Phase(thaw="head", until="2ba", restore="best")])
+            >>> schedule.apply(Event.FIT_START, state)
+            >>> state.metrics["eval/loss"], best = 0.5, model.bias.tolist()
+            >>> schedule.apply(Event.EVAL_END, state)
+            >>> _ = model.bias.data.fill_(7.0)
+            >>> for state.clock in (Clock(batch=1), Clock(batch=2)):
+            ...     schedule.apply(Event.BATCH_END, state)
+            ...     print(state.stop_reason)
+            None
+            ThawSchedule: last phase completed
+            >>> schedule.apply(Event.EPOCH_END, state)
+            >>> state.restored, model.bias.tolist() == best
+            (True, True)
+        """
         if self._is_last and self.end_with_last_phase and self._until is not None:
             if event is not Event.EVAL_END and self._has_passed(event, state.clock):
                 self._watch.over = True
@@ -378,71 +484,6 @@ class ThawSchedule(Algorithm):
         if ends and event is Event.EPOCH_END:
             state.restored = self._leave(state)
 
-    # -- before the first --------------------------------------------------------------------------------------------
-
-    def _check(self, state: State) -> None:
-        """Check the phases beside the model, and warn of what is allowed and probably not meant."""
-        left = check_phases(self.phases, state.ledger)
-        left = tuple(name for name in left if "user" not in state.ledger.owners(name))
-        if left:
-            shown = ", ".join(left[:3]) + f" and {len(left) - 3} more" * (len(left) > 3)
-            _warn(f"no phase names {len(left)} parameters, which stay frozen: {shown}. Name them in thaw= or freeze=.")
-        if late := never_begin(self.phases, self._total, state):
-            shown = ", ".join(map(repr, late[:3])) + f" and {len(late) - 3} more" * (len(late) > 3)
-            never, them = ("phase never begins", "it") if len(late) == 1 else ("phases never begin", "them")
-            _warn(
-                f"{len(late)} {never}: {shown}. The fit ends after {state.duration}, before {them}. Write shorter phases."
-            )
-        if cold := never_warm(self.phases, self._total, state):
-            shown = ", ".join(map(repr, cold))
-            _warn(
-                f"the warmup of {shown} is not over when the fit ends after {state.duration}, so its full rate is never "
-                "reached. An int is epochs: write warmup='100ba' for batches, or warmup='0.1dur' for a share of the fit."
-            )
-
-
-def _warn(text: str) -> None:
-    warn(f"ThawSchedule: {text}")
-
-
-def _read(source: Any) -> tuple[dict[str, Any], tuple[Phase, ...]]:
-    if isinstance(source, Sequence) and not isinstance(source, str) and source:
-        if all(isinstance(each, Phase) for each in source):
-            return {}, Written.like(source, source)
-        strange = [each for each in source if not isinstance(each, (Phase, Mapping))]
-        if strange or any(isinstance(each, Phase) for each in source):
-            _refuse(strange[0] if strange else source)
-    elif not isinstance(source, (str, Path, Mapping)) or not source:
-        _refuse(source)
-    return read_phases(source)
-
-
-def _refuse(source: object) -> None:
-    takes = "phases, or a YAML file, its text, or the same as dicts and lists"
-    example = "ThawSchedule([Phase(thaw='head', until='2ep'), Phase(thaw='blocks')])"
-    raise ArgumentError("ThawSchedule(source=)", got=source, takes=takes, example=example)
-
 
 def _is_text(until: object) -> bool:
     return until is None or isinstance(until, (Time, Plateau))
-
-
-def _length(phase: Phase) -> Time | None:
-    """Return how long a phase is at most, as far as it says so."""
-    until = phase.until
-    return until.at_most if isinstance(until, Plateau) else until if isinstance(until, Time) else None
-
-
-def _check_length(phase: Phase) -> None:
-    if phase.schedule is not None and phase.until is not None and _length(phase) is None:
-        takes = f"a phase whose length is known: {phase.name!r} ends by what only the fit knows"
-        example = f"Phase(schedule={phase.schedule!r}, until=Plateau('eval/loss', at_most='5ep'))"
-        raise ArgumentError("Phase(schedule=)", got=phase.schedule, takes=takes, example=example)
-
-
-def _by(standing: Mapping[str, Standing], field: str) -> Iterable[tuple[Any, list[str]]]:
-    """Yield each value of a field with the parameters that have it."""
-    found: dict[Any, list[str]] = {}
-    for name, each in standing.items():
-        found.setdefault(getattr(each, field), []).append(name)
-    return found.items()

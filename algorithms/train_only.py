@@ -41,13 +41,21 @@ def all_but(layers: LayerMap, names: Collection[str]) -> list[str]:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         >>> all_but(LayerMap(model), {"2.bias", "4.weight", "4.bias"})
         ['blocks[0]', '2.weight']
+        >>> all_but(LayerMap(model), [])
+        ['blocks[0]', 'blocks[1]', 'head']
     """
     chosen = frozenset(names)
     return [select for layer in layers for select in rest_of(layer, chosen)]
 
 
 def rest_of(layer: Layer, names: Collection[str]) -> list[str]:
-    """Return selectors of a layer's parameters but ``names``: the layer, where it has none of them."""
+    """Return selectors of a layer's parameters but ``names``: the layer, where it has none of them.
+
+    Example:
+        >>> head = Layer("head", ("out.weight", "out.bias"))
+        >>> rest_of(head, ["out.bias"]), rest_of(head, ["in.bias"]), rest_of(head, ["out.weight", "out.bias"])
+        (['out.weight'], ['head'], [])
+    """
     rest = [name for name in layer.parameters if name not in names]
     return [layer.name] if len(rest) == len(layer.parameters) else rest
 
@@ -59,7 +67,19 @@ LEFT_OUT = (
 
 
 def warn_of_left_out(ledger: ParameterLedger, names: Collection[str], who: str) -> None:
-    """Warn where ``who`` is to train some of what the optimizer instance of the fit does not hold, but not all of it."""
+    """Warn where ``who`` is to train some of what the optimizer instance of the fit does not hold, but not all of it.
+
+    Example:
+        >>> import torch, warnings
+        >>> model = torch.nn.Linear(2, 1)
+        >>> ledger = ParameterLedger(model, torch.optim.SGD([model.weight], lr=0.1))
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     warn_of_left_out(ledger, ["weight"], "TrainOnly")
+        ...     warn_of_left_out(ledger, ["weight", "bias"], "TrainOnly")
+        ...     warn_of_left_out(ledger, ["bias"], "TrainOnly")
+        >>> [str(each.message).partition(" cannot")[0] for each in caught]
+        ["TrainOnly is to train 2 parameters, and 1 (first 'bias')"]
+    """
     missing = [name for name in names if name in ledger.left_out]
     if missing and len(missing) < len(names):
         warn(
@@ -68,7 +88,22 @@ def warn_of_left_out(ledger: ParameterLedger, names: Collection[str], who: str) 
 
 
 def warn_of_frozen_trunk(state: State, who: str) -> None:
-    """Warn where everything below the head was frozen before the fit, so that ``who`` has nothing to act on."""
+    """Warn where everything below the head was frozen before the fit, so that ``who`` has nothing to act on.
+
+    Example:
+        >>> import torch, warnings
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     for each in model[0].parameters():
+        ...         _ = each.requires_grad_(False)
+        ...         state = State(model, ParameterLedger(model, lambda every: torch.optim.SGD(every, lr=0.1)))
+        ...         warn_of_frozen_trunk(state, "LayerThaw")
+        ...         print(len(caught))  # the weight is frozen, then both
+        0
+        1
+        >>> str(caught[0].message).partition(" were")[0]
+        'LayerThaw has nothing to act on: all 2 parameters below the head'
+    """
     below = [name for layer in state.layers if layer.name != "head" for name in layer.parameters]
     if below and all("user" in state.ledger.owners(name) for name in below):
         warn(
@@ -82,6 +117,15 @@ def _selectors(value: object) -> tuple[str, ...]:
 
 
 def _rates(value: object) -> dict[str, float]:
+    """Take the rates, and refuse what are none.
+
+    Example:
+        >>> _rates(None), _rates({"head": 1})
+        ({}, {'head': 1.0})
+        >>> _rates({"head": 0})
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: TrainOnly(lr=) takes a mapping of selectors to rates above 0, or None, got {'head': 0}. ...
+    """
     if value is None:
         return {}
     if isinstance(value, Mapping) and all(
@@ -134,7 +178,16 @@ class TrainOnly(Algorithm):
 
     @override
     def apply(self, event: Event, state: State) -> None:
-        """Hold the rest, and set the rates."""
+        """Hold the rest, and set the rates.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+            >>> state = State(model, ParameterLedger(model, lambda every: torch.optim.SGD(every, lr=0.1)))
+            >>> TrainOnly("1.*", lr={"1.bias": 0.5}).apply(Event.FIT_START, state)
+            >>> [(group.parameters, group.lr) for group in state.ledger.groups]
+            [(('1.weight',), 0.1), (('1.bias',), 0.5)]
+        """
         ledger, layers = state.ledger, state.layers
         chosen = ledger.select(self.select)
         with ledger.at_once():
@@ -147,7 +200,17 @@ class TrainOnly(Algorithm):
             warn(doubt)
 
     def _doubts(self, ledger: ParameterLedger, chosen: frozenset[str]) -> Iterator[str]:
-        """Yield what was asked for and cannot have been meant."""
+        """Yield what was asked for and cannot have been meant.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+            >>> _ = model[2].bias.requires_grad_(False)
+            >>> ledger = ParameterLedger(model, lambda every: torch.optim.SGD(every, lr=0.1))
+            >>> only = TrainOnly(["blocks[-1:]", "blocks[-2:]", "2.bias"], lr={"0.bias": 0.1, "2.bias": 0.2})
+            >>> [doubt.partition(", so")[0] for doubt in only._doubts(ledger, frozenset(ledger.select(only.select)))]
+            ["TrainOnly(['blocks[-1:]', 'blocks[-2:]', '2.bias']) selects 1 parameters (first '2.bias') that were frozen before the fit, and stay so. Write model.requires_grad_(True) before the fit.", "nothing of '2.bias' trains", "TrainOnly('blocks[-2:]') asks for 2 blocks of 1: all train. Write partial(last=1)."]
+        """
         frozen = [name for name in chosen if "user" in ledger.owners(name) and name not in ledger.left_out]
         if frozen:
             yield (

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from helpers import Tied, cnn, encoder, mlp
+from thawline.algorithms.name_patterns import compact, precise
 from thawline.algorithms.phases import SCHEDULES, Phase, Plateau, number_phases
 from thawline.algorithms.schedule_check import check_phases, generate_phases
-from thawline.algorithms.schedule_fts import Callback, compact, phases_from_fts, precise
+from thawline.algorithms.schedule_fts import Callback, phases_from_fts
 from thawline.algorithms.schedule_text import read_phases, write_phases
 from thawline.algorithms.schedule_tree import MAX_BYTES, MAX_DEPTH
 from thawline.engine import ArgumentError, LayerMap, ParameterLedger, ScheduleError, ThawlineWarning, Time
