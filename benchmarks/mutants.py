@@ -1,6 +1,6 @@
 """Mutations of the code, and who notices them: the test suite, and the conformance kit alone.
 
-    python -m benchmarks.mutants [--seed N] [--count N] [--only suite|kit] [--jobs N] [--results FILE]
+    python -m benchmarks.mutants [--seed N] [--count N] [--only suite|kit] [--subjects N] [--jobs N] [--results FILE]
 
 General mutations (see ``mutations.py``) are drawn by seed. torch is imported once; every trial is a fork that compiles the
 mutated module from its tree in memory, before thawline is imported there. Processes that a test starts see the code as it is.
@@ -8,7 +8,8 @@ mutated module from its tree in memory, before thawline is imported there. Proce
 Suite: the tests that execute the mutated statement, as measured test by test once before; for code that runs at import, those that
 execute anything of its module. First those in the module's own files, ``tests/test_<module>*.py``; where they do not notice,
 the others, cheapest first, as many as take ``--budget`` seconds. Kit: ``check_algorithm`` alone, with the defaults, on each registered
-algorithm and preset that executes the statement there, until one does not pass.
+algorithm and preset that executes the statement there, until one does not pass; with ``--subjects``, on that many of them, drawn by the
+mutation: what they notice all would, so the share is a lower bound.
 
 A trial that takes three times what was measured, and half a minute, is a timeout, counted apart. Results are appended to a file of JSON lines; what
 stands in it is not tried again.
@@ -84,12 +85,14 @@ class Bench:
         subjects: Every subject of the kit.
         places: The places of statements, by module and line.
         budget: Seconds that tests outside of a module's own files may take.
+        most: How many subjects of the kit to try; None tries all.
     """
 
     tests: list[Work]
     subjects: list[Work]
     places: dict[tuple[str, int], int]
     budget: float
+    most: int | None = None
 
     def executing(self, mutation: Mutation, works: list[Work]) -> list[Work]:
         """Return what executes a mutation's statement, cheapest first."""
@@ -127,9 +130,16 @@ class Bench:
                 return Trial(mutation.key, "suite", "noticed", ended.report, tried, seconds)
         return Trial(mutation.key, "suite", "survived" if tried else "not executed", "", tried, seconds)
 
+    def chosen(self, mutation: Mutation) -> list[Work]:
+        """Return the subjects of the kit to try, cheapest first."""
+        executing = self.executing(mutation, self.subjects)
+        lots = {each.name: hashlib.sha256(f"{mutation.key} {each.name}".encode()).digest() for each in executing}
+        drawn = sorted(lots, key=lots.__getitem__)[: self.most]
+        return [each for each in executing if each.name in drawn]
+
     def try_kit(self, mutation: Mutation) -> Trial:
         """Try a mutation against the kit."""
-        executing = self.executing(mutation, self.subjects)
+        executing = self.chosen(mutation)
         if not executing:
             return Trial(mutation.key, "kit", "not executed", "", 0, 0.0)
         ended = attempt(partial(_run_kit, mutation, [each.name for each in executing]), _limit(executing))
@@ -188,6 +198,7 @@ def main() -> None:
     parser.add_argument("--only", choices=AGAINST, help="one of both")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of tests outside of a module's own files")
+    parser.add_argument("--subjects", type=int, help="of the kit, to try each mutation on; all where none is given")
     parser.add_argument("--results", type=Path, default=Path("mutants.jsonl"), help="what was tried; appended to")
     parser.add_argument("--keys", nargs="*", default=[], help="only mutations whose keys begin so")
     given = parser.parse_args()
@@ -198,7 +209,8 @@ def main() -> None:
     console = Console(width=160)
     warm_up()
     against = (given.only,) if given.only else AGAINST
-    _bench = bench(given.results.with_suffix(".map.json"), given.jobs, given.budget, console, against)
+    measured = bench(given.results.with_suffix(".map.json"), given.jobs, given.budget, console, against)
+    _bench = attrs.evolve(measured, most=given.subjects)
     done = trials(given.results)
     todo = [(one, each) for each in mutations for one in against if (each.key, one) not in done]
     with multiprocessing.get_context("fork").Pool(given.jobs) as pool, given.results.open("a") as file:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 from benchmarks.hits import Work
 from benchmarks.mutants import Bench, Trial, trials
@@ -107,6 +108,19 @@ def test_tests_that_execute_the_statement_are_tried_its_own_files_first() -> Non
     own, others = bench.stages(mutation)
     assert [each.name for each in own] == ["tests/test_clock.py::own"]
     assert [each.name for each in others] == ["tests/test_run.py::cheap", "tests/test_run.py::dear"]
+
+
+def test_so_many_subjects_of_the_kit_are_drawn_by_the_mutation() -> None:
+    """Among those that execute the statement, cheapest first, always the same for one and others for another."""
+    few = [each for each in mutations("engine/clock") if each.statement][:40]
+    works = [Work(f"subject {number}", float(number), 0b1 if number else 0b10) for number in range(9)]
+    places = {("engine/clock", each.statement): 0 for each in few}
+    bench = Bench([], works, places, budget=5.0)
+    assert bench.chosen(few[0]) == works[1:]
+    drawn_by = [attrs.evolve(bench, most=3).chosen(each) for each in few]
+    assert all(len(each) == 3 and each == sorted(each, key=lambda work: work.seconds) for each in drawn_by)
+    assert {work.name for each in drawn_by for work in each} == {each.name for each in works[1:]}
+    assert attrs.evolve(bench, most=3).chosen(few[0]) == drawn_by[0]
 
 
 def test_trials_are_read_back(tmp_path: Path) -> None:
