@@ -71,8 +71,8 @@ def test_the_registry_is_not_empty() -> None:
 
 @pytest.mark.parametrize("factory", ALL, ids=NAMES)
 def test_every_algorithm_and_preset_keeps_every_promise(factory: Callable[[], Any]) -> None:
-    """All checks, beside a few others drawn by seed, resumed at a few steps."""
-    check_algorithm(factory, partners=PARTNERS)
+    """All checks but that of two ranks, which is slow, beside a few others drawn by seed, resumed at a few steps."""
+    check_algorithm(factory, partners=PARTNERS, checks=[each for each in CHECKS if each != "stays_equal_on_two_ranks"])
 
 
 @pytest.mark.slow

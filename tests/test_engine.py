@@ -445,10 +445,12 @@ def test_an_algorithm_knows_whether_a_batch_is_several_of_the_loader(accumulate:
     found: list[tuple[int, int]] = []
 
     @on(Event.BATCH_START)
-    def look(state: State) -> None:
+    def look_at_accumulate(state: State) -> None:
         batches = state.batch if state.accumulate > 1 else [state.batch]
         found.append((state.accumulate, sum(len(x) for x, _ in batches)))
 
-    trainer = Trainer(loss_fn=nn.functional.cross_entropy, algorithms=[look()], accumulate=accumulate, progress=False)
+    trainer = Trainer(
+        loss_fn=nn.functional.cross_entropy, algorithms=[look_at_accumulate()], accumulate=accumulate, progress=False
+    )
     trainer.fit(tiny_models()["mlp"](), tiny_loader(16, 4), duration="1ep")
     assert found == [(accumulate, 4 * accumulate)] * (4 // accumulate)
