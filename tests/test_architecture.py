@@ -84,7 +84,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "audit",
             "audits",
             "logbook",
-            "models",
+            "other_models",
             "resuming",
             "unaided",
             "tasks",

@@ -351,3 +351,20 @@ def test_a_fault_of_the_second_audit_says_which_fit_it_was(kind: type[Algorithm]
     """One that is right where an epoch has a length."""
     with pytest.raises(ConformanceError, match=message):
         check_algorithm(kind, partners=[], checks=["follows_from_its_calls"])
+
+
+@pytest.mark.parametrize("where", ["attach", "apply"])
+def test_an_algorithm_for_its_own_model_is_not_blamed_on_other_models(where: str) -> None:
+    """It looks for a block that other models lack, which is an error in its code and says nothing of what it promises."""
+
+    class Particular(Algorithm):
+        events = frozenset({Event.BATCH_END})
+
+        def attach(self, state: State) -> None:
+            if where == "attach":
+                self.norm = state.model.blocks[0].norm
+
+        def apply(self, event: Event, state: State) -> None:
+            state.log({"scale": float(state.model.blocks[0].norm.weight.mean())})
+
+    check_algorithm(Particular, checks=["takes_other_models"])

@@ -6,11 +6,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 import attrs
 from torch import nn
 
+from .algorithm import Algorithm
 from .doubles import tiny_models
 from .events import Event
 from .promises import REFUSALS, check, same
@@ -48,17 +50,21 @@ def _try_model(rehearsal: Rehearsal, name: str, build: Callable[[], nn.Module]) 
         except REFUSALS:
             return
         except Exception as error:
-            if any(
-                f"in {type(each).__name__}." in note
-                for each in other.make()
-                for note in getattr(error, "__notes__", ())
-            ):
+            if _is_its_own(error, other.make()):
                 return
             error.add_note(f"on tiny_models()[{name!r}]")
             raise
         for path in paths[:1]:
             goes_on(other, whole, path)
     keeps(other, other.duration, whole)
+
+
+def _is_its_own(error: Exception, algorithms: Sequence[Algorithm]) -> bool:
+    """Return whether an error comes of an algorithm's own code, not of what it called of the engine."""
+    modules = {type(each).__module__ for each in algorithms}
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    ours = [name for name in names if name in modules or name.startswith(f"{__package__}.")]
+    return bool(ours) and ours[-1] in modules
 
 
 def _look(rehearsal: Rehearsal, name: str, event: Event, state: State) -> None:
