@@ -129,9 +129,13 @@ def _check_work(rehearsal: Rehearsal, plan: Plan, duration: str | int) -> None:
         elif event is Event.AFTER_BACKWARD and batch in counters:
             counters[batch].__exit__(None, None, None)
 
-    rehearsal.fit([Before(count), *rehearsal.make()], duration=duration)
+    outcome = rehearsal.fit([Before(count), *rehearsal.make()], duration=duration)
     for batch, counter in counters.items():
         planned = next(each.flops for each in plan.spans if each.start.batch <= batch < each.end.batch)
+        if planned is None and not outcome.journal:
+            fail(
+                f"{rehearsal.name}: a plan does not count the operations of batch {batch}, though nothing is attached."
+            )
         if planned is not None:
             same(
                 planned, counter.get_total_flops() / whole.get_total_flops(), "operations",
