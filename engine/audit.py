@@ -25,8 +25,9 @@ from .logbook import Logbook
 from .neighbor import Before, Guest
 from .promises import REFUSALS
 from .randomness import Randomness
-from .rehearsal import Outcome, Rehearsal, batch_of, checkpoints_in, copied, written_in
+from .rehearsal import Outcome, Rehearsal, copied, written_in
 from .state import State
+from .store import checkpoints_in, step_of
 from .tasks import KEPT, Task, layer_of, uneven, unsized
 from .unaided import buffers_of, gradients_of, is_hooked, outputs_with, tensors_of, twin_of
 
@@ -54,16 +55,16 @@ class Audit(Logbook):
             now = trainer.evaluate(model, self.task.loader)
             what = "Trainer.evaluate of the model after the fit does not come to what its weights give in eval mode."
             self.hold("keeps_true_records", now, self.evaluate(model), "metrics", what, tolerance=1e-5)
-        paths = checkpoints_in(run)
+        paths = list(checkpoints_in(run))
         self.check_files(paths, whole, model)
         if "follows_from_its_calls" in self.faults:  # what the guest may set was told wrongly
             return
-        for path in [path for path in paths if batch_of(path) >= KEPT][:1]:
+        for path in [path for path in paths if step_of(path) >= KEPT][:1]:
             cut = Path(copytree(run, folder / "cut"))
             for each in checkpoints_in(cut):
                 if each.name > path.name:
                     rmtree(each)
-            self._go_on(whole, batch_of(path), run_dir=cut, resume=True)
+            self._go_on(whole, step_of(path), run_dir=cut, resume=True)
             names, must = ([each.name for each in checkpoints_in(each)] for each in (cut, run))
             what = "cut in the middle and resumed in its run_dir, a fit has other"
             self.hold(
@@ -74,7 +75,7 @@ class Audit(Logbook):
                 "keeps_true_records", lines, known, "metrics.jsonl", f"{what} metrics than the uninterrupted one."
             )
         for path in paths[-1:]:
-            self._go_on(whole, batch_of(path), run_dir=folder / "end", resume=path)
+            self._go_on(whole, step_of(path), run_dir=folder / "end", resume=path)
         idle = Before(lambda *_: None)
         resumed = self._fit([idle, *self.task.make()], self.task.model(), run_dir=run, resume=True)
         now, must = (each.result["weights after the fit"] for each in (resumed, whole))

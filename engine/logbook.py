@@ -9,8 +9,9 @@ from attrs import define, field
 from safetensors import safe_open
 from torch import nn
 
-from .rehearsal import Outcome, Rehearsal, batch_of, difference, weights_of
+from .rehearsal import Outcome, Rehearsal, difference, weights_of
 from .state import State
+from .store import step_of
 from .tasks import Task
 from .unaided import evaluated_by_hand
 from .weights import load_weights
@@ -100,8 +101,8 @@ class Logbook:
             return
         if (every := self.task.kept_every) is not None:
             lasting = {*range(every, self.batches + 1, every), self.batches}
-            wanted = sorted(lasting if whole.best is None else lasting | {batch_of(whole.best)})
-            if (now := list(map(batch_of, paths))) != wanted:
+            wanted = sorted(lasting if whole.best is None else lasting | {step_of(whole.best)})
+            if (now := list(map(step_of, paths))) != wanted:
                 what = f"the checkpoints of the batches {now} are there; to be kept were those of {wanted}."
                 self.note("keeps_true_records", f"{what} Leave the files of the run_dir to Checkpointing.")
         live = self.task.model()
@@ -116,14 +117,14 @@ class Logbook:
             self.note("keeps_true_records", f"{what} Write to no weight that the ledger says is frozen.")
         losses = {batch: each["eval/loss"] for batch, each in self.evaluated.items() if each}
         for path in paths:
-            batch = batch_of(path)
+            batch = step_of(path)
             if batch in losses:
                 again = self.task.model()
                 load_weights(path, again)
                 what = f"the evaluated weights of the checkpoint {path.name} do not give the metrics that were logged there. {_MEASURED}"
                 must = self.evaluated[batch]
                 self.hold("keeps_true_records", self.evaluate(again), must, "metrics", what, tolerance=1e-5)
-        best = None if whole.best is None else losses.get(batch_of(whole.best))
+        best = None if whole.best is None else losses.get(step_of(whole.best))
         if losses and (best is None or best > min(losses.values()) + 1e-6):
             what = f"result.best is {whole.best}, and the evaluations came to {losses}."
             self.note(

@@ -31,6 +31,7 @@ from .randomness import Randomness, derive_seed
 from .schedules import linear
 from .settings import duration_of
 from .state import State
+from .store import checkpoints_in
 from .surroundings import settings_kept
 from .tracking import MemoryTracker
 from .trainer import Trainer
@@ -278,7 +279,7 @@ class Rehearsal:
     def saved(self, folder: Path, *, every: str = "1ba", **settings: Any) -> tuple[Outcome, list[Path]]:
         """Fit with checkpoints; return what it came to, and the checkpoints in order."""
         outcome = self.fit(run_dir=folder, checkpoint=Checkpointing(every=every, keep=10_000), **settings)
-        return outcome, checkpoints_in(folder)
+        return outcome, list(checkpoints_in(folder))
 
 
 def some(items: list[Any], count: int, seed: int) -> list[Any]:
@@ -287,25 +288,10 @@ def some(items: list[Any], count: int, seed: int) -> list[Any]:
     return [items[index] for index in sorted(chosen)]
 
 
-def checkpoints_in(run: Path) -> list[Path]:
-    """Return the checkpoints in a run_dir, in order."""
-    return sorted(path for path in run.iterdir() if path.is_dir() and path.name.startswith("ba"))
-
-
 def written_in(run: Path) -> list[tuple[int, dict[str, Any]]]:
     """Return what ``metrics.jsonl`` of a run_dir says, by the batches done then."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(each.pop("step"), each) for each in lines if each.pop("time") and "artifact" not in each]
-
-
-def batch_of(checkpoint: Path) -> int:
-    """Return after how many batches a checkpoint was cut.
-
-    Example:
-        >>> batch_of(Path("runs/mine/ba00000012"))
-        12
-    """
-    return int(checkpoint.name.removeprefix("ba"))
 
 
 @contextmanager

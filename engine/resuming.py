@@ -16,8 +16,9 @@ from .errors import CheckpointError, SurgeryError
 from .events import Event
 from .log import jsonable
 from .promises import check, fail, same
-from .rehearsal import Outcome, Rehearsal, batch_of, some, written_in
+from .rehearsal import Outcome, Rehearsal, some, written_in
 from .schedules import constant
+from .store import step_of
 from .variants import other_calls
 
 
@@ -53,7 +54,7 @@ FUNCTION = (
 
 def goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
     """Resume from a checkpoint, and compare with the uninterrupted fit."""
-    batch = batch_of(path)
+    batch = step_of(path)
     resumed = rehearsal.fit(resume=path)
     where = f"{rehearsal.name}, resumed at batch {batch},"
     same(
@@ -70,7 +71,7 @@ def goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
 def _is_saved_at_each_batch(rehearsal: Rehearsal, whole: Outcome, run: Path, paths: list[Path]) -> None:
     """Hold the checkpoints against the batches, and the metrics that were written against those that were told."""
     batches = {batch for event, _, batch, _ in whole.events if event is Event.BATCH_END}
-    if missing := sorted(batches - {batch_of(path) for path in paths}):
+    if missing := sorted(batches - {step_of(path) for path in paths}):
         fail(
             f"{rehearsal.name}: no checkpoint was written after batch {missing[0]}. state_dict() returns tensors, numbers, "
             "text, None, and lists and dicts of these, at every batch."

@@ -43,6 +43,7 @@ __all__ = [
     "checkpoints_in",
     "read_checkpoint",
     "read_manifest",
+    "step_of",
     "verify_checkpoint",
     "write_checkpoint",
 ]
@@ -158,7 +159,7 @@ class CheckpointStore:
         newest = self.latest()
         _check_step(step, newest)
         metric = None if metric is None else _number(metric)
-        if newest is not None and _step(newest) == step:
+        if newest is not None and step_of(newest) == step:
             try:
                 if holds(newest, tree):
                     return newest
@@ -214,7 +215,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: A checkpoint cannot be renamed.
         """
-        self._set_aside([(path, None) for path in self.checkpoints if _step(path) > step])
+        self._set_aside([(path, None) for path in self.checkpoints if step_of(path) > step])
 
     def close(self) -> None:
         """Release the lock. A second call does nothing."""
@@ -316,7 +317,7 @@ def checkpoints_in(folder: Path) -> tuple[Path, ...]:
     Raises:
         CheckpointError: The directory cannot be listed.
     """
-    return tuple(sorted(_entries(folder, _STEP_NAME), key=_step))
+    return tuple(sorted(_entries(folder, _STEP_NAME), key=step_of))
 
 
 def _entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
@@ -330,7 +331,7 @@ def _check_step(step: object, newest: Path | None) -> None:
     if type(step) is not int or not 0 <= step < 10**18:
         takes = "the number of batches completed, an int from 0"
         raise ArgumentError("CheckpointStore.save(step=)", got=step, takes=takes, example="save(tree, step=120)")
-    if newest is not None and step < _step(newest):
+    if newest is not None and step < step_of(newest):
         takes = f"a step not below that of the newest checkpoint, {newest.name}"
         example = f"store.rewind({step}), which discards the newer ones, and then save"
         raise ArgumentError("CheckpointStore.save(step=)", got=step, takes=takes, example=example)
@@ -347,11 +348,17 @@ def _number(metric: float) -> float:
 def _check_place(path: Path) -> None:
     """Refuse a checkpoint under another's name: a copy of an old one must not pass for the newest."""
     step = read_manifest(path).info.get("step")
-    if step != _step(path):
+    if step != step_of(path):
         raise CheckpointError(f"{path} holds the checkpoint of step {brief(step)}.")
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the step after which a checkpoint was cut, by its name.
+
+    Example:
+        >>> step_of(Path("runs/mine/ba00000012"))
+        12
+    """
     return int(path.name[2:])
 
 
