@@ -40,6 +40,7 @@ from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
 from .rehearsal import Rehearsal
 from .resuming import is_not_resumed_as_another, resumes
+from .shown import is_shown_as_it_happens
 from .specimens import installed, specimen
 
 CHECKS: dict[str, Check] = {
@@ -55,6 +56,7 @@ CHECKS: dict[str, Check] = {
         leaves_the_loop_alone,
         leaves_the_global_generators_alone,
         is_recorded_as_it_happened,
+        is_shown_as_it_happens,
         keeps_to_its_plan,
         puts_live_weights_back,
         follows_from_its_calls,
