@@ -34,6 +34,7 @@ from .endings import (
 )
 from .errors import ArgumentError, nearest
 from .examples import does_as_its_examples_say
+from .graphs import computes_the_same_compiled
 from .other_models import takes_other_models
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
@@ -75,6 +76,7 @@ CHECKS: dict[str, Check] = {
         trains_in_bf16,
         does_not_count_microbatches,
         repeats_what_does_not_fit,
+        computes_the_same_compiled,
         stays_equal_on_two_ranks,
     )
 }

@@ -19,6 +19,9 @@ from .rehearsal import Rehearsal
 
 _ONE_IN = 6
 _FROZEN = (0.82, 0.82, 0.82)
+_DPI = 150
+_TEXT = re.compile(r'<text[^>]* y="([\d.]+)"[^>]*>([^<]*)</text>')
+_PLAIN = "Name layers in plain text, and leave the timeline to the ledger."
 
 
 def is_drawn_as_it_was(rehearsal: Rehearsal) -> None:
@@ -30,14 +33,16 @@ def is_drawn_as_it_was(rehearsal: Rehearsal) -> None:
     import matplotlib as mpl
 
     with tempfile.TemporaryDirectory() as folder:
-        for number, plan in enumerate((timeline, _leveled(timeline))):
-            place = Path(folder) / f"{number}" / "plan"
+        for title, plan in ((None, timeline), ("the first batch", _leveled(timeline))):
+            place = Path(folder) / str(title) / "plan"
             picture = plan.save(place)
             if picture != place.with_suffix(".png"):
                 fail(f"{rehearsal.name}: the picture to be saved as {place.name} is {picture.name}.")
-            _check_pixels(rehearsal, plan, picture)
+            frame = _check_pixels(rehearsal, plan, picture)
             with mpl.rc_context({"svg.fonttype": "none"}):
-                _check_texts(rehearsal, plan, plan.save(place.with_suffix(".svg"), title="a <title>"[number * 3 :] if number else None))
+                texts = plan.save(place.with_suffix(".svg"), title=title).read_text()
+            _check_texts(rehearsal, plan, texts, title)
+            _check_labels(rehearsal, plan, texts, *frame[2:])
 
 
 def _leveled(plan: Plan) -> Plan:
@@ -53,13 +58,13 @@ def _scale(plan: Plan) -> tuple[float, float]:
     return (max(min(rates), max(rates) * 1e-4), max(rates)) if rates else (0.0, 0.0)
 
 
-def _check_pixels(rehearsal: Rehearsal, plan: Plan, picture: Path) -> None:
-    """Look at the middle of each field: gray where nothing trains, else the color of the rate on a scale of logarithms."""
+def _check_pixels(rehearsal: Rehearsal, plan: Plan, picture: Path) -> tuple[int, int, int, int]:
+    """Look at the middle of each field: gray where nothing trains, else the color of the rate on a scale of logarithms; return the frame."""
     from matplotlib import colormaps
     from matplotlib.image import imread
 
     pixels: Any = imread(picture)[..., :3]
-    left, right, top, bottom = _frame(pixels)
+    left, right, top, bottom = frame = _frame(pixels)
     epochs = [each.epoch for each in plan.samples]
     end = plan.spans[-1].end
     last = end.epoch + (end.batch_in_epoch / end.batches_per_epoch if end.batches_per_epoch else 0.0)
@@ -72,7 +77,9 @@ def _check_pixels(rehearsal: Rehearsal, plan: Plan, picture: Path) -> None:
         if width * across < 8:  # too narrow to have a middle
             continue
         for row, layer in enumerate(plan.layers):
-            seen = pixels[round(bottom - (row + 0.5) * (bottom - top) / len(plan.layers)), round(left + middle * across)]
+            seen = pixels[
+                round(bottom - (row + 0.5) * (bottom - top) / len(plan.layers)), round(left + middle * across)
+            ]
             rate = sample.rates.get(layer)
             must: Any = _FROZEN
             if rate is not None and high:
@@ -83,6 +90,7 @@ def _check_pixels(rehearsal: Rehearsal, plan: Plan, picture: Path) -> None:
                     f"{rehearsal.name}: in the picture of the timeline the layer {layer!r} has another color at batch {sample.batch} than its "
                     f"rate there, {rate}. What trains, and at which rate, is the ledger's: ledger.freeze, thaw, scale, set_lr."
                 )
+    return frame
 
 
 def _frame(pixels: Any) -> tuple[int, int, int, int]:
@@ -100,14 +108,22 @@ def _runs(counts: Any) -> list[int]:
     return [each for each in high if each - 1 not in high]
 
 
-def _check_texts(rehearsal: Rehearsal, plan: Plan, picture: Path) -> None:
-    """Look for the names of the layers from below, what the axes are of, and the title."""
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture.read_text())
+def _check_texts(rehearsal: Rehearsal, plan: Plan, written: str, title: str | None) -> None:
+    """Look for what the axes are of, and the title."""
+    texts = [text for _, text in _TEXT.findall(written)]
     low, high = _scale(plan)
     rate = "at which learning rate" if low != high or not high else f"learning rate {high:g}"
-    title = "title&gt;" if len(plan.samples) == 1 else f"what trains, {rate} (gray: frozen)"
-    must = [*plan.layers, "epochs", title, *(["learning rate"] if low < high else [])]
-    missing = [each for each in must if each not in texts]
-    order = [each for each in texts if each in plan.layers]
-    if missing or order != list(plan.layers):
-        fail(f"{rehearsal.name}: the picture of the timeline says {texts}; it lacks {missing or list(plan.layers)}. Name layers in plain text.")
+    must = ["epochs", title or f"what trains, {rate} (gray: frozen)", *(["learning rate"] if low < high else [])]
+    if missing := [each for each in must if each not in texts]:
+        fail(f"{rehearsal.name}: the picture of the timeline says {texts}, and lacks {missing}. {_PLAIN}")
+
+
+def _check_labels(rehearsal: Rehearsal, plan: Plan, written: str, top: int, bottom: int) -> None:
+    """Look for the name of each layer beside its row, from below."""
+    places = {text: float(down) * _DPI / 72 for down, text in _TEXT.findall(written) if text in plan.layers}
+    height = (bottom - top) / len(plan.layers)
+    rows = [math.floor((bottom - places[each]) / height) if each in places else None for each in plan.layers]
+    if rows != list(range(len(rows))):
+        fail(
+            f"{rehearsal.name}: in the picture of the timeline the layers {plan.layers} stand beside the rows {rows}. {_PLAIN}"
+        )

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
-import os
 import re
-import sys
 import tempfile
-import warnings
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from attrs import define, field
-from typing_extensions import override
+from attrs import define
 
 from .checkpointing import Checkpointing
 from .clock import Time
 from .drawn import is_drawn_as_it_was
 from .events import Event
-from .log import ROOT, configure_logging, jsonable
+from .log import ROOT
+from .onlookers import FailingTracker, Terminal, json_log, standard_error, structured_log
 from .promises import check, fail, same, unless_alone
 from .rehearsal import Outcome, Rehearsal
 from .state import State
-from .store import checkpoints_in
+from .store import checkpoints_in, step_of
 
 _MISSPELLED = "eval/los"
+_TRACKING = f"{ROOT}.engine.tracking"
 _PRINTS = (
     "Print nothing: numbers are for state.log({…}), words for get_logger(__name__).info(…), which the application may silence, and "
     "progress=False means silence."
@@ -49,9 +45,12 @@ def _look_on(rehearsal: Rehearsal) -> None:
     span = Time(rehearsal.duration)
     total = {"ep": math.ceil(span.value * length), "ba": int(span.value)}.get(span.unit, 0)
     show = _Show(rehearsal, total, length)
-    lines = show.on_a_terminal()
-    show.in_a_file([each for each in lines if not each.pop("logger").startswith(f"{ROOT}.engine.")])
-    show.broken_off()
+    with tempfile.TemporaryDirectory() as folder:
+        lines = show.on_a_terminal(Path(folder))
+        show.broken_off(checkpoints_in(Path(folder))[0])
+    theirs = [each for each in lines if each["logger"] == _TRACKING or not each["logger"].startswith(f"{ROOT}.engine.")]
+    show.in_a_file([{key: value for key, value in each.items() if key != "logger"} for each in theirs])
+    show.stopped()
 
 
 @define(eq=False)
@@ -70,32 +69,27 @@ class _Show:
 
     # -- a bar and a log in JSON -------------------------------------------------------------------------------
 
-    def on_a_terminal(self) -> list[dict[str, Any]]:
-        """Fit with everything switched on; return what the log has."""
-        stream, log, broken = _Terminal(), io.StringIO(), FailingTracker()
+    def on_a_terminal(self, folder: Path) -> list[dict[str, Any]]:
+        """Fit with everything switched on, and a folder for checkpoints; return what the log has."""
+        stream, log, broken = Terminal(), io.StringIO(), FailingTracker()
         written: list[tuple[int, Event, int, int]] = []
 
         def look(event: Event, state: State) -> None:
             written.append((log.getvalue().count("\n"), event, state.clock.epoch, state.clock.batch))
 
         policy = Checkpointing(every="1ep", keep=10_000, monitor=_MISSPELLED)
-        with tempfile.TemporaryDirectory() as folder, _standard_error(stream) as printed, _json_log(log):
+        with standard_error(stream) as printed, json_log(log):
             outcome = self.rehearsal.fit(
-                probe=look, progress=True, trackers=[broken], run_dir=Path(folder), checkpoint=policy
+                probe=look, progress=True, trackers=[broken], run_dir=folder, checkpoint=policy
             )
-            paths = [str(each) for each in checkpoints_in(Path(folder))]
         whole, now = ({"result": each.result, "told": each.told} for each in (self.rehearsal.whole, outcome))
         what = "with a bar, a log and a tracker that fails"
         same(whole, now, "the fit", f"{self.rehearsal.name}: {what}, the fit is another one. {_SAME}")
         self._check_bar(stream.getvalue(), printed.getvalue(), outcome)
         lines = [json.loads(line) for line in log.getvalue().splitlines()]
-        self._check_log(lines, outcome, paths, broken)
+        self._check_log(lines, outcome, [str(each) for each in checkpoints_in(folder)], broken)
         self._check_places(lines, written)
-        if _MISSPELLED in " ".join(self.rehearsal.whole.told[-1][1] if self.rehearsal.whole.told else {}):
-            return lines
-        warned = [each for each in outcome.said if f"'{_MISSPELLED}'" in each]
-        if "eval/loss" in outcome.result["metrics"] and ("'eval/loss'" not in "".join(warned) or len(warned) != 1):
-            fail(f"{self.rehearsal.name}: Checkpointing(monitor={_MISSPELLED!r}) is not warned of once: {warned}. {_SAME}")
+        self._check_warnings(outcome)
         return lines
 
     def _check_bar(self, text: str, printed: str, outcome: Outcome) -> None:
@@ -104,10 +98,16 @@ class _Show:
         shown = [each for each in lines if each not in bars and each not in evaluations]
         self._check_words([*shown, *_legible(printed)], [*_rows(outcome), *_stop(outcome)])
         done = sum(event is Event.BATCH_END for event, *_ in outcome.events)
-        places = [found[1] for each in bars if (found := re.match(r"training +\S+ +(\d+[^,]*)", each))]
+        places = [found[1] for each in bars if (found := _PLACE.match(each))]
         counts = [int(re.split(r"\D", each)[0]) for each in places]
-        if places != [self._place(count) for count in counts] or counts != sorted(counts) or [0, done] != counts[:: len(counts) - 1]:
-            fail(f"{name}: the bar goes through {places}, and {done} batches were trained. The clock is the loop's: never tick.")
+        if (
+            places != [self._place(count) for count in counts]
+            or counts != sorted(counts)
+            or [0, done] != counts[:1] + counts[-1:]
+        ):
+            fail(
+                f"{name}: the bar goes through {places}, and {done} batches were trained. The clock is the loop's: never tick."
+            )
         metrics = outcome.result["metrics"]
         glance = ", ".join([self._place(done), *_glance(metrics)])
         if not re.fullmatch(rf"training +\S+ +{re.escape(glance)}(, \S+ batches/s)?", bars[-1]):
@@ -125,13 +125,18 @@ class _Show:
         foreign = [each for each in shown if each not in must]
         if foreign:
             fail(f"{self.rehearsal.name} prints {foreign[0]!r} in a fit. {_PRINTS}")
-        same(shown, must, "messages", f"{self.rehearsal.name}: what is shown of the epochs is not what history says. {_SAME}")
+        same(
+            shown,
+            must,
+            "messages",
+            f"{self.rehearsal.name}: what is shown of the epochs is not what history says. {_SAME}",
+        )
 
     def _check_log(
         self, lines: list[dict[str, Any]], outcome: Outcome, paths: list[str], broken: FailingTracker
     ) -> None:
         done = sum(event is Event.BATCH_END for event, *_ in outcome.events)
-        plain = {"level": "warning", "logger": f"{ROOT}.engine.tracking", "tracker": "FailingTracker"}
+        plain = {"level": "warning", "logger": _TRACKING, "tracker": "FailingTracker"}
         must = [
             plain | {"event": "tracker failed; the run goes on", "call": "log_config", "error": "OSError: of the kit's own making"},
             *({"event": "checkpoint", "path": each, "level": "info", "logger": f"{ROOT}.engine.rundir"} for each in paths),
@@ -147,8 +152,18 @@ class _Show:
         same(now, must, "lines", f"{self.rehearsal.name}: what the log says of the fit is not what it did. {_SAME}")
         if times != sorted(times):
             fail(f"{self.rehearsal.name}: the log's lines are not in order of time: {times}.")
-        if sum("FailingTracker" in each for each in outcome.said) != 1:
-            fail(f"{self.rehearsal.name}: that a tracker fails is not warned of once: {outcome.said}. {_SAME}")
+
+    def _check_warnings(self, outcome: Outcome) -> None:
+        """Count the warnings of the tracker and of the metric that there is not."""
+        doubts = {"a tracker that fails": "FailingTracker", f"Checkpointing(monitor={_MISSPELLED!r})": "'eval/loss'"}
+        if "eval/loss" not in outcome.result["metrics"] or _MISSPELLED in outcome.result["metrics"]:
+            doubts.popitem()
+        for what, word in doubts.items():
+            warned = [each for each in outcome.said if word in each and each not in self.rehearsal.whole.said]
+            if len(warned) != 1:
+                fail(
+                    f"{self.rehearsal.name}: of {what} the fit warns {len(warned)} times: {outcome.said}. Leave metrics to state.log({{…}})."
+                )
 
     def _check_places(self, lines: list[dict[str, Any]], written: list[tuple[int, Event, int, int]]) -> None:
         """Hold epoch and batch that lines of the log name against the clock when they were written."""
@@ -168,13 +183,14 @@ class _Show:
     def in_a_file(self, lines: list[dict[str, Any]]) -> None:
         """Fit where the standard error stream is a file; the log is an application's own."""
         stream, events = io.StringIO(), list[dict[str, Any]]()
-        with _standard_error(stream) as printed, _structured_log(events):
-            outcome = self.rehearsal.fit(progress=True)
+        with standard_error(stream) as printed, structured_log(events):
+            outcome = self.rehearsal.fit(progress=True, trackers=[FailingTracker()])
         name = self.rehearsal.name
-        same(self.rehearsal.whole.all, outcome.all, "the fit", f"{name}: with lines of progress the fit is another one. {_SAME}")
+        whole, now = (each.result for each in (self.rehearsal.whole, outcome))
+        same(whole, now, "the fit", f"{name}: with lines of progress the fit is another one. {_SAME}")
         names = {each["event"] for each in lines}
-        now = [each for each in events if each["event"] in names]
-        same(now, lines, "lines", f"{name}: to structlog the log says something else than to logging. {_SAME}")
+        told = [each for each in events if each["event"] in names]
+        same(told, lines, "lines", f"{name}: to structlog the log says something else than to logging. {_SAME}")
         places = r", \S+ batches/s(, [^,]* left)?$"
         shown = [re.sub(places, "", each) for each in _legible(stream.getvalue() + printed.getvalue())]
         self._check_words(shown, list(self._lines(outcome)))
@@ -186,7 +202,6 @@ class _Show:
         done = sum(event is Event.BATCH_END for event, *_ in outcome.events)
         for batch in range(1, done + 1):
             for at, told in outcome.told:
-                metrics.update(told if at == batch and "train/loss" in told else {})
                 metrics.update(told if at == batch else {})
             due, at_end = batch >= following, bool(self.length) and (not batch % self.length or batch == self.total)
             following = self._next_line(batch) if due else following
@@ -200,31 +215,54 @@ class _Show:
         if not self.total:
             return 1 << batch.bit_length()
         tenth = math.ceil(self.total / 10)
-        return next(each for each in [*range(tenth, self.total, tenth), self.total, math.inf] if each > batch)  # type: ignore[return-value]
+        return min((batch // tenth + 1) * tenth, self.total) if batch < self.total else self.total + 1
 
-    # -- an exception ------------------------------------------------------------------------------------------
+    # -- other ends --------------------------------------------------------------------------------------------
 
-    def broken_off(self) -> None:
-        """Let a fit with a bar end with an exception, and look at the terminal that it leaves."""
-        stream, left = _Terminal(), 2
+    def broken_off(self, checkpoint: Path) -> None:
+        """Resume a fit with a bar, let it end with an exception, and look at the terminal that it leaves."""
+        stream, begun = Terminal(), step_of(checkpoint)
 
-        def break_off(event: Event, _: State) -> None:
-            nonlocal left
-            left -= event is Event.BATCH_END
-            if not left:
+        def break_off(event: Event, state: State) -> None:
+            if event is Event.BATCH_END and state.clock.batch == begun + 2:
                 raise _BrokenOffError
 
-        with _standard_error(stream) as printed:
+        with standard_error(stream) as printed, structured_log([]):
             try:
-                self.rehearsal.fit(probe=break_off, progress=True)
+                self.rehearsal.fit(probe=break_off, progress=True, resume=checkpoint)
             except _BrokenOffError:
                 pass
             else:
-                return  # a fit of one batch
-        shown = [each for each in _legible(stream.getvalue()) if not each.startswith(("training ", "evaluating "))]
-        epochs = [each for each in _rows(self.rehearsal.whole) if each in shown]
-        self._check_words([*shown, *_legible(printed.getvalue())], epochs)
-        _check_end(self.rehearsal.name, stream.getvalue(), self.rehearsal.changed)
+                return  # a fit that ends before
+        lines, name = _legible(stream.getvalue()), self.rehearsal.name
+        shown = [each for each in lines if not each.startswith(("training ", "evaluating "))]
+        self._check_words(
+            [*shown[1:], *_legible(printed.getvalue())], [each for each in _rows(self.rehearsal.whole) if each in shown]
+        )
+        places = [found[1] for each in lines if (found := _PLACE.match(each))]
+        if not shown[0].startswith(f"resumed from {checkpoint} at ") or not shown[0].endswith(f" batch {begun}"):
+            fail(f"{name}: resumed from {checkpoint}, a fit says {shown[0]!r}. {_SAME}")
+        if places[:1] + places[-1:] != [self._place(begun), self._place(begun + 1)]:
+            fail(
+                f"{name}: resumed after {begun} batches and broken off in the second, the bar goes through {places}. {_SAME}"
+            )
+        _check_end(name, stream.getvalue(), self.rehearsal.changed)
+
+    def stopped(self) -> None:
+        """Stop a fit, and look for the reason at the end."""
+        stream = io.StringIO()
+
+        def stop(event: Event, state: State) -> None:
+            if event is Event.BATCH_END:
+                state.stop("of the kit's own making")
+
+        with standard_error(stream), structured_log([]):
+            outcome = self.rehearsal.fit(probe=stop, progress=True)
+        shown, must = _legible(stream.getvalue()), _stop(outcome)[0]
+        if not must.endswith("of the kit's own making") or shown[-1] != must:
+            fail(
+                f"{self.rehearsal.name}: a fit that is stopped after its first batch says {shown[-1]!r}, not {must!r}. {_SAME}"
+            )
 
 
 class _BrokenOffError(Exception):
@@ -234,7 +272,9 @@ class _BrokenOffError(Exception):
 def _check_end(name: str, text: str, changed: Iterable[str]) -> None:
     """Look at how a terminal is left: with its cursor, at the begin of a line, and the streams as they were."""
     if not text.endswith(f"\n{_SHOW_CURSOR}") or f"{_HIDE_CURSOR}{_SHOW_CURSOR}" not in text or "sys.stdout" in changed:
-        fail(f"{name}: the terminal is not given back at the end of a fit: {text[-80:]!r}. Leave sys.stdout and sys.stderr as they are.")
+        fail(
+            f"{name}: the terminal is not given back at the end of a fit: {text[-80:]!r}. Leave sys.stdout and sys.stderr as they are."
+        )
 
 
 def _rows(outcome: Outcome) -> list[str]:
@@ -261,6 +301,7 @@ def _place(count: int, total: int) -> str:
     return f"{count}/{total} ({math.floor(100 * count / total)}%)" if total else f"{count} batches"
 
 
+_PLACE = re.compile(r"training +\S+ +(\d+[^,]*)")
 _OF_INTEREST = ("train/", "eval/")
 _SHOW_CURSOR, _HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
 
@@ -269,102 +310,3 @@ def _legible(text: str) -> list[str]:
     """Return the lines that were written to a terminal, without what moves its cursor or colors it."""
     lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
     return [line.rstrip() for line in lines if line.strip()]
-
-
-# -- where it is shown -------------------------------------------------------------------------------------------------
-
-
-class _Terminal(io.StringIO):
-    """A terminal that keeps what is written to it."""
-
-    @override
-    def isatty(self) -> bool:
-        return True
-
-
-@define(eq=False)
-class FailingTracker:
-    """Fails at every call, and counts them."""
-
-    calls: int = field(default=0, init=False)
-
-    def log_config(self, config: Mapping[str, Any]) -> None:
-        """Fail."""
-        self._fail()
-
-    def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Fail."""
-        self._fail()
-
-    def log_artifact(self, path: Path, *, name: str | None = None) -> None:
-        """Fail."""
-        self._fail()
-
-    def close(self) -> None:
-        """Fail."""
-        self._fail()
-
-    def _fail(self) -> None:
-        self.calls += 1
-        raise OSError("of the kit's own making")
-
-
-_STYLES = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
-
-
-@contextmanager
-def _standard_error(stream: IO[str]) -> Generator[io.StringIO]:
-    """Let a stream be the standard error stream, of a terminal wide enough; yield what goes to standard output. Warnings go nowhere."""
-    before = {name: os.environ.pop(name, None) for name in (*_STYLES, "TERM", "COLUMNS")}
-    os.environ.update(TERM="xterm", COLUMNS="4000")
-    try:
-        with warnings.catch_warnings(record=True), redirect_stderr(stream), redirect_stdout(io.StringIO()) as printed:
-            yield printed
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            os.environ.update({} if value is None else {name: value})
-
-
-@contextmanager
-def _no_handlers() -> Generator[None]:
-    """Take the handlers of the application away for a while."""
-    logger = logging.getLogger(ROOT)
-    before = logger.handlers[:], logger.propagate, logger.level
-    logger.handlers[:] = []
-    try:
-        yield
-    finally:
-        logger.handlers[:], logger.propagate, logger.level = before
-        logger.setLevel(before[2])  # which others are told of
-
-
-@contextmanager
-def _json_log(stream: IO[str]) -> Generator[None]:
-    with _no_handlers():
-        configure_logging("console", stream=sys.stderr)
-        configure_logging("json", "debug", stream)
-        try:
-            yield
-        finally:
-            configure_logging(None)
-
-
-@contextmanager
-def _structured_log(events: list[dict[str, Any]]) -> Generator[None]:
-    """Configure structlog as an application of its own would, and list what comes."""
-    import structlog
-
-    def note(_: Any, level: str, fields: Any) -> Any:
-        events.append(dict(jsonable(fields)) | {"level": level})  # type: ignore[arg-type]  # a mapping
-        raise structlog.DropEvent
-
-    before = structlog.get_config() if structlog.is_configured() else None
-    structlog.configure(processors=[note], cache_logger_on_first_use=False)
-    try:
-        with _no_handlers():
-            yield
-    finally:
-        structlog.reset_defaults()
-        if before is not None:
-            structlog.configure(**before)
