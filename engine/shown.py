@@ -7,7 +7,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def is_shown_as_it_happens(rehearsal: Rehearsal) -> None:
 
 
 def _look_on(rehearsal: Rehearsal) -> None:
-    length = len(rehearsal.loader) if isinstance(rehearsal.loader, Sized) else 0
+    length = _length(rehearsal.loader)
     span = Time(rehearsal.duration)
     total = {"ep": math.ceil(span.value * length), "ba": int(span.value)}.get(span.unit, 0)
     show = _Show(rehearsal, total, length)
@@ -51,6 +51,13 @@ def _look_on(rehearsal: Rehearsal) -> None:
     theirs = [each for each in lines if each["logger"] == _TRACKING or not each["logger"].startswith(f"{ROOT}.engine.")]
     show.in_a_file([{key: value for key, value in each.items() if key != "logger"} for each in theirs])
     show.stopped()
+
+
+def _length(loader: Any) -> int:
+    try:
+        return len(loader)
+    except TypeError:  # nobody says how many there are
+        return 0
 
 
 @define(eq=False)
@@ -125,12 +132,8 @@ class _Show:
         foreign = [each for each in shown if each not in must]
         if foreign:
             fail(f"{self.rehearsal.name} prints {foreign[0]!r} in a fit. {_PRINTS}")
-        same(
-            shown,
-            must,
-            "messages",
-            f"{self.rehearsal.name}: what is shown of the epochs is not what history says. {_SAME}",
-        )
+        what = f"{self.rehearsal.name}: what is shown of the epochs is not what history says."
+        same(shown, must, "messages", f"{what} {_SAME}")
 
     def _check_log(
         self, lines: list[dict[str, Any]], outcome: Outcome, paths: list[str], broken: FailingTracker
@@ -148,7 +151,7 @@ class _Show:
         ]  # fmt: skip
         times = [each.pop("timestamp") for each in lines]
         events = {each["event"] for each in must}
-        now = [each for each in lines if each["event"] in events]
+        now = [each for each in lines if each["event"] in events and each["logger"].startswith(f"{ROOT}.engine.")]
         same(now, must, "lines", f"{self.rehearsal.name}: what the log says of the fit is not what it did. {_SAME}")
         if times != sorted(times):
             fail(f"{self.rehearsal.name}: the log's lines are not in order of time: {times}.")
