@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import Any
 
 from .compiling import CompiledBlocks, compiled_modules
 from .endings import end_in_float64
@@ -39,17 +40,11 @@ def _compile(rehearsal: Rehearsal) -> None:
     plain = end_in_float64(rehearsal, batches, probe=look)
     if not taking_part and not rehearsal.thorough:  # the compiler is slow to load
         return
-    stack = ExitStack()
-
-    def set_up(state: State) -> None:
-        stack.enter_context(CompiledBlocks(state.model, state.layers, backend=_BACKEND))
-
     try:
-        with stack:
-            compiled = end_in_float64(
-                rehearsal, batches, algorithms=[Before(lambda *_: None, set_up), *rehearsal.make()]
-            )
+        compiled = _in_graphs(rehearsal, batches)
     except (ArgumentError, RecompileError):  # a model without blocks, or what no graph can hold: the user is told
+        if rehearsal.own_task:
+            _in_graphs(rehearsal.alone(), batches)
         return
     known = ("weights after the fit", "history", "stop reason")
     same(
@@ -58,3 +53,14 @@ def _compile(rehearsal: Rehearsal) -> None:
         "hook that comes later: set hooks in attach() and let them ask what is due, and attach by the ledger what computes.",
         tolerance=1e-7,
     )  # fmt: skip
+
+
+def _in_graphs(rehearsal: Rehearsal, batches: list[Any]) -> dict[str, Any]:
+    """Return what a fit comes to whose blocks are compiled."""
+    stack = ExitStack()
+
+    def set_up(state: State) -> None:
+        stack.enter_context(CompiledBlocks(state.model, state.layers, backend=_BACKEND))
+
+    with stack:
+        return end_in_float64(rehearsal, batches, algorithms=[Before(lambda *_: None, set_up), *rehearsal.make()])
