@@ -60,8 +60,8 @@ def _documented(rehearsal: Rehearsal) -> list[Any]:
             found[each] = None
         else:
             _follow(sys.modules[each.__module__], found)
-    (first, *others) = made
-    if not others and (module := sys.modules.get(first.__module__)) in found:
+    module = sys.modules.get(made[0].__module__)
+    if len(made) == 1 and module is not None and module in found:
         for each in _built_upon(module):
             _follow(each, found)
     return list(found)
