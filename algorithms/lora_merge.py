@@ -86,6 +86,22 @@ def unmerge_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
 
     Raises:
         SurgeryError: The model has no adapters.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> ledger = ParameterLedger(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.optim.SGD)
+        >>> adapters = inject_lora(ledger, ["0", "1"], rank=2)
+        >>> layer, before = ledger.model[0], ledger.model[0].weight.detach().clone()
+        >>> learned, merged = nn.init.ones_(layer.lora_B), merge_lora(ledger)
+        >>> torch.equal(layer.weight, before), ledger.trainable
+        (False, frozenset())
+        >>> unmerge_lora(ledger), torch.equal(layer.weight, before), ledger.trainable == set(adapters), list(dict(layer.named_buffers()))
+        (('0', '1'), True, True, [])
+        >>> unmerge_lora(ledger.model), unmerge_lora(ledger)  # nothing is merged
+        ((), ())
+        >>> unmerge_lora(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: unmerge_lora: the model has no adapters. Write ...
     """
     ledger = ledger_of(model, "unmerge_lora(model=)")
     check_adapted(ledger.model, "unmerge_lora")
