@@ -246,6 +246,8 @@ def _config(model: nn.Module, saved: Mapping[str, Saved], whole: list[str]) -> d
         >>> config = _config(attention, {name: written(name, each) for name, each in adapted(attention)}, [])
         >>> config["target_modules"], config["modules_to_save"], config["base_model_name_or_path"]  # out_proj is part of 0
         (['0'], None, 'bert-base-cased')
+        >>> attention.config = SimpleNamespace(_name_or_path="")  # as transformers has it for a model that was not loaded
+        >>> _config(attention, {name: written(name, each) for name, each in adapted(attention)}, [])["base_model_name_or_path"]
     """
     names = [name for name in saved if not belongs_above(model, name)]
     rank = Counter(saved[name].rank for name in names).most_common(1)[0][0]
@@ -360,10 +362,10 @@ def _missing(
     """Return what to attach where no adapter stands yet: the op's arguments, and the modules with these.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 2), nn.Linear(4, 2), nn.Conv1d(4, 2, 1, groups=2), nn.MultiheadAttention(2, 1))
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.Conv1d(4, 2, 3), nn.Conv1d(4, 2, 3, groups=2), nn.MultiheadAttention(2, 1))
         >>> linear = Saved(torch.ones(2, 4), torch.ones(2, 2), 2, 8.0)
-        >>> convolution = Saved(torch.ones(2, 4, 1), torch.ones(2, 2, 1), 2, 8.0)
-        >>> for each in _missing(model, {"0": linear, "1": linear, "2": convolution}, {"lora_dropout": 0, "use_rslora": False}):
+        >>> convolution = Saved(torch.ones(2, 4, 3), torch.ones(2, 2, 1), 2, 8.0)
+        >>> for each in _missing(model, {"0": linear, "1": convolution, "2": convolution}, {"lora_dropout": 0, "use_rslora": False}):
         ...     print(each)
         ({'rank': 2, 'alpha': 8.0, 'dropout': 0.0}, ['0', '1'])
         ({'rank': 2, 'alpha': 8.0, 'dropout': 0.0, 'dense': True}, ['2'])

@@ -174,6 +174,9 @@ def sorted_out(
         >>> found, rest = sorted_out(model, config, file(**{"1": pair, "0.base_layer.out_proj": pair, "2": {"bias": torch.ones(2)}}))
         >>> [(name, each.rank, each.alpha, each.up.max().item()) for name, each in found.items()], rest
         ([('0.out_proj', 2, 16, 2.0), ('1', 2, 3.0, 1.0)], {'2.bias': tensor([1., 1.])})
+        >>> copies = {"base_model.model.2.original_module.bias": torch.ones(2)}  # peft saves such with bias="all"
+        >>> sorted_out(model, config, file(**{"1": pair}) | copies)[1]
+        {}
         >>> for wrong in (
         ...     {"1.lora_A.weight": torch.ones(2, 4)}, file(head=pair), file(**{"1": {"lora_A.weight": torch.ones(2, 4)}}),
         ...     file(**{"1": {"bias": torch.ones(2)}}),

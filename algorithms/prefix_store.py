@@ -84,7 +84,13 @@ class RowStore:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of the first tensor, where all have one shape."""
+        """Bytes of one row of the first tensor, where all have one shape.
+
+        Example:
+            >>> store = RowStore(budget=1000)
+            >>> store.add([1], "a", [torch.ones(1, 3), torch.ones(1)]), store.row_bytes, store.nbytes
+            (True, 12, 16)
+        """
         return self._tables[0].columns[0].row_bytes
 
     @property
@@ -216,6 +222,12 @@ class RowStore:
             [tensor([[1., 1.]])]
             >>> store.add([3, 4], "a", [torch.ones(2, 2)]), store.full, store.has([4]), store.add([3], "a", [torch.ones(1, 2)])
             (False, True, False, True)
+            >>> store = RowStore(budget=24)  # for all shapes together
+            >>> store.add([1], "a", [torch.ones(1, 2)]), store.reserved, store.add([2], "b", [torch.ones(1, 1)]), store.full
+            (True, 24, False, True)
+            >>> store = RowStore(budget=2**60)  # more than there is
+            >>> store.add([1], "a", [torch.ones(1).expand(1, 2**42)]), store.full, store.has([1])
+            (False, True, False)
         """
         new = {each: place for place, each in enumerate(ids) if each not in self._numbers}
         if not new or self.full:

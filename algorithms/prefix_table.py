@@ -58,7 +58,7 @@ class Leaf:
 
 
 class Column:
-    """One tensor of every sample, one below the other, in memory or in a file of its own.
+    r"""One tensor of every sample, one below the other, in memory or in a file of its own.
 
     Example:
         >>> column = Column((2,), torch.float32, None)
@@ -67,6 +67,16 @@ class Column:
         >>> column.grow(5)
         >>> column.row_bytes, column.rows.shape, column.rows[:3].sum()
         (8, torch.Size([5, 2]), tensor(6.))
+        >>> mapped = Column((), torch.int16, Path("column"))
+        >>> mapped.grow(2)
+        >>> mapped.rows[:] = torch.tensor([3, 5])
+        >>> mapped.grow(3)
+        >>> Path("column").read_bytes(), mapped.rows  # what is written lies in the file
+        (b'\x03\x00\x05\x00\x00\x00', tensor([3, 5, 0], dtype=torch.int16))
+        >>> empty = Column((0,), torch.float32, None)
+        >>> empty.grow(3)
+        >>> empty.row_bytes, empty.rows.shape
+        (0, torch.Size([3, 0]))
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, path: Path | None) -> None:
@@ -142,6 +152,10 @@ class Table:
             >>> table.append([rows], at_most=150)
             >>> table.used, table.capacity
             (129, 150)
+            >>> table = Table((Leaf.of(rows),), [Column((2,), torch.float32, None)])
+            >>> table.append([torch.zeros(100, 2)], at_most=150)
+            >>> table.used, table.capacity
+            (100, 100)
         """
         count = len(rows[0])
         if self.used + count > self.capacity:
