@@ -110,7 +110,7 @@ class Beside(Residual):
     """A model that is given more than its inputs, looks whether that is of the same samples, and makes nothing of it."""
 
     @override
-    def forward(self, x: Tensor, number: Tensor, beside: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, number: Tensor, beside: Any = None) -> Tensor:  # type: ignore[override]  # it is given more
         for what, told in told_by(beside):
             if told != number.tolist():
                 raise ValueError(f"{what} of the batch is {told}, beside inputs of the samples {number.tolist()}")
@@ -168,7 +168,7 @@ class OwnLoss(Residual):
         self.answer = answer
 
     @override
-    def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]  # it is given more
         logits = Residual.forward(self, x)
         return self.answer(loss=cross_entropy(logits, labels), logits=logits)
 
@@ -177,7 +177,7 @@ class Shifting(OwnLoss):
     """A model that leaves out the first label of each row, as causal language models do."""
 
     @override
-    def forward(self, x: Tensor, labels: Tensor) -> Any:
+    def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]  # it is given more
         logits = Residual.forward(self, x)
         return self.answer(loss=cross_entropy(logits, labels[..., 1:].flatten()), logits=logits)
 
@@ -198,7 +198,7 @@ class Asking(OwnLoss):
         return ForCausalLMLoss
 
     @override
-    def forward(self, x: Tensor, labels: Tensor) -> Any:
+    def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]  # it is given more
         logits = Residual.forward(self, x)
         return self.answer(loss=self.loss_function(logits, labels), logits=logits)
 
@@ -207,7 +207,7 @@ class AskingAligned(Asking):
     """A model that tells that function that its labels are shifted already."""
 
     @override
-    def forward(self, x: Tensor, labels: Tensor) -> Any:
+    def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]  # it is given more
         logits = Residual.forward(self, x)
         return self.answer(loss=self.loss_function(logits, None, shift_labels=labels), logits=logits)
 
@@ -256,9 +256,18 @@ def _in_arrays(each: Samples) -> dict[str, Any]:
     return {"x": backwards, "number": number, "beside": number.astype(str), "labels": each.y.numpy().astype(">i8")}
 
 
-def _without_shape(each: Samples) -> list[Any]:
-    """Return a list of as many tensors as samples, each of them whole, and one of a tensor a sample."""
-    return [[each.number] * len(each.number), list(each.number.unbind())]
+def _much(each: Samples) -> dict[str, Any]:
+    """Return all that a batch may hold: by sample, and for the batch as a whole."""
+    numbers = each.number.tolist()
+    return {
+        "names": [str(number) for number in numbers],
+        "ids": tuple(numbers),
+        "inside": OrderedDict(ids=each.number, source="the kit"),
+        "record": Record(each.x, each.number),
+        "by sample": list(each.number.unbind()),
+        "as many as samples": [each.number] * len(numbers),
+        "moving": Moving(),
+    }
 
 
 def _written(each: Samples) -> list[str]:
@@ -267,7 +276,12 @@ def _written(each: Samples) -> list[str]:
 
 def _read(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     rows = torch.tensor([[float(number) for number in each.split()] for each in texts])
-    return rows[:, :-1], rows[:, -1].long()
+    return _parted(rows)
+
+
+def _parted(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inputs, laid out as they were, and targets."""
+    return rows[:, :-1].contiguous(), rows[:, -1].long()
 
 
 def _counted(labels: Tensor) -> float:
@@ -288,20 +302,24 @@ def _by_hand(take: Callable[[Any], tuple[Tensor, Tensor]]) -> dict[str, Any]:
     }
 
 
+def _loss_alone(*, loss: Tensor, **_: Tensor) -> Tensor:
+    return loss
+
+
+def _loss_in_a_row(*, loss: Tensor, **_: Tensor) -> Tensor:
+    return loss[None]
+
+
 _OWN: Mapping[str, Any] = MappingProxyType({"loss_fn": None})
 _ALIKE = torch.ones(CLASSES)
 
 BATCHES: Sequence[Form] = (
-    Form("tuples", lambda each: (each.x, each.y)),
     Form("named tuples", lambda each: Pair(each.x, each.y)),
     Form("mappings with 'labels'", _labeled),
     Form("mappings with 'targets'", lambda each: {"x": each.x, "targets": each.y}),
     Form("mappings that are read-only", lambda each: ReadOnly(**_labeled(each))),
     Form("mappings that are no dict", lambda each: UserDict(_labeled(each))),
-    Form("mappings with mappings in them", lambda each: _beside(each, {"ids": OrderedDict(a=each.number), "moving": Moving()}), Beside),
-    Form("mappings with text and numbers", lambda each: _beside(each, [[*map(str, each.number.tolist())], (*each.number.tolist(),)][each.number[0] % 2]), Beside),
-    Form("mappings with lists of tensors", lambda each: _beside(each, dict(enumerate(_without_shape(each)))), Beside),
-    Form("mappings with a dataclass", lambda each: _beside(each, Record(each.x, each.number)), Beside),
+    Form("mappings with much beside the inputs", lambda each: _beside(each, _much(each)), Beside),
     Form("mappings of NumPy arrays", _in_arrays, Beside),
     Form("tuples of several inputs", lambda each: (each.x, each.number, {"ids": each.number}, each.y), Beside),
     Form(
@@ -315,7 +333,7 @@ BATCHES: Sequence[Form] = (
     ),
     Form(
         "tensors that hold both", lambda each: torch.cat([each.x, each.y[:, None].float()], 1),
-        settings=_by_hand(lambda batch: (batch[:, :-1], batch[:, -1].long())), measured=False,
+        settings=_by_hand(_parted), measured=False,
     ),
 )  # fmt: skip
 """Batches of other types."""
@@ -324,8 +342,8 @@ LOSSES: Sequence[Form] = (
     Form("a model that returns a mapping with its loss", _labeled, OwnLoss, _OWN),
     Form("a model that returns an object with its loss", _labeled, partial(OwnLoss, SimpleNamespace), _OWN),
     Form("a model that returns an output with its loss", lambda each: (each.x, each.y), partial(OwnLoss, Output), _OWN),
-    Form("a model that returns its loss", _labeled, partial(OwnLoss, lambda loss, logits: loss), _OWN, measured=False),
-    Form("a model that returns its loss in a row", _labeled, partial(OwnLoss, lambda loss, logits: loss[None]), _OWN, measured=False),
+    Form("a model that returns its loss", _labeled, partial(OwnLoss, _loss_alone), _OWN, measured=False),
+    Form("a model that returns its loss in a row", _labeled, partial(OwnLoss, _loss_in_a_row), _OWN, measured=False),
     Form("a model that shifts its labels", _with_first_label, Shifting, _OWN, measured=False),
     Form("a model that asks for the loss of shifted labels", _with_first_label, Asking, _OWN, measured=False),
     Form("a model that asks for a loss as it is", _labeled, AskingAligned, _OWN),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from attrs import evolve
 
 from .algorithm import Algorithm
@@ -53,8 +53,8 @@ def takes_batches_in_other_forms(rehearsal: Rehearsal) -> None:
 
 
 def _drawn(items: Sequence[_Each], rehearsal: Rehearsal, count: int) -> list[_Each]:
-    """Return all of them in a thorough check, else a few, drawn by the seed and by what the algorithm is called."""
-    seed = derive_seed(rehearsal.seed, "forms", rehearsal.name)
+    """Return all of them in a thorough check, else a few, drawn by the seed and by what the algorithm is."""
+    seed = derive_seed(rehearsal.seed, "the same in other forms", str([each.describe() for each in rehearsal.make()]))
     return list(items) if rehearsal.thorough else some(list(items), count, seed)
 
 
@@ -68,7 +68,9 @@ def _try_kind(rehearsal: Rehearsal, kind: Kind, whole: Outcome) -> None:
 
 def _compare(rehearsal: Rehearsal, name: str, whole: Outcome, outcome: Outcome | None) -> None:
     if outcome is not None:
-        first, second = ({"result": each.result, "told to trackers": each.told, "events": each.events} for each in (whole, outcome))
+        first, second = (
+            {"result": each.result, "told to trackers": each.told, "events": each.events} for each in (whole, outcome)
+        )
         same(
             first, second, "the fit",
             f"{rehearsal.name}: with {name}, the fit is another one than with lists of inputs and targets from a DataLoader. What is in "
@@ -91,7 +93,7 @@ def _fit(
     name = form.name if form is not _PAIRS else "a loader of another kind"
 
     def beside() -> list[Algorithm]:
-        return [Before(_Look(samples, tells, noisy)), *rehearsal.make()]
+        return [Before(_Look(other.name, samples, tells, noisy)), *rehearsal.make()]
 
     def settings() -> dict[str, Any]:
         loader, aside = build(samples, form.given), Read(samples, form.given)
@@ -118,17 +120,17 @@ def _fit(
     return outcome
 
 
-def _duration(rehearsal: Rehearsal, *, tells: bool) -> Time:
+def _duration(rehearsal: Rehearsal, *, tells: bool) -> str | int:
     """Return how long a fit lasts: of batches that nobody counts, as many as there are."""
     given = Time(rehearsal.duration)
-    return given if tells or given.unit != "ep" else Time(f"{max(1, 2 * int(given.value) - 1)}ba")
+    return rehearsal.duration if tells or given.unit != "ep" else f"{max(1, 2 * int(given.value) - 1)}ba"
 
 
 class _Look:
     """Holds the samples of each batch and of each microbatch against the order that they must come in."""
 
-    def __init__(self, samples: Samples, tells: bool, noisy: bool) -> None:
-        self.samples, self.tells, self.noisy = samples, tells, noisy
+    def __init__(self, name: str, samples: Samples, tells: bool, noisy: bool) -> None:
+        self.name, self.samples, self.tells, self.noisy = name, samples, tells, noisy
         self.parts: list[list[int]] = []
 
     def __call__(self, event: Event, state: State) -> None:
@@ -137,8 +139,10 @@ class _Look:
             first = _TOGETHER * state.clock.batch_in_epoch
             batches = batches_in(state.clock.epoch, len(self.samples.y))[first : first + _TOGETHER]
             parts = [each[place : place + _PART] for each in batches for place in range(0, len(each), _PART)]
-            self.parts = [each for each in parts if (self.samples.y[each] != IGNORED_LABEL).any()]  # the others have no say
-            self.tell(state, sum(batches, []), state.sample_ids)
+            self.parts = [
+                each for each in parts if (self.samples.y[each] != IGNORED_LABEL).any()
+            ]  # the others have no say
+            self.tell(state, [*chain.from_iterable(batches)], state.sample_ids)
             if not self.tells:
                 self.compare(state, batches)
         elif event is Event.BEFORE_FORWARD:
@@ -147,9 +151,16 @@ class _Look:
     def tell(self, state: State, must: list[int], ids: Sequence[int] | None) -> None:
         """Hold what the state calls the samples against what they are."""
         if self.tells and ids != tuple(must):
-            fail(f"batch {state.clock.batch} has the samples {must}, and the state says {ids}. Leave sample_ids and microbatch_ids as they are.")
+            fail(
+                f"{self.name}: batch {state.clock.batch} has the samples {must}, and the state says {ids}. Leave sample_ids and microbatch_ids as they are."
+            )
 
     def compare(self, state: State, batches: list[list[int]]) -> None:
         """Hold the batches that the loader gave against the samples."""
         must = [[self.samples.x[each], self.samples.y[each]][self.noisy :] for each in batches]
-        same(must, [each[self.noisy :] for each in state.batch], "it", f"batch {state.clock.batch} has other samples than the loader gave.")
+        same(
+            must,
+            [each[self.noisy :] for each in state.batch],
+            "it",
+            f"{self.name}: batch {state.clock.batch} has other samples than the loader gave.",
+        )

@@ -158,7 +158,9 @@ class KeepsItsPlace:
         while self.place < len(batches):
             found = self.data[batches[self.place]]
             self.place += 1
-            yield self.given(found._replace(x=found.x + self.noise * torch.rand(found.x.shape)) if self.noise else found)
+            yield self.given(
+                found._replace(x=found.x + self.noise * torch.rand(found.x.shape)) if self.noise else found
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return where it stands."""
