@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from .errors import ThawlineError
 from .events import Event
 from .neighbor import Before
 from .other_batches import BATCHES, LOSSES, Form, Samples
-from .other_loaders import KINDS, Kind, Read, all_samples, batches_in, plain
+from .other_loaders import KINDS, PLAIN, UNCOUNTED, Kind, Read, all_samples, batches_in
 from .other_models import is_its_own
 from .promises import check, fail, same
 from .randomness import derive_seed
@@ -36,20 +36,21 @@ def takes_batches_in_other_forms(rehearsal: Rehearsal) -> None:
     """The same samples in batches of other types, from other loaders, or for a model that computes its loss itself, give the same fit."""
     if not rehearsal.own_task:
         return
-    fits: dict[tuple[bool, bool], Outcome | None] = {}
+    fits: dict[tuple[str, bool], Outcome | None] = {}
 
-    def reference(*, tells: bool = True, measured: bool = True) -> Outcome | None:
-        if (tells, measured) not in fits:
-            build = plain if tells else Read
-            fits[tells, measured] = _fit(rehearsal, evolve(_PAIRS, measured=measured), build, tells=tells)
-        return fits[tells, measured]
+    def compare(form: Form, kind: Kind, to: Kind) -> None:
+        """Hold a fit in a form against one of pairs from another kind of loader, where the algorithm takes both."""
+        key = to.name, form.measured
+        if key not in fits:
+            fits[key] = _fit(rehearsal, evolve(_PAIRS, measured=form.measured), to)
+        whole, fit = fits[key], _fit(rehearsal, form, kind)
+        if whole is not None and fit is not None and not kind.noisy:
+            _compare(rehearsal, form.name if kind is to else kind.name, whole, fit)
 
     for form in (*_drawn(BATCHES, rehearsal, 2), *_drawn(LOSSES, rehearsal, 2)):
-        if (whole := reference(measured=form.measured)) is not None:
-            _compare(rehearsal, form.name, whole, _fit(rehearsal, form, plain))
+        compare(form, PLAIN, PLAIN)
     for kind in _drawn(KINDS, rehearsal, 1):
-        if (whole := reference(tells=kind.tells)) is not None:
-            _try_kind(rehearsal, kind, whole)
+        compare(_PAIRS, kind, PLAIN if kind.tells else UNCOUNTED)
 
 
 def _drawn(items: Sequence[_Each], rehearsal: Rehearsal, count: int) -> list[_Each]:
@@ -58,79 +59,59 @@ def _drawn(items: Sequence[_Each], rehearsal: Rehearsal, count: int) -> list[_Ea
     return list(items) if rehearsal.thorough else some(list(items), count, seed)
 
 
-def _try_kind(rehearsal: Rehearsal, kind: Kind, whole: Outcome) -> None:
-    """Hold a fit from a kind of loader against one from another, and a resumed one against it."""
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = _fit(rehearsal, _PAIRS, kind.build, tells=kind.tells, noisy=kind.noisy, folder=Path(folder) / "run")
-        if not kind.noisy:
-            _compare(rehearsal, kind.name, whole, outcome)
+def _compare(rehearsal: Rehearsal, name: str, whole: Outcome, fit: Outcome) -> None:
+    first, second = ({"result": each.result, "told": each.told, "events": each.events} for each in (whole, fit))
+    same(
+        first, second, "the fit",
+        f"{rehearsal.name}: with {name}, the fit is another one than with pairs of inputs and targets. What is in state.batch and "
+        "state.microbatch is what the loader gives, whole or cut: targets_of(batch) finds the targets in any, state.sample_ids says "
+        "which samples there are. Raise DataError for what you cannot take.",
+    )  # fmt: skip
 
 
-def _compare(rehearsal: Rehearsal, name: str, whole: Outcome, outcome: Outcome | None) -> None:
-    if outcome is not None:
-        first, second = (
-            {"result": each.result, "told to trackers": each.told, "events": each.events} for each in (whole, outcome)
-        )
-        same(
-            first, second, "the fit",
-            f"{rehearsal.name}: with {name}, the fit is another one than with lists of inputs and targets from a DataLoader. What is in "
-            "state.batch and state.microbatch is what the loader gives, whole or cut: targets_of(batch) finds the targets in any, "
-            "state.sample_ids says which samples there are. Raise DataError for what you cannot take.",
-        )  # fmt: skip
-
-
-def _fit(
-    rehearsal: Rehearsal,
-    form: Form,
-    build: Callable[[Samples, Callable[[Samples], Any]], Iterable[Any]],
-    *,
-    tells: bool = True,
-    noisy: bool = False,
-    folder: Path | None = None,
-) -> Outcome | None:
-    """Return what a fit in a form comes to, and in a folder hold a resumed one against it; None where the algorithm refuses it."""
+def _fit(rehearsal: Rehearsal, form: Form, kind: Kind) -> Outcome | None:
+    """Return what a fit in a form comes to, and hold a resumed one against it; None where the algorithm refuses it."""
     samples = all_samples()
-    name = form.name if form is not _PAIRS else "a loader of another kind"
+    what = kind.name if form.name == _PAIRS.name else form.name
 
     def beside() -> list[Algorithm]:
-        return [Before(_Look(other.name, samples, tells, noisy)), *rehearsal.make()]
+        return [Before(_Look(f"{rehearsal.name} with {what}", samples, kind)), *rehearsal.make()]
 
     def settings() -> dict[str, Any]:
-        loader, aside = build(samples, form.given), Read(samples, form.given)
+        loader = kind.build(samples, form.given)
+        aside = loader if kind.tells else Read(samples, form.given)  # in one order at every evaluation
         measured = {"metrics": {"share": share_right, "right": Right()}} if form.measured else {}
-        data = {"loader": loader, "eval_loader": loader if tells else aside}
-        return {**measured, **data, "microbatch_size": _PART, "accumulate": _TOGETHER, **form.settings}
+        cuts = {"microbatch_size": _PART, "accumulate": _TOGETHER}
+        return {"loader": loader, "eval_loader": aside, **cuts, **measured, **form.settings}
 
-    other = evolve(rehearsal, factory=beside, build_model=form.model, duration=_duration(rehearsal, tells=tells))
-    other.name = f"{rehearsal.name} with {name}"
+    other = evolve(rehearsal, factory=beside, build_model=form.model, duration=_duration(rehearsal, kind))
+    other.name = f"{rehearsal.name} with {what}"
     try:
-        if folder is None:
+        if kind in (PLAIN, UNCOUNTED):
             return other.fit(**settings())
-        outcome, paths = other.saved(folder, every="3ba", **settings())
-        for path in paths[:1]:
-            goes_on(other, outcome, path, **settings())
-    except ThawlineError as error:
-        if is_its_own(error, rehearsal.make()):
-            return None
-        error.add_note(f"with {name}")
-        raise
+        with tempfile.TemporaryDirectory() as folder:
+            fit, paths = other.saved(Path(folder) / "run", every="3ba", **settings())
+            for path in paths[:1]:
+                goes_on(other, fit, path, **settings())
+        return fit
     except Exception as error:
-        error.add_note(f"with {name}")
+        if isinstance(error, ThawlineError) and is_its_own(error, rehearsal.make()):
+            return None
+        error.add_note(f"with {what}")
         raise
-    return outcome
 
 
-def _duration(rehearsal: Rehearsal, *, tells: bool) -> str | int:
+def _duration(rehearsal: Rehearsal, kind: Kind) -> str | int:
     """Return how long a fit lasts: of batches that nobody counts, as many as there are."""
     given = Time(rehearsal.duration)
-    return rehearsal.duration if tells or given.unit != "ep" else f"{max(1, 2 * int(given.value) - 1)}ba"
+    return rehearsal.duration if kind.tells or given.unit != "ep" else f"{max(1, 2 * int(given.value) - 1)}ba"
 
 
 class _Look:
     """Holds the samples of each batch and of each microbatch against the order that they must come in."""
 
-    def __init__(self, name: str, samples: Samples, tells: bool, noisy: bool) -> None:
-        self.name, self.samples, self.tells, self.noisy = name, samples, tells, noisy
+    def __init__(self, name: str, samples: Samples, kind: Kind) -> None:
+        self.name, self.samples, self.tells, self.noisy = name, samples, kind.tells, kind.noisy
         self.parts: list[list[int]] = []
 
     def __call__(self, event: Event, state: State) -> None:

@@ -224,6 +224,8 @@ class Kind:
     noisy: bool = False
 
 
+PLAIN = Kind("a loader with a sampler", plain, tells=True)
+UNCOUNTED = Kind("batches without a length", Read)
 KINDS: Sequence[Kind] = (
     Kind("a sampler of batches", _of_tuples, tells=True),
     Kind("a dataset of whole batches", _of_wholes, tells=True),
@@ -231,4 +233,4 @@ KINDS: Sequence[Kind] = (
     Kind("a loader that keeps its place", KeepsItsPlace),
     Kind("a loader that keeps its place and adds noise", partial(KeepsItsPlace, noise=0.1), noisy=True),
 )
-"""All kinds but :func:`plain`, and :class:`Read`, which tells no samples."""
+"""What is held against these two."""

@@ -563,7 +563,7 @@ class Measuring(Algorithm):
 
     def apply(self, event: Event, state: State) -> None:
         for batch in state.batch if state.accumulate > 1 else [state.batch]:
-            self.seen += len(batch[0] if isinstance(batch, (list, tuple)) else batch)
+            self.seen += state.world * len(batch[0] if isinstance(batch, (list, tuple)) else batch)
         state.log({"seen": self.seen})
 
     def state_dict(self) -> dict[str, Any]:
