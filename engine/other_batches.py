@@ -224,14 +224,14 @@ class Form:
         given: Returns the batch of some samples, as a loader gives it.
         model: Builds a model with the parameters of :class:`Residual` that takes it.
         settings: What of the Trainer's arguments is another.
-        measured: Whether a metric is given outputs and targets.
+        measured: Whether metrics are given its outputs and targets.
     """
 
     name: str
     given: Callable[[Samples], Any]
     model: Callable[[], nn.Module] = Residual
     settings: Mapping[str, Any] = field(factory=dict)
-    measured: bool = True
+    measured: bool = False
 
 
 def _labeled(each: Samples) -> dict[str, Tensor]:
@@ -316,7 +316,7 @@ _ALIKE = torch.ones(CLASSES)
 BATCHES: Sequence[Form] = (
     Form("named tuples", lambda each: Pair(each.x, each.y)),
     Form("mappings with 'labels'", _labeled),
-    Form("mappings with 'targets'", lambda each: {"x": each.x, "targets": each.y}),
+    Form("mappings with 'targets'", lambda each: {"x": each.x, "targets": each.y}, measured=True),
     Form("mappings that are read-only", lambda each: ReadOnly(**_labeled(each))),
     Form("mappings that are no dict", lambda each: UserDict(_labeled(each))),
     Form("mappings with much beside the inputs", lambda each: _beside(each, _much(each)), Beside),
@@ -324,16 +324,16 @@ BATCHES: Sequence[Form] = (
     Form("tuples of several inputs", lambda each: (each.x, each.number, {"ids": each.number}, each.y), Beside),
     Form(
         "frozen dataclasses", lambda each: FrozenRecord(each.x, each.y, Record(each.x, each.number)),
-        settings=_by_hand(lambda batch: (batch.inner.x, batch.y)), measured=False,
+        settings=_by_hand(lambda batch: (batch.inner.x, batch.y)),
     ),
-    Form("lists of text, one a sample", _written, settings=_by_hand(_read), measured=False),
+    Form("lists of text, one a sample", _written, settings=_by_hand(_read)),
     Form(
         "pairs of lists", lambda each: (_written(each), each.y.tolist()),
-        settings=_by_hand(lambda batch: (_read(batch[0])[0], torch.tensor(batch[1]))), measured=False,
+        settings=_by_hand(lambda batch: (_read(batch[0])[0], torch.tensor(batch[1]))),
     ),
     Form(
         "tensors that hold both", lambda each: torch.cat([each.x, each.y[:, None].float()], 1),
-        settings=_by_hand(_parted), measured=False,
+        settings=_by_hand(_parted),
     ),
 )  # fmt: skip
 """Batches of other types."""
@@ -341,21 +341,21 @@ BATCHES: Sequence[Form] = (
 LOSSES: Sequence[Form] = (
     Form("a model that returns a mapping with its loss", _labeled, OwnLoss, _OWN),
     Form("a model that returns an object with its loss", _labeled, partial(OwnLoss, SimpleNamespace), _OWN),
-    Form("a model that returns an output with its loss", lambda each: (each.x, each.y), partial(OwnLoss, Output), _OWN),
-    Form("a model that returns its loss", _labeled, partial(OwnLoss, _loss_alone), _OWN, measured=False),
-    Form("a model that returns its loss in a row", _labeled, partial(OwnLoss, _loss_in_a_row), _OWN, measured=False),
-    Form("a model that shifts its labels", _with_first_label, Shifting, _OWN, measured=False),
-    Form("a model that asks for the loss of shifted labels", _with_first_label, Asking, _OWN, measured=False),
+    Form("a model that returns an output with its loss", lambda each: (each.x, each.y), partial(OwnLoss, Output), _OWN, measured=True),
+    Form("a model that returns its loss", _labeled, partial(OwnLoss, _loss_alone), _OWN),
+    Form("a model that returns its loss in a row", _labeled, partial(OwnLoss, _loss_in_a_row), _OWN),
+    Form("a model that shifts its labels", _with_first_label, Shifting, _OWN),
+    Form("a model that asks for the loss of shifted labels", _with_first_label, Asking, _OWN),
     Form("a model that asks for a loss as it is", _labeled, AskingAligned, _OWN),
     Form("a model that returns a mapping with logits", _labeled, partial(Answering, dict)),
-    Form("a model that returns an object with logits", _labeled, partial(Answering, SimpleNamespace)),
+    Form("a model that returns an object with logits", _labeled, partial(Answering, SimpleNamespace), measured=True),
     Form("a forward_fn of the user's", _labeled, settings={"forward_fn": lambda model, batch: model(batch["x"])}),
     Form("a loss_weight of the user's", _labeled, settings={"loss_weight": lambda batch: _counted(batch["labels"])}),
     Form("a loss that gives a row", _labeled, settings={"loss_fn": lambda outputs, targets: cross_entropy(outputs, targets)[None]}),
     Form("a loss with weights of classes", _labeled, settings={"loss_fn": nn.CrossEntropyLoss(weight=_ALIKE)}),
     Form(
         "a loss that ignores another label", lambda each: (each.x, each.y.where(each.y >= 0, 7)),
-        settings={"loss_fn": partial(cross_entropy, ignore_index=7)}, measured=False,
+        settings={"loss_fn": partial(cross_entropy, ignore_index=7)},
     ),
 )  # fmt: skip
 """Models and losses that answer otherwise."""
