@@ -314,7 +314,7 @@ _OWN: Mapping[str, Any] = MappingProxyType({"loss_fn": None})
 _ALIKE = torch.ones(CLASSES)
 
 BATCHES: Sequence[Form] = (
-    Form("named tuples", lambda each: Pair(each.x, each.y)),
+    Form("named tuples", lambda each: Pair(each.x, each.y), settings={"forward_fn": lambda model, batch: model(batch.x)}),
     Form("mappings with 'labels'", _labeled),
     Form("mappings with 'targets'", lambda each: {"x": each.x, "targets": each.y}, measured=True),
     Form("mappings that are read-only", lambda each: ReadOnly(**_labeled(each))),
