@@ -34,6 +34,7 @@ from .endings import (
 )
 from .errors import ArgumentError, nearest
 from .examples import does_as_its_examples_say
+from .other_forms import takes_batches_in_other_forms
 from .other_models import takes_other_models
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
@@ -50,6 +51,7 @@ CHECKS: dict[str, Check] = {
         does_as_its_examples_say,
         works_with_other_arguments,
         takes_other_models,
+        takes_batches_in_other_forms,
         match_is_pure,
         keeps_the_ledger_whole,
         leaves_the_loop_alone,

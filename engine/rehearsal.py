@@ -227,6 +227,7 @@ class Rehearsal:
         *,
         model: nn.Module | None = None,
         loader: Iterable[Any] | None = None,
+        eval_loader: Iterable[Any] | None = None,
         probe: Callable[[Event, State], object] | None = None,
         closing: Callable[[], object] = lambda: None,
         duration: Time | str | int | None = None,
@@ -260,7 +261,9 @@ class Rehearsal:
         trainer = self.trainer([*subjects, Probe(watch, closing=closing)], trackers=[tracker], **settings)
         span = self.duration if duration is None else duration
         with Randomness().kept(), settings_kept() as self.changed, heard() as said:
-            result = trainer.fit(model, loader, loader, duration=span, optimizer=optimizer, resume=resume)
+            result = trainer.fit(
+                model, loader, eval_loader or loader, duration=span, optimizer=optimizer, resume=resume
+            )
         after = {
             "weights after the fit": weights_of(model),
             "history": result.history,

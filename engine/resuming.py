@@ -52,10 +52,10 @@ FUNCTION = (
 )
 
 
-def goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
+def goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path, **settings: Any) -> None:
     """Resume from a checkpoint, and compare with the uninterrupted fit."""
     batch = step_of(path)
-    resumed = rehearsal.fit(resume=path)
+    resumed = rehearsal.fit(resume=path, **settings)
     where = f"{rehearsal.name}, resumed at batch {batch},"
     same(
         whole.after(batch, resumed), resumed.after(batch, resumed), "the fit",

@@ -550,3 +550,21 @@ class Tallying(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen}
+
+
+@caught_by("takes_batches_in_other_forms")
+@attrs.define(slots=False, eq=False)
+class Measuring(Algorithm):
+    """Counts the samples it has seen: those of the first part of a batch, and where that is a mapping, its keys."""
+
+    events = frozenset({Event.BATCH_START})
+    stage: ClassVar[Stage] = Stage.OBSERVE
+    seen: int = attrs.field(default=0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        for batch in state.batch if state.accumulate > 1 else [state.batch]:
+            self.seen += state.world * len(batch[0] if isinstance(batch, (list, tuple)) else batch)
+        state.log({"seen": self.seen})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
