@@ -85,6 +85,8 @@ TIERS: tuple[frozenset[str], ...] = (
             "audits",
             "logbook",
             "other_models",
+            "bearer",
+            "recovering",
             "resuming",
             "unaided",
             "tasks",
