@@ -125,7 +125,7 @@ def first_unlike(first: Any, second: Any, place: str) -> str | None:
         pairs = [(f"{place}[{index}]", *both) for index, both in enumerate(zip(first, second, strict=True))]
     else:
         return None if _bits(first) == _bits(second) else place
-    return next((found for where, *both in pairs if (found := first_unlike(*both, where))), None)
+    return next((found for where, one, other in pairs if (found := first_unlike(one, other, where))), None)
 
 
 def _bits(value: Any) -> object:

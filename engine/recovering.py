@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import define, field
+from attrs import define, field, frozen
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from .bearer import Bearer
 from .checkpointing import Checkpointing
@@ -19,11 +19,13 @@ from .errors import NonFiniteError
 from .events import Event
 from .log import jsonable
 from .neighbor import Before
-from .promises import check, fail, same, unless_alone
+from .nonfinite import MAX_ROLLBACKS, MAX_SKIPPED
+from .promises import REFUSALS, check, fail, same, unless_alone
 from .randomness import derive_seed
 from .rehearsal import Outcome, Rehearsal, some, written_in
+from .snapshot import TEMPORARY
 from .state import State
-from .store import BAD, DISCARDED, checkpoints_in, read_manifest, step_of
+from .store import BAD, DISCARDED, checkpoints_in, read_checkpoint, step_of
 from .weights import export, load_weights
 
 _EVERY = 5
@@ -36,21 +38,26 @@ _ALWAYS = 7
 @check
 def recovers_from_faults(rehearsal: Rehearsal) -> None:
     """Gone back to a checkpoint from steps that are not finite, or to the one before a damaged one, the fit ends bit for bit as without."""
-    unless_alone(rehearsal, _go_back)
+    unless_alone(rehearsal, _recover)
 
 
-def _go_back(rehearsal: Rehearsal) -> None:
-    seed = derive_seed(rehearsal.seed, rehearsal.name)
+def _recover(rehearsal: Rehearsal) -> None:
+    told = [each.describe() for each in rehearsal.make()]
+    seed = derive_seed(rehearsal.seed, str(told))
     forms = list(_OPTIMIZERS) if rehearsal.thorough else some(list(_OPTIMIZERS), 1, seed)
-    harms = list(_HARMS) if rehearsal.thorough else some(list(_HARMS), 1, seed + 1)
     for number, form in enumerate(forms):
         with tempfile.TemporaryDirectory() as folder:
-            ends = _Recovery(rehearsal, _OPTIMIZERS[form], Path(folder))
-            ends.roll_back()
-            for harm in harms if not number else ():
-                ends.harm(harm)
-    if rehearsal.thorough or seed % 2:
-        _give_up(rehearsal)
+            try:
+                recovery = _Recovery(rehearsal, _OPTIMIZERS[form], Path(folder))
+                goes_back = recovery.goes_back()
+            except REFUSALS:  # of such an optimizer
+                recovery = _Recovery(rehearsal, _OPTIMIZERS["AdamW"], Path(folder) / "plain")
+                goes_back = recovery.goes_back()
+            harms = list(_HARMS) if rehearsal.thorough else some(list(_HARMS), 1, seed + 1)
+            for harm in harms if goes_back and not number else ():
+                recovery.survives(harm)
+    for policy in ("rollback", "skip") if rehearsal.thorough else (("rollback",), ("skip",), (), ())[seed % 4]:
+        _gives_up(rehearsal, policy)
 
 
 # -- optimizers ---------------------------------------------------------------------------------------------------------
@@ -65,15 +72,16 @@ def _kinds(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def _in_groups(model: nn.Module) -> Any:
     """Return one with a rate that is a tensor, and options of its own in each group."""
-    decays = ({"weight_decay": 0.0}, {"betas": (0.8, 0.99), "amsgrad": True})
-    groups = [{"params": part, **more} for part, more in zip(_kinds(model), decays, strict=False)]
+    options: list[dict[str, Any]] = [{"weight_decay": 0.0}, {"betas": (0.8, 0.99), "amsgrad": True}]
+    groups = [{"params": part, **more} for part, more in zip(_kinds(model), options, strict=False)]
     return torch.optim.AdamW(groups, lr=torch.tensor(0.01), foreach=False)
 
 
 def _in_two(model: nn.Module) -> Any:
     """Return two optimizers, or one where there is nothing for the other."""
-    makers = (partial(torch.optim.SGD, lr=0.05, momentum=0.9), partial(torch.optim.AdamW, lr=0.01, foreach=True))
-    return [make(part) for make, part in zip(makers, _kinds(model), strict=False)]
+    first, *rest = _kinds(model)
+    others = [torch.optim.AdamW(each, lr=0.01, foreach=True) for each in rest]
+    return [torch.optim.SGD(first, lr=0.05, momentum=0.9), *others]
 
 
 _OPTIMIZERS: Mapping[str, Callable[[nn.Module], Any]] = {
@@ -84,7 +92,69 @@ _OPTIMIZERS: Mapping[str, Callable[[nn.Module], Any]] = {
 }
 
 
-# -- what must not be left of it ----------------------------------------------------------------------------------------
+# -- faults -------------------------------------------------------------------------------------------------------------
+
+
+@define(eq=False)
+class _Faults:
+    """Makes losses and gradients of some batches what no optimizer may step with.
+
+    Args:
+        once: Batches to do so with the first time that they come.
+        always: Batches to do so with each time.
+        batches: Those that were spoiled.
+        repaired: Whether an algorithm has made finite again what was not.
+    """
+
+    once: set[int]
+    always: set[int]
+    batches: set[int] = field(factory=set, init=False)
+    repaired: bool = field(default=False, init=False)
+    _now: bool = field(default=False, init=False)
+
+    def algorithm(self) -> Before:
+        """Return what does so, before everybody else."""
+        return Before(self._act)
+
+    def _act(self, event: Event, state: State) -> None:
+        batch = state.clock.batch
+        if event is Event.BATCH_START:
+            self._now = False
+        elif event is (Event.AFTER_BACKWARD if batch % 2 else Event.AFTER_LOSS) and batch in self.once | self.always:
+            self._spoil(state)
+        elif event is Event.AFTER_STEP and self._now:
+            self._look(state)
+
+    def _spoil(self, state: State) -> None:
+        batch = state.clock.batch
+        if batch % 2 == 0 and state.loss is not None:
+            state.loss = state.loss * torch.nan
+        for grad in _gradients(state)[:1] if batch % 2 else ():
+            grad.fill_(torch.inf)
+        self._now = True
+        self.once.discard(batch)
+        self.batches.add(batch)
+
+    def _look(self, state: State) -> None:
+        """See whether the optimizers have moved, and whether they might."""
+        finite = all(bool(each.isfinite().all()) for each in _gradients(state))
+        self.repaired |= finite
+        if not finite and not state.step_skipped:
+            fail(f"the optimizers have moved by gradients that are not finite, in batch {state.clock.batch}.")
+
+
+def _gradients(state: State) -> list[Tensor]:
+    return [each.grad for each in state.ledger.trainable_parameters if each.grad is not None]
+
+
+# -- what must not be left of them --------------------------------------------------------------------------------------
+
+_UNDONE = (
+    "Going back, the algorithm is closed, constructed, attached and given its saved state, over the same model: put back in close() "
+    "what was changed besides the ledger, and keep nothing elsewhere than in the instance."
+)
+_RESUMED = "Return from state_dict() whatever changes during a fit, and take it back in load_state_dict()."
+_PUT = "Attach by ledger.attach(), and change no weight at FIT_END."
 
 
 @define(eq=False)
@@ -100,29 +170,34 @@ class _Recovery:
     rehearsal: Rehearsal
     optimizer: Callable[[nn.Module], Any]
     folder: Path
-    rolled: Outcome | None = field(default=None, init=False)
+    rolled: Outcome = field(init=False)
 
     @property
     def run(self) -> Path:
         """The directory of the fit that goes back."""
         return self.folder / "rolled"
 
-    def fit(self, policy: str, name: str, **settings: Any) -> Outcome:
-        """Fit with the faults that come each time, and those that come once where the fit goes back."""
-        model = self.rehearsal.model()
-        once = set(_ONCE if policy == "rollback" and not settings.get("resume") else ())
-        rest: dict[str, Any] = {"model": model, "optimizer": self.optimizer(model), "on_nonfinite": policy}
-        algorithms = [Before(partial(_spoil, once, {_ALWAYS})), Bearer(), *self.rehearsal.make()]
-        return self.rehearsal.fit(algorithms, run_dir=self.folder / name, **(rest | settings))
+    def fit(self, faults: _Faults, **settings: Any) -> Outcome:
+        """Fit with faults, beside one that bears state of every type."""
+        model = settings.pop("model", None) or self.rehearsal.model()
+        algorithms = [faults.algorithm(), Bearer(), *self.rehearsal.make()]
+        return self.rehearsal.fit(algorithms, model=model, optimizer=self.optimizer(model), **settings)
 
-    def roll_back(self) -> None:
-        """Hold a fit that goes back against one that does not: only the batch that is bad each time is left out in both."""
-        model, fresh = self.rehearsal.model(), self.rehearsal.model
-        policy = Checkpointing(every="1ep", frozen="fingerprint")
-        skipped = self.fit("skip", "skipped", checkpoint=policy, model=model, optimizer=self.optimizer(model))
-        self.rolled = rolled = self.fit("rollback", "rolled", checkpoint=Checkpointing(every=f"{_EVERY}ba", keep=9))
-        name = self.rehearsal.name
-        where = f"{name}: a fit that goes back to a checkpoint from steps that are not finite"
+    def go_back(self, faults: _Faults, *, resume: Path | bool = False) -> Outcome:
+        """Fit, and go back from steps that are not finite."""
+        policy = Checkpointing(every=f"{_EVERY}ba", keep=9)
+        return self.fit(faults, on_nonfinite="rollback", run_dir=self.run, checkpoint=policy, resume=resume)
+
+    def goes_back(self) -> bool:
+        """Hold a fit that goes back against one that does not; return whether it can be: an algorithm may repair what is not finite."""
+        model, faults = self.rehearsal.model(), _Faults(set(_ONCE), {_ALWAYS})
+        left_out, policy = _Faults(set(), {_ALWAYS}), Checkpointing(every="1ep", frozen="fingerprint")
+        run = self.folder / "skipped"
+        skipped = self.fit(left_out, model=model, on_nonfinite="skip", run_dir=run, checkpoint=policy)
+        self.rolled = rolled = self.go_back(faults)
+        if faults.repaired or left_out.repaired:
+            return False
+        where = f"{self.rehearsal.name}: a fit that goes back to a checkpoint from steps that are not finite"
         same(skipped.result, rolled.result, "the fit", f"{where} does not end as one without these steps. {_UNDONE}")
         same(
             jsonable(skipped.told), jsonable(written_in(self.run)), "metrics.jsonl",
@@ -130,70 +205,64 @@ class _Recovery:
         )  # fmt: skip
         if new := [each for each in rolled.said if each not in skipped.said]:
             fail(
-                f"{where} warns of what one without these steps does not: {new[0]} Warn at FIT_START: it does not come again."
+                f"{where} warns of what one without these steps does not: {new[0]} Warn at FIT_START of what concerns the whole fit."
             )
-        self._check_exported(skipped, model, fresh)
+        self._check_exported(skipped, model)
+        return True
 
-    def _check_exported(self, outcome: Outcome, model: nn.Module, fresh: Callable[[], nn.Module]) -> None:
+    def _check_exported(self, outcome: Outcome, model: nn.Module) -> None:
         """Hold the weights that a checkpoint gives without the run against those of the model that was fitted."""
-        if outcome.last is None:
-            return
-        live = load_file(export(outcome.last, self.folder / "live" / "a.safetensors", weights="live", model=fresh()))
-        what = f"{self.rehearsal.name}: export() of the newest checkpoint gives other weights than"
-        mend = "Attach by ledger.attach(), and change no weight at FIT_END."
-        same(live, dict(model.state_dict()), "weights", f"{what} the model has. {mend}")
-        load_weights(outcome.last, again := fresh())
-        evaluated = load_file(export(outcome.last, self.folder / "b.safetensors", model=fresh()))
-        same(evaluated, dict(again.state_dict()), "weights", f"{what} load_weights(). {mend}")
+        assert outcome.last is not None
+        given, again = self.rehearsal.model(), self.rehearsal.model()
+        what = f"{self.rehearsal.name}: export() writes other weights of the newest checkpoint than"
+        live = load_file(export(outcome.last, self.folder / "new" / "live.safetensors", weights="live", model=given))
+        same(live, dict(model.state_dict()), "weights", f"{what} the model has. {_PUT}")
+        load_weights(outcome.last, again)
+        evaluated = load_file(export(outcome.last, self.folder / "new" / "evaluated.safetensors", model=given))
+        same(evaluated, dict(again.state_dict()), "weights", f"{what} load_weights() gives a model. {_PUT}")
 
-    def harm(self, name: str) -> None:
-        """Go on in a run_dir whose newest checkpoint is damaged, and hold the end against the one that was."""
-        assert self.rolled is not None
-        paths = checkpoints_in(self.run)
+    def survives(self, name: str) -> None:
+        """Harm the newest checkpoint, go on in the run_dir, and hold the end against the one that was."""
+        paths, harm = checkpoints_in(self.run), _HARMS[name]
         if len(paths) < 2:
             return
-        before = read_manifest(paths[-1]).files
-        _HARMS[name](paths)
-        resume = paths[-2] if name == "given" else True
-        resumed = self.fit("rollback", "rolled", checkpoint=Checkpointing(every=f"{_EVERY}ba", keep=9), resume=resume)
-        batch = step_of(paths[-2])
-        where = f"{self.rehearsal.name}, gone on from batch {batch} because the newest checkpoint {_BECAUSE[name]},"
+        before, written = read_checkpoint(paths[-1]), written_in(self.run)
+        there = _folders(self.run)
+        harm.do(paths)
+        start = paths[-2 if harm.aside else -1]
+        resumed = self.go_back(_Faults(set(), {_ALWAYS}), resume=paths[-2] if harm.aside == DISCARDED else True)
+        where = f"{self.rehearsal.name}, resumed where the newest checkpoint {harm.because},"
+        known = {key: each for key, each in self.rolled.result.items() if key in resumed.result}
+        same(known, resumed.result, "the fit", f"{where} does not end as before. {_RESUMED}")
         same(
-            self.rolled.after(batch, resumed), self.rolled.after(batch, resumed) | resumed.after(batch, resumed), "the fit",
-            f"{where} does not end as before. {_RESUMED}",
+            jsonable(written),
+            jsonable(written_in(self.run)),
+            "metrics.jsonl",
+            f"{where} has other metrics on disk. {_RESUMED}",
+        )
+        after = read_checkpoint(paths[-1])
+        same(
+            _but_algorithms(before), _but_algorithms(after), "it",
+            f"{where} has written another checkpoint of batch {step_of(paths[-1])} than before. {_RESUMED}",
         )  # fmt: skip
-        aside, damaged = (DISCARDED, 0) if name == "given" else (BAD, 1)
-        names = sorted(each.name for each in self.run.iterdir() if each.name.startswith("."))
-        if aside + paths[-1].name not in names:
-            fail(f"{where} has not set that one aside as {aside}{paths[-1].name}: there are {names}.")
-        if sum(paths[-1].name in each and paths[-2].name in each for each in resumed.said) != damaged:
-            fail(f"{where} the fit does not say so. It says {resumed.said}.")
-        if read_manifest(paths[-1]).files != before:
-            fail(f"{where} it has written another checkpoint of batch {step_of(paths[-1])} than before. {_RESUMED}")
+        aside = sorted(each.name for each in _folders(self.run) - there)
+        if aside != [f"{harm.aside}{paths[-1].name}"] * bool(harm.aside):
+            fail(f"{where} leaves {aside} beside what there was. Leave the run_dir to the engine.")
+        told = any(paths[-1].name in each and start.name in each for each in resumed.said)
+        if told is not (harm.aside == BAD):
+            fail(f"{where} is {'' if told else 'not '}told of it: {resumed.said}.")
 
 
-_UNDONE = (
-    "Going back, the algorithm is closed, constructed, attached and given its saved state, over the same model: put back in close() "
-    "what was changed besides the ledger, and keep nothing elsewhere than in the instance."
-)
-_RESUMED = "Return from state_dict() whatever changes during a fit, and take it back in load_state_dict()."
+def _but_algorithms(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rest of a checkpoint: of algorithms it is known already."""
+    return {key: each for key, each in tree.items() if key != "algorithms"}
 
 
-def _spoil(once: set[int], always: set[int], event: Event, state: State) -> None:
-    """Make a loss or a gradient what no optimizer may step with."""
-    batch = state.clock.batch
-    by_loss = batch % 2 == 0
-    if event is not (Event.AFTER_LOSS if by_loss else Event.AFTER_BACKWARD) or batch not in once | always:
-        return
-    once.discard(batch)
-    if by_loss and state.loss is not None:
-        state.loss = state.loss * torch.nan
-    grads = [each.grad for each in state.ledger.trainable_parameters if each.grad is not None]
-    for grad in grads[:1] if not by_loss else ():
-        grad.fill_(torch.inf)
+def _folders(run: Path) -> set[Path]:
+    return {each for each in run.iterdir() if each.is_dir()}
 
 
-# -- damage -------------------------------------------------------------------------------------------------------------
+# -- harm ---------------------------------------------------------------------------------------------------------------
 
 
 def _flip(file: str, paths: Sequence[Path]) -> None:
@@ -209,58 +278,67 @@ def _cut(paths: Sequence[Path]) -> None:
 
 
 def _copy(paths: Sequence[Path]) -> None:
-    """Put the one before under its name."""
+    """Put the one before under the name of the newest."""
     for each in paths[-2].iterdir():
         (paths[-1] / each.name).write_bytes(each.read_bytes())
 
 
-_HARMS: Mapping[str, Callable[[Sequence[Path]], None]] = {
-    "flipped": partial(_flip, "tensors.safetensors"),
-    "text": partial(_flip, "state.json"),
-    "manifest": partial(_flip, "manifest.json"),
-    "cut": _cut,
-    "gone": lambda paths: (paths[-1] / "state.json").unlink(),
-    "copied": _copy,
-    "given": lambda _: None,
-}
-_BECAUSE: Mapping[str, str] = {
-    "flipped": "has a bit flipped in its tensors",
-    "text": "has a bit flipped in its state",
-    "manifest": "has a bit flipped in its manifest",
-    "cut": "is a byte short",
-    "gone": "has no state",
-    "copied": "is a copy of that one",
-    "given": "is not the one that was given",
+def _interrupt(paths: Sequence[Path]) -> None:
+    """Leave the directory as a process does that is killed while it puts another checkpoint in the place of one."""
+    (paths[-1].parent / f"{TEMPORARY}{paths[-1].name}-0123456789ab").mkdir()
+    paths[-1].rename(paths[-1].with_suffix(".next"))
+
+
+@frozen
+class _Harm:
+    """What happens to the newest checkpoint.
+
+    Args:
+        because: In words.
+        do: Does it, given all of them.
+        aside: What the name then begins with under which it is set aside; empty where the fit goes on from it.
+    """
+
+    because: str
+    do: Callable[[Sequence[Path]], None]
+    aside: str = BAD
+
+
+_HARMS: Mapping[str, _Harm] = {
+    "tensors": _Harm("has a bit flipped in its tensors", partial(_flip, "tensors.safetensors")),
+    "state": _Harm("has a bit flipped in its state", partial(_flip, "state.json")),
+    "manifest": _Harm("has a bit flipped in its manifest", partial(_flip, "manifest.json")),
+    "cut": _Harm("is a byte short", _cut),
+    "gone": _Harm("has lost its state", lambda paths: (paths[-1] / "state.json").unlink()),
+    "copied": _Harm("is a copy of the one before", _copy),
+    "interrupted": _Harm("was about to be put in the place of another", _interrupt, ""),
+    "given": _Harm("is not the one that is given", lambda _: None, DISCARDED),
 }
 
 
 # -- giving up ----------------------------------------------------------------------------------------------------------
 
 
-def _give_up(rehearsal: Rehearsal) -> None:
-    """Let steps fail until the fit must give up."""
-    for policy, once, always in (("rollback", set(range(6)), set[int]()), ("skip", set[int](), set(range(1, 6)))):
-        spoiled: set[int] = set()
-
-        def look(event: Event, state: State, seen: set[int] = spoiled) -> None:
-            if event is Event.AFTER_BACKWARD and any(
-                each.grad is not None and not bool(each.grad.isfinite().all()) for each in state.model.parameters()
-            ):
-                seen.add(state.clock.batch)
-
-        algorithms = [Before(partial(_spoil, once, always)), Before(look), *rehearsal.make()]
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                rehearsal.fit(
-                    algorithms, run_dir=Path(folder), on_nonfinite=policy, checkpoint=Checkpointing(every="1000ba")
-                )
-            except NonFiniteError:
-                if len(spoiled) < 5 + (policy == "rollback"):
-                    fail(
-                        f"{rehearsal.name}: a fit with on_nonfinite={policy!r} gave up after the batches {sorted(spoiled)} alone."
-                    )
-            else:
-                if len(spoiled) >= 5 + (policy == "rollback"):
-                    fail(
-                        f"{rehearsal.name}: a fit with on_nonfinite={policy!r} did not give up after the batches {sorted(spoiled)}."
-                    )
+def _gives_up(rehearsal: Rehearsal, policy: str) -> None:
+    """Spoil so many steps that the fit must give up: all from one checkpoint, or one after another."""
+    faults = (
+        _Faults(set(range(MAX_ROLLBACKS + 1)), set())
+        if policy == "rollback"
+        else _Faults(set(), set(range(1, 1 + MAX_SKIPPED)))
+    )
+    most = len(faults.once | faults.always)
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"run_dir": Path(folder), "checkpoint": Checkpointing(every="1000ba")}
+        try:
+            rehearsal.fit([faults.algorithm(), *rehearsal.make()], on_nonfinite=policy, **settings)
+        except NonFiniteError as error:
+            if len(faults.batches) == most:
+                return
+            what = f"gives up too soon: {error}"
+        else:
+            if len(faults.batches) < most or faults.repaired:
+                return
+            what = "does not give up"
+    fail(
+        f"{rehearsal.name}: with on_nonfinite={policy!r}, steps that are not finite in the batches {sorted(faults.batches)}, the fit {what}."
+    )
