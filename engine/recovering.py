@@ -55,7 +55,7 @@ def _recover(rehearsal: Rehearsal) -> None:
                 goes_back = recovery.goes_back()
             harms = list(_HARMS) if rehearsal.thorough else some(list(_HARMS), 1, seed + 1)
             for harm in harms if goes_back and not number else ():
-                recovery.survives(harm)
+                recovery.survives(_HARMS[harm])
     for policy in ("rollback", "skip") if rehearsal.thorough else (("rollback",), ("skip",), (), ())[seed % 4]:
         _gives_up(rehearsal, policy)
 
@@ -221,9 +221,9 @@ class _Recovery:
         evaluated = load_file(export(outcome.last, self.folder / "new" / "evaluated.safetensors", model=given))
         same(evaluated, dict(again.state_dict()), "weights", f"{what} load_weights() gives a model. {_PUT}")
 
-    def survives(self, name: str) -> None:
+    def survives(self, harm: _Harm) -> None:
         """Harm the newest checkpoint, go on in the run_dir, and hold the end against the one that was."""
-        paths, harm = checkpoints_in(self.run), _HARMS[name]
+        paths = checkpoints_in(self.run)
         if len(paths) < 2:
             return
         before, written = read_checkpoint(paths[-1]), written_in(self.run)
@@ -246,7 +246,9 @@ class _Recovery:
             f"{where} has written another checkpoint of batch {step_of(paths[-1])} than before. {_RESUMED}",
         )  # fmt: skip
         aside = sorted(each.name for each in _folders(self.run) - there)
-        if aside != [f"{harm.aside}{paths[-1].name}"] * bool(harm.aside):
+        name = f"{harm.aside}{paths[-1].name}"
+        count = 1 + sum(each.name.startswith(name) for each in there)
+        if aside != [name if count == 1 else f"{name}-{count}"] * bool(harm.aside):
             fail(f"{where} leaves {aside} beside what there was. Leave the run_dir to the engine.")
         told = any(paths[-1].name in each and start.name in each for each in resumed.said)
         if told is not (harm.aside == BAD):
