@@ -20,8 +20,11 @@ from .state import State
 class Bearer(Algorithm):
     """Bears state of every type, which follows from the batch, and looks whether it came back as it was.
 
+    Args:
+        opened: Where it notes that it was attached, until it is closed.
+
     Example:
-        >>> bearer = Bearer()
+        >>> bearer = Bearer(opened=[0])
         >>> bearer.load_state_dict(bearer.state_dict())
         >>> bearer.batch
         0
@@ -30,13 +33,25 @@ class Bearer(Algorithm):
     events = frozenset({Event.BATCH_START, Event.BATCH_END, Event.FIT_END})
     stage: ClassVar[Stage] = Stage.SURGERY
 
-    def __init__(self) -> None:
-        self.batch = 0
+    def __init__(self, opened: list[int]) -> None:
+        self.opened = opened
+        self.batch = self.acted = 0
         self.borne = of_every_type(0)
 
     @override
+    def attach(self, state: State) -> None:
+        """Note it."""
+        self.opened.append(self.acted)
+
+    @override
+    def close(self) -> None:
+        """Note it."""
+        self.opened.clear()
+
+    @override
     def apply(self, event: Event, state: State) -> None:
-        """Count, and change the tensors in place."""
+        """Count, and change a tensor in place."""
+        self.acted += 1
         if event is Event.BATCH_START and self.batch != state.clock.batch:
             fail(f"at batch {state.clock.batch} an algorithm beside has the state of batch {self.batch}.")
         elif event is Event.BATCH_END:
@@ -48,6 +63,11 @@ class Bearer(Algorithm):
             self.borne = {}
 
     @override
+    def describe(self) -> dict[str, Any]:
+        """Say only that it is one."""
+        return {"name": "Bearer", "arguments": {}}
+
+    @override
     def state_dict(self) -> dict[str, Any]:
         """Return all of it."""
         return {"batch": self.batch, "borne": self.borne}
@@ -55,6 +75,10 @@ class Bearer(Algorithm):
     @override
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take it, and look."""
+        if self.opened != [0] or self.acted:
+            fail(
+                "an algorithm beside was given the state of a checkpoint before it was closed, constructed and attached again."
+            )
         self.batch, self.borne = saved["batch"], dict(saved["borne"])
         if place := first_unlike(self.borne, of_every_type(self.batch), "state"):
             fail(f"an algorithm beside was given another {place} by its checkpoint of batch {self.batch} than it had.")
@@ -77,13 +101,13 @@ def of_every_type(batch: int) -> dict[str, Any]:
     ]
     narrow = [torch.float8_e4m3fn, torch.float8_e5m2]
     weightless = [getattr(torch, name) for name in ("float8_e8m0fnu", "float4_e2m1fn_x2") if hasattr(torch, name)]
+    waves = torch.tensor([1 + 2j, batch + 1j])
     raw = torch.tensor([1, 2, 3, 120 + batch], dtype=torch.uint8)
     return {
         "live": numbers.clone(),
         "twice": [numbers, numbers],
         "views": (numbers.T, numbers[:, ::2], numbers[0].expand(2, 3), numbers[:0], numbers[1, 2]),
-        "conjugate": torch.tensor([1 + 2j, 3j]).conj() * 1,
-        "lazy": torch.tensor([1 + 2j, batch * 1j]).conj(),
+        "conjugate": [waves, waves.conj(), waves.imag, waves.conj().imag],
         "dtypes": [numbers.to(each) for each in several],
         "bits": [raw.view(each) for each in (*narrow, *weightless)],
         "truth": numbers > 3,
@@ -100,6 +124,7 @@ def of_every_type(batch: int) -> dict[str, Any]:
         "bytes": [b"", b"\x00\xff", bytes([batch % 256])],
         "kinds": [torch.bfloat16, torch.device("cpu"), torch.device("cuda", 3), torch.Size([2])[0]],
         "keys": {None: 1, True: 2, 2: 3, 0.5: 4, ("a", (1 << 70)): 5, "$tensor": 6, "$": numbers, "": [], "\udfff": ()},
+        "pairs": {"\ud83d\ude00": 1, "\U0001f600": 2},
         "a": {"b": numbers + 1, "$dict": {"$float": 1.0}},
         "a/b": numbers + 2,
         "nested": [[[(), {}, [batch, (batch, [numbers + 3])]]]],

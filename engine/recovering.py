@@ -180,7 +180,7 @@ class _Recovery:
     def fit(self, faults: _Faults, **settings: Any) -> Outcome:
         """Fit with faults, beside one that bears state of every type."""
         model = settings.pop("model", None) or self.rehearsal.model()
-        algorithms = [faults.algorithm(), Bearer(), *self.rehearsal.make()]
+        algorithms = [faults.algorithm(), Bearer([]), *self.rehearsal.make()]
         return self.rehearsal.fit(algorithms, model=model, optimizer=self.optimizer(model), **settings)
 
     def go_back(self, faults: _Faults, *, resume: Path | bool = False) -> Outcome:
@@ -199,6 +199,10 @@ class _Recovery:
             return False
         where = f"{self.rehearsal.name}: a fit that goes back to a checkpoint from steps that are not finite"
         same(skipped.result, rolled.result, "the fit", f"{where} does not end as one without these steps. {_UNDONE}")
+        same(
+            [str(each) for each in skipped.events], [str(each) for each in _not_abandoned(rolled.events)], "the events",
+            f"{where} has other events than one without these steps. emit() and the clock are the loop's.",
+        )  # fmt: skip
         same(
             jsonable(skipped.told), jsonable(written_in(self.run)), "metrics.jsonl",
             f"{where} has other metrics on disk than one without these steps. {_UNDONE}",
@@ -232,6 +236,10 @@ class _Recovery:
         start = paths[-2 if harm.aside else -1]
         resumed = self.go_back(_Faults(set(), {_ALWAYS}), resume=paths[-2] if harm.aside == DISCARDED else True)
         where = f"{self.rehearsal.name}, resumed where the newest checkpoint {harm.because},"
+        if (first := resumed.events[0][2]) != step_of(start):
+            fail(
+                f"{where} goes on from batch {first}, and the newest whole checkpoint is that of batch {step_of(start)}."
+            )
         known = {key: each for key, each in self.rolled.result.items() if key in resumed.result}
         same(known, resumed.result, "the fit", f"{where} does not end as before. {_RESUMED}")
         same(
@@ -253,6 +261,21 @@ class _Recovery:
         told = any(paths[-1].name in each and start.name in each for each in resumed.said)
         if told is not (harm.aside == BAD):
             fail(f"{where} is {'' if told else 'not '}told of it: {resumed.said}.")
+
+
+def _not_abandoned(events: Sequence[tuple[Event, int, int, int]]) -> list[tuple[Event, int, int, int]]:
+    """Leave out the events of the batches from which a fit went back; a checkpoint is cut just before an epoch or a batch starts."""
+    kept: list[tuple[Event, int, int, int]] = []
+    for each in events:
+        event, _, batch, _ = each
+        if event in _STARTS and kept and kept[-1][0] in _INSIDE:
+            del kept[next(place for place, (kind, _, at, _) in enumerate(kept) if kind in _STARTS and at == batch) :]
+        kept.append(each)
+    return kept
+
+
+_STARTS = frozenset({Event.EPOCH_START, Event.BATCH_START})
+_INSIDE = frozenset({Event.AFTER_BACKWARD, Event.BEFORE_STEP})  # a step that ends has another event
 
 
 def _but_algorithms(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,7 +349,7 @@ def _gives_up(rehearsal: Rehearsal, policy: str) -> None:
     faults = (
         _Faults(set(range(MAX_ROLLBACKS + 1)), set())
         if policy == "rollback"
-        else _Faults(set(), set(range(1, 1 + MAX_SKIPPED)))
+        else _Faults(set(), {0, *range(2, 2 + MAX_SKIPPED)})
     )
     most = len(faults.once | faults.always)
     with tempfile.TemporaryDirectory() as folder:
