@@ -191,7 +191,7 @@ class _Recovery:
     def goes_back(self) -> bool:
         """Hold a fit that goes back against one that does not; return whether it can be: an algorithm may repair what is not finite."""
         model, faults = self.rehearsal.model(), _Faults(set(_ONCE), {_ALWAYS})
-        left_out, policy = _Faults(set(), {_ALWAYS}), Checkpointing(every="1ep", frozen="fingerprint")
+        left_out, policy = _Faults(set(), {_ALWAYS}), Checkpointing(every="1000ba", frozen="fingerprint")
         run = self.folder / "skipped"
         skipped = self.fit(left_out, model=model, on_nonfinite="skip", run_dir=run, checkpoint=policy)
         self.rolled = rolled = self.go_back(faults)
