@@ -39,6 +39,7 @@ from .other_models import takes_other_models
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
+from .recovering import recovers_from_faults
 from .rehearsal import Rehearsal
 from .resuming import is_not_resumed_as_another, resumes
 from .specimens import installed, specimen
@@ -65,6 +66,7 @@ CHECKS: dict[str, Check] = {
         steps_as_torch_does,
         keeps_true_records,
         resumes,
+        recovers_from_faults,
         is_not_resumed_as_another,
         starts_afresh,
         keeps_instances_apart,

@@ -89,6 +89,8 @@ TIERS: tuple[frozenset[str], ...] = (
             "other_forms",
             "other_loaders",
             "other_models",
+            "bearer",
+            "recovering",
             "resuming",
             "unaided",
             "tasks",

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from broken_algorithms import Deaf, Leaking
 from thawline.algorithms import GradClip
-from thawline.engine import Algorithm, Event, ParameterLedger, State, on
+from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, State, on
+from thawline.engine.bearer import Bearer, of_every_type
 from thawline.engine.surroundings import Opened, settings_kept
 from thawline.engine.testing import ConformanceError, check_algorithm, tiny_models
 from thawline.engine.unaided import outputs_with
@@ -426,3 +427,52 @@ def test_an_algorithm_for_its_own_model_is_not_blamed_on_other_models(where: str
             state.log({"scale": float(state.model.blocks[0].norm.weight.mean())})
 
     check_algorithm(Particular, checks=["takes_other_models"])
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@on(Event.AFTER_LOSS, Event.BEFORE_STEP)
+def repair(state: State) -> None:
+    """Makes finite what is not, so that no step is left out and no fit goes back."""
+    state.loss = torch.nan_to_num(state.loss)
+    for each in state.ledger.trainable_parameters:
+        if each.grad is not None:
+            torch.nan_to_num_(each.grad, 0.0, 0.0, 0.0)
+
+
+@on(Event.FIT_START)
+def refuse_others(state: State) -> None:
+    """Takes one optimizer only, an AdamW of one group."""
+    (first, *others) = state.optimizers
+    if others or not isinstance(first, torch.optim.AdamW) or len(first.param_groups) > 1:
+        raise ArgumentError("refuse_others", got=state.optimizers, takes="AdamW", example="Trainer(optimizer=AdamW)")
+
+
+@pytest.mark.parametrize("kind", [repair, refuse_others])
+def test_an_algorithm_that_lets_no_fit_go_back_is_not_blamed(kind: type[Algorithm]) -> None:
+    """One that repairs what is not finite, and one that refuses other optimizers by a typed error."""
+    check_algorithm(kind, checks=["recovers_from_faults"], thorough=True)
+
+
+def test_steps_by_what_is_not_finite_are_found() -> None:
+    """Though the algorithm hides from the engine what it steps by."""
+
+    @on(Event.BEFORE_STEP)
+    def hide(state: State) -> None:
+        state.grad_norm = torch.tensor(1.0)
+
+    with pytest.raises(
+        ConformanceError, match=r"the optimizers have moved by gradients that are not finite, in batch \d"
+    ):
+        check_algorithm(hide, checks=["recovers_from_faults"])
+
+
+@pytest.mark.parametrize("place", ["float", "text", "keys", "views", "bits"])
+def test_state_that_comes_back_otherwise_is_found(place: str) -> None:
+    """By its type, its order or its bits."""
+    bearer = Bearer(opened=[0])
+    saved = bearer.state_dict()
+    with pytest.raises(AssertionError, match=f"another state.'{place}'"):
+        bearer.load_state_dict(saved | {"borne": of_every_type(0) | {place: of_every_type(1)["live"]}})
+    bearer.load_state_dict(saved)
