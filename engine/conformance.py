@@ -24,6 +24,7 @@ from .checks import (
 )
 from .derivatives import has_true_gradients
 from .doubles import tiny_loader, tiny_models
+from .drawn_fits import holds_in_drawn_fits
 from .endings import (
     does_not_count_microbatches,
     leaves_nothing_behind,
@@ -62,6 +63,7 @@ CHECKS: dict[str, Check] = {
         has_true_gradients,
         steps_as_torch_does,
         keeps_true_records,
+        holds_in_drawn_fits,
         resumes,
         is_not_resumed_as_another,
         starts_afresh,
