@@ -264,7 +264,9 @@ class Audit(Logbook):
     def _foresee(self, state: State) -> None:
         """Compute what torch's own optimizers make of the weights, gradients, options and states at hand."""
         ledger, account, clock = state.ledger, self.account, state.clock
-        self._seen["rates"] = account.told(clock, layer_of if self.task.own else lambda name: state.layers.of(name).name)
+        self._seen["rates"] = account.told(
+            clock, layer_of if self.task.own else lambda name: state.layers.of(name).name
+        )
         if wrong := sorted(self.account.trainable() ^ {name for each in ledger.groups for name in each.parameters}):
             self.note(
                 "follows_from_its_calls",

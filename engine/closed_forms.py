@@ -72,7 +72,7 @@ def _through(points: Sequence[tuple[Fraction, float]], curves: Sequence[Curve], 
     """Return the height of curves that go from point to point; the last of two points at one place counts."""
     at = min(bisect_right([each for each, _ in points], place), len(curves)) - 1
     (begin, before), (end, after) = points[at], points[at + 1]
-    return before + (after - before) * curves[at](float((place - begin) / (end - begin)))
+    return float(before + (after - before) * curves[at](float((place - begin) / (end - begin))))
 
 
 def _constant(given: Mapping[str, Any], _: Stretch) -> float:
@@ -92,7 +92,7 @@ def _polynomial(given: Mapping[str, Any], stretch: Stretch) -> float:
 
 
 def _inverse_sqrt(given: Mapping[str, Any], stretch: Stretch) -> float:
-    return float(1 + stretch.place / stretch.span(given["timescale"])) ** -0.5
+    return 1 / math.sqrt(1 + stretch.place / stretch.span(given["timescale"]))
 
 
 def _power_of_rest(given: Mapping[str, Any], stretch: Stretch) -> float:

@@ -26,7 +26,7 @@ from .neighbor import Before
 from .promises import REFUSALS, check, same, unless_alone
 from .randomness import derive_seed
 from .records import keeps
-from .rehearsal import Outcome, Rehearsal, copied, some
+from .rehearsal import Outcome, Rehearsal, copied
 from .resuming import goes_on
 from .schedule import Schedule, as_schedule
 from .schedules import FACTORIES, schedule_from_description
@@ -56,12 +56,17 @@ def _holds(rehearsal: Rehearsal, number: int) -> None:
         rehearsal,
         loader=tiny_loader(_SAMPLES, _BATCH // fit.accumulate) if own else rehearsal.loader,
         duration=str(fit.duration),
-        settings={"schedule": _checked(fit), "accumulate": fit.accumulate, "min_lr": fit.min_lr},
+        settings={
+            "schedule": _checked(fit),
+            "accumulate": fit.accumulate,
+            "min_lr": fit.min_lr,
+            "eval_every": fit.every,
+        },
         optimizer=_OPTIMIZERS[fit.optimizer][0],
     )
     other.name = (
         f"{rehearsal.name}, in a fit of {fit.duration} with schedule={_as_call(fit.written)}, min_lr={fit.min_lr}, "
-        f"accumulate={fit.accumulate} and {fit.optimizer} as optimizer,"
+        f"accumulate={fit.accumulate} and {fit.optimizer} as optimizer"
     )
     with tempfile.TemporaryDirectory() as folder:
         watch = _Watch(other, fit)
@@ -71,7 +76,7 @@ def _holds(rehearsal: Rehearsal, number: int) -> None:
             _Watch(other.alone(), fit).run(Path(folder) / "alone")  # whose refusal it would be else
             return
         watch.check_told(whole)
-        for path in some(paths, 1, derive_seed(seed, number)):
+        for path in paths[-2:-1]:
             goes_on(other, whole, path, [Before(lambda *_: None), *other.make()])
     if number == 0 or rehearsal.thorough:
         keeps(other, other.duration, whole, counts=False)
@@ -137,54 +142,53 @@ def drawn(seed: int, number: int, *, samples: int, own: bool) -> Drawn:
     lengths = (*_SHARES, f"{half}{duration.unit}", f"{step}{duration.unit}", *others.get(duration.unit, ()))
     return Drawn(
         duration=duration,
-        written=_schedule(random, lengths, in_turn(_arguments(random, lengths, 0))),
+        written=_schedule(random, lengths, in_turn(_CURVES if number % 3 == 2 else _COMPOSED)),
         accumulate=random.choice((1, 2)),
         optimizer=in_turn(_OPTIMIZERS),
         min_lr=random.choice((0.0, 0.0, 0.001)),
-        every=random.choice(("1ba", "2ba", "3ba")),
+        every=random.choice(("2ba", "3ba", "4ba")),
     )
 
 
 def _schedule(
     random: Random, lengths: Sequence[float | str], kind: str | None = None, depth: int = 0
 ) -> dict[str, Any]:
-    """Draw a schedule, of others in turn."""
-    makers = _arguments(random, lengths, depth)
-    kind = kind or random.choice(sorted(makers))
-    return {"name": kind, "arguments": makers[kind]()}
+    """Draw a schedule, of others in turn, at most three deep."""
+    kind = kind or random.choice(_CURVES[1:] if depth > 1 else _CURVES[1:] + _COMPOSED)
+    return {"name": kind, "arguments": _arguments(random, lengths, depth)[kind]()}
 
 
-def _arguments(
-    random: Random, lengths: Sequence[float | str], depth: int
-) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Return what draws the arguments of each kind of schedule: at most three deep, lengths at most half a fit."""
-    choose = random.choice
-    factor, length = partial(choose, _FACTORS), partial(choose, lengths)
-    half = partial(choose, _SHARES if depth else lengths)  # of what it lies in
+_CURVES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "one_cycle", "wsd", _FUNCTION)
+_COMPOSED = ("warmup", "join", "repeat")
+
+
+def _arguments(random: Random, lengths: Sequence[float | str], depth: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return what draws the arguments of each kind of schedule."""
+    choose, length = random.choice, partial(random.choice, lengths)
+    parts = choose((2, 3))
+    part = partial(choose, _SHARES if depth else lengths)  # two of which are at most what they lie in
     inner = partial(_schedule, random, lengths, depth=depth + 1)
-    curves: dict[str, Callable[[], dict[str, Any]]] = {
+
+    def ends() -> dict[str, Any]:
+        return dict(zip(("end", "start"), random.sample(_FACTORS, 2), strict=True))
+
+    return {
         "constant": lambda: {"factor": choose((1.0, 0.5))},
-        "linear": lambda: {"end": factor(), "start": factor()},
-        "cosine": lambda: {"end": factor(), "start": factor()},
-        "polynomial": lambda: {"power": choose((2.0, 0.5)), "end": factor(), "start": factor()},
+        "linear": ends,
+        "cosine": ends,
+        "polynomial": lambda: {"power": choose((2.0, 0.5)), **ends()},
         "inverse_sqrt": lambda: {"timescale": length()},
         "one_cycle": lambda: {
-            "peak": length(), "start": factor(), "end": factor(), "anneal": choose(("cosine", "linear")), "three_phase": choose((True, False)),
+            "peak": length(), **ends(), "anneal": choose(("cosine", "linear")), "three_phase": choose((True, False)),
         },
-        "wsd": lambda: {
-            "warmup": half(), "decay": half(), "end": factor(), "start": factor(), "shape": choose(("linear", "cosine", "1-sqrt")),
-        },
+        "wsd": lambda: {"warmup": part(), "decay": part(), **ends(), "shape": choose(("linear", "cosine", "1-sqrt"))},
         _FUNCTION: lambda: {"exponent": choose((2.0, 0.5))},
-    }  # fmt: skip
-    joined = choose((2, 3))
-    composed: dict[str, Callable[[], dict[str, Any]]] = {
-        "warmup": lambda: {"length": length(), "then": inner(), "start": factor()},
+        "warmup": lambda: {"length": length(), "then": inner(), "start": choose(_FACTORS)},
         "join": lambda: {
-            "schedules": [inner() for _ in range(joined)], "boundaries": [length()] if joined == 2 else [0.25, 0.7],
+            "schedules": [inner() for _ in range(parts)], "boundaries": [length()] if parts == 2 else [0.25, 0.7],
         },
         "repeat": lambda: {"schedule": inner(), "every": length(), "growth": choose((1, 2))},
     }  # fmt: skip
-    return curves if depth > 1 else curves | composed
 
 
 def _parts(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -286,7 +290,7 @@ class _Watch:
         )
         same(
             _options(given), before, "options",
-            f"{self.rehearsal.name} the optimizer is given back with other rates or options than it came with. They are the "
+            f"{self.rehearsal.name}: the optimizer is given back with other rates or options than it came with. They are the "
             "ledger's during a fit: scale, set_lr and set_options.",
         )  # fmt: skip
         return found
@@ -307,13 +311,14 @@ class _Watch:
                 now |= dict.fromkeys(group.parameters, float(options["lr"]))
                 same(
                     list(options.get("param_names", group.parameters)), list(group.parameters), "param_names",
-                    f"{self.rehearsal.name} has other names than parameters in a group in batch {clock.batch}. Groups are the ledger's.",
+                    f"{self.rehearsal.name}: in batch {clock.batch} a group has other param_names than parameters. Groups are the ledger's: "
+                    "freeze and thaw through it alone.",
                 )  # fmt: skip
         must = {name: account.rate(name, clock) for name in account.trainable()}
         same(
             now, must, "what is and what must be: rates",
-            f"{self.rehearsal.name} trains at other rates in batch {clock.batch} than follow from the optimizer, the schedule and the calls "
-            "on the ledger. Set them with ledger.scale, set_lr and set_schedule.", tolerance=1e-9,
+            f"{self.rehearsal.name}: batch {clock.batch} trains at other rates than follow from the optimizer, the schedule and the calls on "
+            "the ledger. Set them with ledger.scale, set_lr and set_schedule.", tolerance=1e-9,
         )  # fmt: skip
         self.rates[clock.batch + 1] = account.told(clock, lambda name: state.layers.of(name).name)
 
@@ -323,13 +328,13 @@ class _Watch:
         must = [(batch, {name: metrics.get(name) for name in self.rates[batch]}) for batch, metrics in told]
         same(
             must, [(batch, self.rates[batch]) for batch, _ in told], "what is and what must be",
-            f"{self.rehearsal.name} tells trackers of other rates than those of the steps. lr is the engine's: log under another name.",
+            f"{self.rehearsal.name}: trackers are told of other rates than those of the steps. lr is the engine's: log under another name.",
             tolerance=1e-9,
         )  # fmt: skip
         rows = outcome.result["history"]
         same(
             [row.get("lr") for row in rows], [self.rates[int(row["batch"])]["lr"] for row in rows], "what is and what must be: lr",
-            f"{self.rehearsal.name} has a history with other rates than those of the steps. lr is the engine's: log under another name.",
+            f"{self.rehearsal.name}: the history has other rates than those of the epochs' last steps. lr is the engine's: log under another name.",
             tolerance=1e-9,
         )  # fmt: skip
 
@@ -337,5 +342,7 @@ class _Watch:
 def _options(given: Any) -> list[dict[str, Any]]:
     """Return the options of optimizers that were made before the fit."""
     made = given if isinstance(given, list) else [given]
-    groups = [group for each in made if isinstance(each, torch.optim.Optimizer) for group in each.state_dict()["param_groups"]]
+    groups = [
+        group for each in made if isinstance(each, torch.optim.Optimizer) for group in each.state_dict()["param_groups"]
+    ]
     return [{key: value for key, value in group.items() if key not in ("params", "param_names")} for group in groups]

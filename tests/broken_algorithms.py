@@ -554,22 +554,20 @@ class Tallying(Algorithm):
 
 @caught_by("holds_in_drawn_fits")
 @attrs.define(slots=False, eq=False)
-class Restarting(Algorithm):
-    """Halves the head's rate at each warm restart, a rate that rises after it fell, and does not save how many there were."""
+class Rewarming(Algorithm):
+    """Halves the head's rate at each warm restart, where the schedule rises after it fell, and does not save how often."""
 
-    events = frozenset({Event.BEFORE_STEP, Event.BATCH_END})
+    events = frozenset({Event.BATCH_END})
     last: float = attrs.field(default=0.0, init=False)
     falls: bool = attrs.field(default=False, init=False)
     restarts: int = attrs.field(default=0, init=False)
 
     def apply(self, event: Event, state: State) -> None:
-        if event is Event.BATCH_END:
-            state.ledger.scale("head", 0.5**self.restarts, owner=self.owner)
-            return
-        rate = max(group.lr or 0.0 for group in state.ledger.groups if "stem" in group.name or "blocks" in group.name)
-        self.restarts += self.falls and rate > self.last
-        self.falls = rate < self.last or (self.falls and rate == self.last)
-        self.last = rate
+        now = state.ledger.schedule(state.clock.progress)
+        if self.falls and now > self.last:
+            self.restarts += 1
+        self.falls, self.last = now < self.last, now
+        state.ledger.scale("head", 0.5**self.restarts, owner=self.owner)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self.last, "falls": self.falls}
