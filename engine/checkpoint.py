@@ -18,9 +18,9 @@ from .codec import flatten, unflatten
 from .engine import Engine
 from .errors import CheckpointError, ThawlineError, warn, with_article
 from .expanded import can_hold, is_expanded, put
-from .ledger import journal_of, replayed
 from .precision import Precision
 from .pristine import Pristine
+from .replay import journal_of, replayed
 from .resume import OnChange, changes_of, check_same_run, differences
 from .shards import computes_on, is_sharded, shard_like
 from .typing import Json

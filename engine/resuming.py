@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from .algorithm import Algorithm
-from .errors import CheckpointError, SurgeryError
+from .errors import CheckpointError
 from .events import Event
 from .log import jsonable
 from .promises import check, fail, same
@@ -113,7 +113,7 @@ def _is_refused(rehearsal: Rehearsal, path: Path, what: str, named: str, **setti
     mend = "describe() names all that makes it another run: leave it to Algorithm, and load_state_dict() to what changes during a fit."
     try:
         rehearsal.fit(resume=path, **settings)
-    except (CheckpointError, SurgeryError) as error:  # what is attached is built before
+    except CheckpointError as error:
         if named in str(error):
             return
         fail(f"{rehearsal.name}: resumed with {what}, the fit is refused in words that do not name it: {error} {mend}")

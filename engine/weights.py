@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .checkpoint import SCHEMA, check_weights, put_buffers, put_weights, well_formed
 from .errors import ArgumentError, CheckpointError
-from .ledger import replayed
 from .pristine import Pristine
+from .replay import replayed
 from .rundir import load_checkpoint
 from .settings import path_of
 from .snapshot import sync_directory

@@ -28,6 +28,7 @@ TIERS: tuple[frozenset[str], ...] = (
     frozenset({"forward_order", "splits", "layers", "selectors", "surgery", "shards"}),
     frozenset(
         {"homes", "footprint", "twin", "holds", "groups", "grafts", "modes", "invariants", "books", "rates", "ledger"}
+        | {"replay"}
     ),
     frozenset({"state"}),
     frozenset({"algorithm"}),
@@ -98,9 +99,9 @@ TIERS: tuple[frozenset[str], ...] = (
     ),
     frozenset({"__init__"}),
 )
-# The ledger is several files, `rates` half of its calls. `books` carries out what it decides, `grafts` is its hand on the model; the others read parameter groups and optimizer state.
+# The ledger is several files, `rates` half of its calls. `books` carries out what it decides, `grafts` is its hand on the model, `replay` attaches what a checkpoint has; the others read parameter groups and optimizer state.
 LEDGER = {"ledger", "books"}
-LEDGER_HANDS = {"ledger", "rates", "books", "grafts"}
+LEDGER_HANDS = {"ledger", "replay", "rates", "books", "grafts"}
 LEDGER_READERS = {"ledger", "books", "footprint", "homes", "groups", "invariants"}
 # Who takes part and what they say is `distributed`; how torch's FSDP2 exchanges the parameters of a model is `sharding`,
 # which puts them back as they were at the end.
@@ -266,7 +267,7 @@ def _public() -> frozenset[str]:
 def hands_are_the_ledgers(module: Module) -> Iterator[Breach]:
     """Keep `grafts` and `books` behind the ledger."""
     for name, line in engine_imports(module):
-        if name in LEDGER_HANDS - {"ledger"} and not module.is_one_of(LEDGER_HANDS):
+        if name in LEDGER_HANDS - {"ledger", "replay"} and not module.is_one_of(LEDGER_HANDS):
             yield Breach(line, f"imports .{name}; call the ledger")
 
 

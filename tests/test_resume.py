@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -176,6 +177,18 @@ def test_what_the_user_froze_since_is_said(tmp_path: Path, *, saved: bool, given
     message = f"another requires_grad of '2.weight': saved {words[saved]}, given {words[given]}. The saved one is kept"
     with pytest.warns(ThawlineWarning, match=message):
         fit(given, resume=True)
+
+
+def test_adapters_that_the_model_cannot_take_are_another_models(tmp_path: Path) -> None:
+    """A CheckpointError with the module that it lacks, and the model is as it was."""
+    algorithms = [LoRAInject(rank=2, target="0")]
+    saved_run(tmp_path, algorithms=algorithms)
+    model = nn.Sequential(OrderedDict(zip("abc", mlp(), strict=False)))
+    before, kinds = weights(model), list(map(type, model))
+    with pytest.raises(CheckpointError, match="attached to '0' does not fit this model: the model has no module '0'"):
+        Trainer_(run_dir=tmp_path, algorithms=algorithms).fit(model, loader(), duration="2ep", resume=True)
+    assert list(map(type, model)) == kinds
+    assert same_weights(weights(model), before)
 
 
 def test_the_same_layers_in_other_words_are_the_same(tmp_path: Path) -> None:
