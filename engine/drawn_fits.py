@@ -57,7 +57,7 @@ def _holds(rehearsal: Rehearsal, number: int) -> None:
         loader=tiny_loader(_SAMPLES, _BATCH // fit.accumulate) if own else rehearsal.loader,
         duration=str(fit.duration),
         settings={
-            "schedule": _checked(fit),
+            "schedule": checked(fit),
             "accumulate": fit.accumulate,
             "min_lr": fit.min_lr,
             "eval_every": fit.every,
@@ -107,7 +107,7 @@ class Drawn:
 
     def factor(self, progress: float) -> float:
         """Return what the schedule must give at a progress, which is a fraction of few batches or samples."""
-        return factor_of(self.written, Stretch(Fraction(progress).limit_denominator(10_000), self.share))
+        return factor_of(self.written, Stretch(Fraction(progress).limit_denominator(10**7), self.share))
 
     def share(self, time: Time) -> Fraction:
         """Return what share of the duration a time is."""
@@ -143,7 +143,7 @@ def drawn(seed: int, number: int, *, samples: int, own: bool) -> Drawn:
     return Drawn(
         duration=duration,
         written=_schedule(random, lengths, in_turn(_CURVES if number % 3 == 2 else _COMPOSED)),
-        accumulate=random.choice((1, 2)),
+        accumulate=random.choice((1, 2)) if own else 1,
         optimizer=in_turn(_OPTIMIZERS),
         min_lr=random.choice((0.0, 0.0, 0.001)),
         every=random.choice(("2ba", "3ba", "4ba")),
@@ -247,12 +247,14 @@ def _built(written: Mapping[str, Any]) -> Schedule:
     return FACTORIES[written["name"]](**arguments)
 
 
-def _checked(fit: Drawn) -> Schedule:
+def checked(fit: Drawn) -> Schedule:
     """Return the schedule, read back from its description; a fault in it is no algorithm's."""
     made, text = _built(fit.written), _as_call(fit.written)
     assert made.describe() == fit.written, f"{text} is described as {made.describe()}"
-    if _FUNCTION not in json.dumps(fit.written):
-        again = schedule_from_description(json.loads(json.dumps(made.describe())))
+    saved = json.dumps(made.describe())
+    assert made.bound is not any(f'{unit}"' in saved for unit in ("ep", "ba", "sp")), f"{text}: bound is {made.bound}"
+    if _FUNCTION not in saved:
+        again = schedule_from_description(json.loads(saved))
         assert (again, hash(again)) == (made, hash(made)), f"{text} comes back from its description as {again}"
         made = again
     bound = made.bind(lambda time: float(fit.share(time)))
