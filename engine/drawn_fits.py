@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -129,9 +130,13 @@ def drawn(seed: int, number: int, *, samples: int, own: bool) -> Drawn:
         ['ba', 'ep', 'sp']
     """
 
-    def in_turn(kinds: Iterable[str]) -> str:
+    def shuffled(kinds: Iterable[str]) -> list[str]:
         listed = sorted(kinds)
         Random(derive_seed(seed, *listed)).shuffle(listed)  # noqa: S311 - no secret
+        return listed
+
+    def in_turn(kinds: Iterable[str]) -> str:
+        listed = shuffled(kinds)
         return listed[number % len(listed)]
 
     random = Random(derive_seed(seed, number))  # noqa: S311 - no secret
@@ -142,7 +147,12 @@ def drawn(seed: int, number: int, *, samples: int, own: bool) -> Drawn:
     lengths = (*_SHARES, f"{half}{duration.unit}", f"{step}{duration.unit}", *others.get(duration.unit, ()))
     return Drawn(
         duration=duration,
-        written=_schedule(random, lengths, in_turn(_CURVES if number % 3 == 2 else _COMPOSED)),
+        written=_schedule(
+            random,
+            lengths,
+            islice(cycle(shuffled(_CURVES[1:] + _COMPOSED)), 4 * number, None),
+            kind=in_turn(_CURVES if number % 3 == 2 else _COMPOSED),
+        ),
         accumulate=random.choice((1, 2)) if own else 1,
         optimizer=in_turn(_OPTIMIZERS),
         min_lr=random.choice((0.0, 0.0, 0.001)),
@@ -151,26 +161,28 @@ def drawn(seed: int, number: int, *, samples: int, own: bool) -> Drawn:
 
 
 def _schedule(
-    random: Random, lengths: Sequence[float | str], kind: str | None = None, depth: int = 0
+    random: Random, lengths: Sequence[float | str], kinds: Iterator[str], *, kind: str | None = None, depth: int = 0
 ) -> dict[str, Any]:
-    """Draw a schedule, of others in turn, at most three deep."""
-    kind = kind or random.choice(_CURVES[1:] if depth > 1 else _CURVES[1:] + _COMPOSED)
-    return {"name": kind, "arguments": _arguments(random, lengths, depth)[kind]()}
+    """Draw a schedule, of others in turn, of the kinds that come next, at most three deep."""
+    kind = kind or next(each for each in kinds if depth < 2 or each in _CURVES)
+    return {"name": kind, "arguments": _arguments(random, lengths, kinds, depth)[kind]()}
 
 
 _CURVES = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "one_cycle", "wsd", _FUNCTION)
 _COMPOSED = ("warmup", "join", "repeat")
 
 
-def _arguments(random: Random, lengths: Sequence[float | str], depth: int) -> dict[str, Callable[[], dict[str, Any]]]:
+def _arguments(
+    random: Random, lengths: Sequence[float | str], kinds: Iterator[str], depth: int
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """Return what draws the arguments of each kind of schedule."""
     choose, length = random.choice, partial(random.choice, lengths)
     parts = choose((2, 3))
     part = partial(choose, _SHARES if depth else lengths)  # two of which are at most what they lie in
-    inner = partial(_schedule, random, lengths, depth=depth + 1)
+    inner = partial(_schedule, random, lengths, kinds, depth=depth + 1)
 
-    def ends() -> dict[str, Any]:
-        return dict(zip(("end", "start"), random.sample(_FACTORS, 2), strict=True))
+    def ends(most: int = len(_FACTORS)) -> dict[str, Any]:
+        return dict(zip(("end", "start"), random.sample(_FACTORS[:most], 2), strict=True))
 
     return {
         "constant": lambda: {"factor": choose((1.0, 0.5))},
@@ -179,9 +191,9 @@ def _arguments(random: Random, lengths: Sequence[float | str], depth: int) -> di
         "polynomial": lambda: {"power": choose((2.0, 0.5)), **ends()},
         "inverse_sqrt": lambda: {"timescale": length()},
         "one_cycle": lambda: {
-            "peak": length(), **ends(), "anneal": choose(("cosine", "linear")), "three_phase": choose((True, False)),
+            "peak": length(), **ends(3), "anneal": choose(("cosine", "linear")), "three_phase": choose((True, False)),
         },
-        "wsd": lambda: {"warmup": part(), "decay": part(), **ends(), "shape": choose(("linear", "cosine", "1-sqrt"))},
+        "wsd": lambda: {"warmup": part(), "decay": part(), **ends(3), "shape": choose(("linear", "cosine", "1-sqrt"))},
         _FUNCTION: lambda: {"exponent": choose((2.0, 0.5))},
         "warmup": lambda: {"length": length(), "then": inner(), "start": choose(_FACTORS)},
         "join": lambda: {
@@ -205,8 +217,8 @@ def _in_groups(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 def _several(model: nn.Module) -> list[torch.optim.Optimizer]:
     vectors, matrices = _parts(model.parameters())
-    found: list[torch.optim.Optimizer] = [torch.optim.Adagrad(vectors, **LEVEL)] if vectors else []
-    return [*found, torch.optim.AdamW(matrices, **DECAYED)] if matrices else found
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(vectors, **DECAYED)] if vectors else []
+    return [*found, torch.optim.Adagrad(matrices, **LEVEL)] if matrices else found
 
 
 def _named(model: nn.Module) -> torch.optim.Optimizer:
@@ -225,7 +237,7 @@ _OPTIMIZERS: Mapping[
     "a factory of two groups": (lambda _: _in_groups, _by_kind(LEVEL, PLAIN)),
     "an instance": (by_hand, _by_kind(LEVEL, DECAYED)),
     "an instance of named parameters": (_named, _by_kind(DECAYED, DECAYED)),
-    "two instances": (_several, _by_kind(LEVEL, DECAYED)),
+    "two instances": (_several, _by_kind(DECAYED, LEVEL)),
 }
 
 
