@@ -24,6 +24,7 @@ from .checks import (
 )
 from .derivatives import has_true_gradients
 from .doubles import tiny_loader, tiny_models
+from .drawn_fits import holds_in_drawn_fits
 from .endings import (
     does_not_count_microbatches,
     leaves_nothing_behind,
@@ -65,6 +66,7 @@ CHECKS: dict[str, Check] = {
         has_true_gradients,
         steps_as_torch_does,
         keeps_true_records,
+        holds_in_drawn_fits,
         resumes,
         recovers_from_faults,
         is_not_resumed_as_another,

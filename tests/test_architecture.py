@@ -96,6 +96,8 @@ TIERS: tuple[frozenset[str], ...] = (
             "tasks",
             "examples",
             "derivatives",
+            "closed_forms",
+            "drawn_fits",
             "ranked",
         }
         | {"conformance", "oracle", "machine", "strategies", "testing"}
