@@ -35,6 +35,7 @@ from .endings import (
 )
 from .errors import ArgumentError, nearest
 from .examples import does_as_its_examples_say
+from .graphs import computes_the_same_compiled
 from .other_forms import takes_batches_in_other_forms
 from .other_models import takes_other_models
 from .promises import Check, ConformanceError
@@ -43,6 +44,7 @@ from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_we
 from .recovering import recovers_from_faults
 from .rehearsal import Rehearsal
 from .resuming import is_not_resumed_as_another, resumes
+from .shown import is_shown_as_it_happens
 from .specimens import installed, specimen
 
 CHECKS: dict[str, Check] = {
@@ -59,6 +61,7 @@ CHECKS: dict[str, Check] = {
         leaves_the_loop_alone,
         leaves_the_global_generators_alone,
         is_recorded_as_it_happened,
+        is_shown_as_it_happens,
         keeps_to_its_plan,
         puts_live_weights_back,
         follows_from_its_calls,
@@ -79,6 +82,7 @@ CHECKS: dict[str, Check] = {
         trains_in_bf16,
         does_not_count_microbatches,
         repeats_what_does_not_fit,
+        computes_the_same_compiled,
         stays_equal_on_two_ranks,
     )
 }

@@ -33,7 +33,7 @@ from .settings import duration_of
 from .state import State
 from .store import checkpoints_in
 from .surroundings import settings_kept
-from .tracking import MemoryTracker
+from .tracking import MemoryTracker, Tracker
 from .trainer import Trainer
 
 LIVE_EVENTS = frozenset(Event) - {Event.EVAL_START, Event.EVAL_BATCH_START, Event.EVAL_BATCH_END}
@@ -237,6 +237,7 @@ class Rehearsal:
         duration: Time | str | int | None = None,
         resume: Path | bool = False,
         optimizer: OptimizerLike | None = None,
+        trackers: Sequence[Tracker] = (),
         **settings: Any,
     ) -> Outcome:
         """Fit, and return what it came to; the global generators and settings are as before, and ``changed`` names these."""
@@ -263,7 +264,7 @@ class Rehearsal:
                 journal.update(entry.module for entry in state.ledger.journal)
 
         optimizer = self.optimizer(model) if optimizer is None else optimizer
-        trainer = self.trainer([*subjects, Probe(watch, closing=closing)], trackers=[tracker], **settings)
+        trainer = self.trainer([*subjects, Probe(watch, closing=closing)], trackers=[*trackers, tracker], **settings)
         span = self.duration if duration is None else duration
         with Randomness().kept(), settings_kept() as self.changed, heard() as said:
             result = trainer.fit(

@@ -615,3 +615,38 @@ class Rewarming(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         return {"last": self.last, "falls": self.falls}
+
+
+@caught_by("is_shown_as_it_happens")
+class Chatting(Algorithm):
+    """Prints the loss of each epoch, over the bar and where silence was asked for."""
+
+    events = frozenset({Event.EPOCH_END})
+    stage: ClassVar[Stage] = Stage.OBSERVE
+
+    def apply(self, event: Event, state: State) -> None:
+        print(f"epoch {state.clock.epoch} ends with the loss {state.metrics['train/loss']:.2f}")  # noqa: T201 - the fault
+
+
+@caught_by("computes_the_same_compiled")
+@attrs.define(slots=False, eq=False)
+class Tardy(Algorithm):
+    """Halves what the middle block puts out in training from the second epoch on, by a hook that it sets only then."""
+
+    events = frozenset({Event.BATCH_START})
+    hooks: list[Any] = attrs.field(factory=list, init=False, repr=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        if state.clock.epoch > 0 and not self.hooks:
+            block = state.model.get_submodule(state.layers["blocks[1]"][0].modules[0])
+            self.hooks.append(block.register_forward_hook(self._halve))
+
+    def _halve(self, block: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return output / 2 if block.training else output
+
+    def close(self) -> None:
+        for each in self.hooks:
+            each.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
