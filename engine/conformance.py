@@ -24,6 +24,7 @@ from .checks import (
 )
 from .derivatives import has_true_gradients
 from .doubles import tiny_loader, tiny_models
+from .drawn_fits import holds_in_drawn_fits
 from .endings import (
     does_not_count_microbatches,
     leaves_nothing_behind,
@@ -39,6 +40,7 @@ from .other_models import takes_other_models
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
+from .recovering import recovers_from_faults
 from .rehearsal import Rehearsal
 from .resuming import is_not_resumed_as_another, resumes
 from .specimens import installed, specimen
@@ -64,7 +66,9 @@ CHECKS: dict[str, Check] = {
         has_true_gradients,
         steps_as_torch_does,
         keeps_true_records,
+        holds_in_drawn_fits,
         resumes,
+        recovers_from_faults,
         is_not_resumed_as_another,
         starts_afresh,
         keeps_instances_apart,

@@ -89,11 +89,15 @@ TIERS: tuple[frozenset[str], ...] = (
             "other_forms",
             "other_loaders",
             "other_models",
+            "bearer",
+            "recovering",
             "resuming",
             "unaided",
             "tasks",
             "examples",
             "derivatives",
+            "closed_forms",
+            "drawn_fits",
             "ranked",
         }
         | {"conformance", "oracle", "machine", "strategies", "testing"}
