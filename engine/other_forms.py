@@ -128,6 +128,10 @@ class _Look:
                 self.compare(state, batches)
         elif event is Event.BEFORE_FORWARD:
             self.tell(state, self.parts.pop(0), state.microbatch_ids)
+        elif event is Event.AFTER_LOSS and (state.loss is None or state.loss.ndim):
+            fail(
+                f"{self.name}: state.loss is {state.loss}, and takes a tensor without dimensions, whatever the model returns."
+            )
 
     def tell(self, state: State, must: list[int], ids: Sequence[int] | None) -> None:
         """Hold what the state calls the samples against what they are."""
