@@ -85,6 +85,9 @@ TIERS: tuple[frozenset[str], ...] = (
             "audit",
             "audits",
             "logbook",
+            "other_batches",
+            "other_forms",
+            "other_loaders",
             "other_models",
             "bearer",
             "recovering",
@@ -93,6 +96,8 @@ TIERS: tuple[frozenset[str], ...] = (
             "tasks",
             "examples",
             "derivatives",
+            "closed_forms",
+            "drawn_fits",
             "ranked",
         }
         | {"conformance", "oracle", "machine", "strategies", "testing"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -201,6 +202,63 @@ def test_the_examples_of_a_function_are_its_own(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConformanceError, match=r"note: an example in the docstring of kit_stale\.note") as caught:
         check_algorithm(kit_stale.note, checks=["does_as_its_examples_say"])
     assert "# doctest: +SKIP" in str(caught.value)
+
+
+PACKAGE = {
+    "shared": "def anyone():\n    pass",
+    "parts": "def built():\n    pass",
+    "mine": """
+        from thawline.engine import Algorithm
+        from .parts import built
+        from .shared import anyone
+
+        class Mine(Algorithm):
+            '''Does nothing.'''
+        """,
+    "other": """
+        from thawline.engine import Algorithm
+        from .shared import anyone
+
+        class Other(Algorithm):
+            '''Does nothing.'''
+        """,
+}
+
+
+@pytest.mark.parametrize(
+    ("imports", "is_run"),
+    [
+        ("from .mine import Mine", True),
+        ("from .parts import built", True),
+        ("from .shared import anyone", False),
+        ("from .mine import Mine; from .other import Other", False),
+        ("from thawline.algorithms import GradClip", False),
+    ],
+)
+def test_the_examples_of_what_builds_on_an_algorithm_are_run(
+    imports: str, is_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module beside it that imports it, or what it alone imports; not one of several algorithms, or of none."""
+    package = "kit_package"
+    (tmp_path / package).mkdir()
+    for name, text in PACKAGE.items():
+        (tmp_path / package / f"{name}.py").write_text(textwrap.dedent(text))
+    (tmp_path / package / "files.py").write_text(f"{imports}\n\ndef save():\n    '''\n    >>> 1 + 1\n    3\n    '''\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        mine, _ = (importlib.import_module(f"{package}.{name}").__dict__[name.title()] for name in ("mine", "other"))
+        check_algorithm(mine, checks=["does_as_its_examples_say"])
+        importlib.import_module(f"{package}.files")
+        if not is_run:
+            check_algorithm(mine, checks=["does_as_its_examples_say"])
+            return
+        with pytest.raises(ConformanceError, match=r"Mine: an example in the docstring of kit_package\.files\.save"):
+            check_algorithm(mine, checks=["does_as_its_examples_say"])
+        # A list of several leaves it to the check of each.
+        check_algorithm(lambda: [mine(), GradClip(1.0)], checks=["does_as_its_examples_say"])
+    finally:
+        for name in [each for each in sys.modules if each.partition(".")[0] == package]:
+            del sys.modules[name]
 
 
 def test_a_class_inside_a_function_is_documented_by_itself() -> None:
