@@ -334,13 +334,8 @@ def _homes(
     names = {id(each): name for name, each in parameters.items()}
     homes: dict[str, Home] = {}
     every: list[Home] = []
-    rates: set[int] = set()
     for place, optimizer in enumerate(optimizers):
         for number, group in enumerate(optimizer.param_groups):
-            if id(group.get("lr")) in rates:
-                group["lr"] = group["lr"].clone()
-            elif isinstance(group.get("lr"), Tensor):  # torch puts one and the same into all groups made without
-                rates.add(id(group["lr"]))
             home = Home(place, len(every), group, _number(group.get("lr")))
             every.append(home)
             for index, each in enumerate(group["params"]):
