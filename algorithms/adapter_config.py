@@ -88,6 +88,27 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         the adapter in . was made with use_dora, which 'lora' does not do.
         the adapter in . was begun with 'pissa_niter_4', which changes the base weights. Convert it in peft: model.save_pretrained(folder, path_initial_model_for_weight_conversion=…).
         the adapter in . is of type 'IA3'; 'LORA' is what can be loaded.
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     config, tensors = reads({"peft_type": "LORA", "r": 2, "lora_alpha": 0.5, "new": None, "newer": 3})
+        >>> config["lora_alpha"], [str(each.message) for each in caught]
+        (0.5, ['adapter_config.json has newer=3, which is not known here and is passed over. ... model.merge_and_unload().'])
+        >>> reads({"peft_type": "LORA"})[0]["lora_alpha"]  # peft's own
+        8
+        >>> print(reads([]))
+        the adapter in . is of type []; 'LORA' is what can be loaded.
+        >>> for path, text in ((CONFIG, "{"), (TENSORS, "…")):
+        ...     whole, _ = reads({"peft_type": "LORA"}), Path(path).write_text(text)
+        ...     try:
+        ...         read_adapter(Path())
+        ...     except CheckpointError as error:
+        ...         print(str(error).partition(": ")[0])
+        the adapter in . cannot be read
+        the adapter in . cannot be read
+        >>> read_adapter(Path("runs/mine"))
+        Traceback (most recent call last):
+        thawline.engine.errors.CheckpointError: runs/mine holds no adapter: adapter_config.json is missing. Write the folder ...
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -4,41 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from attrs import frozen
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..engine import CheckpointError, Json, ParameterLedger, SurgeryError, ThawlineWarning, get_logger, nearest
-from .adapter_config import CONFIG, TENSORS, by_pattern, read_adapter
-from .lora_forward import spread
+from ..engine import CheckpointError, Json, ParameterLedger, SurgeryError, get_logger, nearest
+from .adapter_config import CONFIG, TENSORS, read_adapter
+from .adapter_tensors import PREFIX, Saved, belongs_above, sorted_out, tensors_of, warn_of_convolutions, written
 from .lora_merge import adapted, check_adapted, ledger_of
 from .lora_modules import Adapted, is_adapted
-from .lora_op import CONVOLUTIONS, is_conv1d, output_width, scaling_of
-
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?:(?P<module>.+)\.)?lora_(?P<embedding>embedding_)?(?P<part>[AB])(?:\.weight)?")
-# peft (0.21) adds what the adapter of an nn.MultiheadAttention's output projection adds twice, in its forward as in its
-# merge: both the attention's `merge` and that of `out_proj` do. So in its files lora_B is half of what acts. (Its
-# gradients count one of the two.)
-_TWICE = 2.0
-
-
-@frozen
-class _Saved:
-    """One adapter as it lies in a file."""
-
-    down: Tensor
-    up: Tensor
-    rank: int
-    alpha: float
-    embedding: bool = False
+from .lora_op import CONVOLUTIONS, is_conv1d, scaling_of
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -62,30 +42,30 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
             ``nn.MultiheadAttention``).
 
     Example:
-        >>> import tempfile
         >>> from thawline.algorithms import inject_lora
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD(model.parameters())), rank=2)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     sorted(each.name for each in save_adapter(model, folder).iterdir())
-        ['adapter_config.json', 'adapter_model.safetensors']
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), rank=2)
+        >>> folder = save_adapter(model, "adapters/mine")
+        >>> folder == Path("adapters/mine"), sorted(each.name for each in folder.iterdir())
+        (True, ['adapter_config.json', 'adapter_model.safetensors'])
+        >>> config, tensors = read_adapter(save_adapter(model, folder))  # over the one that is there
+        >>> [config[key] for key in ("r", "lora_alpha", "target_modules", "modules_to_save")]  # the head trained as a whole
+        [2, 16, ['0'], ['2']]
+        >>> sorted(name.removeprefix("base_model.model.") for name in tensors)
+        ['0.lora_A.weight', '0.lora_B.weight', '2.bias', '2.weight']
+        >>> save_adapter(nn.Linear(4, 2), "adapters/none")
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: save_adapter: the model has no adapters. Write ..., or inject_lora(ledger).
     """
     check_adapted(model, "save_adapter")
     modules = dict(adapted(model))
-    _warn_of_convolutions(cast("dict[str, nn.Module]", modules))
-    saved = {name: _written(name, cast("nn.Module", module)) for name, module in modules.items()}
-    tensors: dict[str, Tensor] = {}
-    for name, each in saved.items():
-        path = _path_in_peft(model, name)
-        for part, tensor in (("A", each.down), ("B", each.up)):
-            key = f"lora_embedding_{part}" if each.embedding else f"lora_{part}.weight"
-            tensors[f"{_PREFIX}{path}{key}"] = (
-                tensor / _TWICE if part == "B" and _belongs_above(model, name) else tensor
-            )
+    warn_of_convolutions(cast("dict[str, nn.Module]", modules))
+    saved = {name: written(name, cast("nn.Module", module)) for name, module in modules.items()}
+    tensors = tensors_of(model, saved)
     whole = _with_tied(model, [name for name, each in model.named_modules() if getattr(each, "lora_saved", False)])
     for name in whole:
         state: Mapping[str, Tensor] = model.get_submodule(name).state_dict()
-        tensors |= {f"{_PREFIX}{name}.{key}": value for key, value in state.items()}
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     config = json.dumps(_config(model, saved, whole), indent=2, sort_keys=True) + "\n"
@@ -117,12 +97,60 @@ def load_adapter(
         CheckpointError: Files that are missing or damaged, that do not fit the model, or that need what ours cannot do
             (DoRA, PiSSA and the like). Nothing was attached or written then.
         SurgeryError: A module that takes no adapter.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora, merge_lora
+        >>> def build(*sizes):
+        ...     inputs, hidden, classes = sizes or (4, 8, 2)
+        ...     with torch.random.fork_rng():
+        ...         torch.manual_seed(0)
+        ...         return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+        >>> trained, x = build(), torch.ones(1, 4)
+        >>> adapters = inject_lora(ParameterLedger(trained, torch.optim.SGD), rank=2, alpha=4)
+        >>> values = nn.init.ones_(trained[0].lora_B), nn.init.ones_(trained[2].weight), save_adapter(trained, "mine")
+        >>> model = build()
+        >>> load_adapter(model, "mine"), torch.equal(model(x), trained(x))
+        (('0',), True)
+        >>> values = nn.init.zeros_(model[0].lora_A), nn.init.zeros_(model[0].lora_B)
+        >>> load_adapter(model, "mine"), torch.equal(model(x), trained(x))  # into the adapter that is there
+        (('0',), True)
+        >>> config, tensors = read_adapter(save_adapter(model, "again"))
+        >>> all(torch.equal(each, tensors[name]) for name, each in read_adapter(Path("mine"))[1].items()), config["modules_to_save"]
+        (True, ['2'])
+        >>> ledger = ParameterLedger(build(), torch.optim.SGD)
+        >>> loaded = load_adapter(ledger, "mine", owner="me")
+        >>> [(entry.op, entry.module, entry.owner) for entry in ledger.journal]
+        [('lora', '0', 'me'), ('lora_saved', '2', 'me')]
+        >>> ledgers = [ParameterLedger(build(), torch.optim.SGD) for _ in range(2)]
+        >>> adapters = inject_lora(ledgers[0], rank=4), inject_lora(ledgers[1], rank=2, alpha=8)
+        >>> merged = merge_lora(model)
+        >>> for other, folder in (
+        ...     (build(4, 8, 3), "mine"), (build(5, 8, 2), "mine"), (nn.Linear(4, 8), "mine"), (ledgers[0], "mine"), (ledgers[1], "mine"),
+        ...     (model, "mine"), (build(), "other"),
+        ... ):
+        ...     try:
+        ...         load_adapter(other, folder)
+        ...     except CheckpointError as error:
+        ...         print(str(error).partition(" Write")[0])
+        '2.bias' has shape (3,) and (2,) in the adapter's file.
+        lora_A of '0' has shape (2, 5) and (2, 4) in the adapter's file.
+        the adapter is for a module '0', which the model lacks. Nearest: ''.
+        lora_A of '0' has shape (4, 4) and (2, 4) in the adapter's file.
+        '0' carries an adapter with alpha / rank 4 already; in the file it is 2.
+        the adapter of '0' is merged, and what is loaded would not act.
+        other holds no adapter: adapter_config.json is missing.
+        >>> wrong = build(5, 8, 2)
+        >>> load_adapter(wrong, "mine")
+        Traceback (most recent call last):
+        thawline.engine.errors.CheckpointError: lora_A of '0' has shape (2, 5) and (2, 4) in the adapter's file.
+        >>> type(wrong[0]), torch.equal(wrong[2].weight, build(5, 8, 2)[2].weight)  # as it was
+        (<class 'torch.nn.modules.linear.Linear'>, True)
     """
     ledger, path = ledger_of(model, "load_adapter(model=)"), Path(folder)
     config, tensors = read_adapter(path)
-    saved, rest = _sorted_out(ledger.model, config, tensors)
+    saved, rest = sorted_out(ledger.model, config, tensors)
     targets = _targets(ledger.model, rest)
-    _warn_of_convolutions({name: ledger.model.get_submodule(name) for name in saved})
+    warn_of_convolutions({name: ledger.model.get_submodule(name) for name in saved})
     made: list[str] = []
     try:
         for arguments, names in _missing(ledger.model, saved, config):
@@ -150,49 +178,25 @@ def load_adapter(
 # -- saving ----------------------------------------------------------------------------------------------------------
 
 
-def _written(name: str, layer: nn.Module) -> _Saved:
-    """Return an adapter as peft would have it."""
-    module = cast("Any", layer)
-    if isinstance(layer, nn.MultiheadAttention) and not layer._qkv_same_embed_dim:
-        raise SurgeryError(
-            f"{name!r} has separate projections (kdim, vdim), for whose adapters peft's format has no place. Merge them "
-            "instead: merge_lora(model)."
-        )
-    down, up = module.lora_A, module.lora_B
-    rank = down.shape[0]
-    if (rows := getattr(module, "lora_rows", None)) is not None:
-        up = spread(up, rows, output_width(module))
-    if isinstance(layer, CONVOLUTIONS) and down.shape[1] != layer.in_channels:
-        down = _dense(down, layer.groups)
-    return _Saved(down, up, rank, module.lora_scaling * rank, isinstance(layer, nn.Embedding))
-
-
-def _dense(down: Tensor, groups: int) -> Tensor:
-    """Return the first convolution of an adapter with groups as one that reads all channels: zeros elsewhere."""
-    rank, channels = down.shape[0] // groups, down.shape[1]
-    whole = down.new_zeros(down.shape[0], channels * groups, *down.shape[2:])
-    for group in range(groups):
-        ranks = slice(group * rank, (group + 1) * rank)
-        whole[ranks, group * channels : (group + 1) * channels] = down[ranks]
-    return whole
-
-
-def _path_in_peft(model: nn.Module, name: str) -> str:
-    """Return a module's name in peft's model, with a dot behind it."""
-    above = name.rpartition(".")[0]
-    if _belongs_above(model, name):
-        return f"{above}.base_layer.out_proj." if above else "base_layer.out_proj."
-    return f"{name}." if name else ""
-
-
-def _belongs_above(model: nn.Module, name: str) -> bool:
-    """Return whether a module is the output projection of an ``nn.MultiheadAttention``, which brings its adapter."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return bool(name) and isinstance(parent, nn.MultiheadAttention) and model.get_submodule(name) is parent.out_proj
-
-
 def _with_tied(model: nn.Module, whole: list[str]) -> list[str]:
-    """Return the modules that trained as a whole, and those that share a weight with them: peft trains copies, which part."""
+    """Return the modules that trained as a whole, and those that share a weight with them: peft trains copies, which part.
+
+    Raises:
+        SurgeryError: One of these has an adapter.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "top": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5))})
+        >>> _with_tied(model, ["top"]), _with_tied(model, [])
+        (['top'], [])
+        >>> model["top"][1].weight = model["embed"].weight
+        >>> _with_tied(model, ["top"]), _with_tied(model, ["embed"])
+        (['top', 'embed'], ['embed', 'top.1'])
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), "embed", rank=2, train_head=False)
+        >>> _with_tied(model, ["top"])
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: 'embed' has an adapter, and shares its weight with a module that trained as a ...
+    """
     mine = {id(each) for name in whole for each in model.get_submodule(name).parameters()}
     own = [(name, each) for name, each in model.named_modules(remove_duplicate=False) if name and name not in whole]
     inside = tuple(f"{name}." for name in whole)
@@ -209,8 +213,43 @@ def _with_tied(model: nn.Module, whole: list[str]) -> list[str]:
     return [*whole, *(name for name, _ in tied)] if whole else []
 
 
-def _config(model: nn.Module, saved: Mapping[str, _Saved], whole: list[str]) -> dict[str, Json]:
-    names = [name for name in saved if not _belongs_above(model, name)]
+def _config(model: nn.Module, saved: Mapping[str, Saved], whole: list[str]) -> dict[str, Json]:
+    """Return what peft is to know: what most adapters have in common, and by pattern what others have.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+        >>> ranks, alphas = {"1": 4, "*": 2}, {"2": 2.5, "*": 8}
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), ["0", "1", "2"], rank=ranks, alpha=alphas, dropout=0.1)
+        >>> for key, value in _config(model, {name: written(name, each) for name, each in adapted(model)}, ["3"]).items():
+        ...     print(key, value)
+        peft_type LORA
+        task_type None
+        base_model_name_or_path None
+        r 2
+        lora_alpha 8
+        lora_dropout 0.1
+        rank_pattern {'^1': 4}
+        alpha_pattern {'^2': 2.5}
+        target_modules ['0', '1', '2']
+        modules_to_save ['3']
+        fan_in_fan_out False
+        bias none
+        use_rslora False
+        use_dora False
+        init_lora_weights True
+        inference_mode True
+        >>> from types import SimpleNamespace
+        >>> attention = nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 2))
+        >>> attention.config = SimpleNamespace(_name_or_path="bert-base-cased")
+        >>> adapters = inject_lora(ParameterLedger(attention, torch.optim.SGD), rank=2)
+        >>> config = _config(attention, {name: written(name, each) for name, each in adapted(attention)}, [])
+        >>> config["target_modules"], config["modules_to_save"], config["base_model_name_or_path"]  # out_proj is part of 0
+        (['0'], None, 'bert-base-cased')
+        >>> attention.config = SimpleNamespace(_name_or_path="")  # as transformers has it for a model that was not loaded
+        >>> _config(attention, {name: written(name, each) for name, each in adapted(attention)}, [])["base_model_name_or_path"]
+    """
+    names = [name for name in saved if not belongs_above(model, name)]
     rank = Counter(saved[name].rank for name in names).most_common(1)[0][0]
     alpha = Counter(saved[name].alpha for name in names).most_common(1)[0][0]
     modules = [cast("Adapted", model.get_submodule(name)) for name in names]
@@ -240,12 +279,25 @@ def _plain(number: float) -> int | float:
 
 
 def _only(name: str) -> str:
-    """Return a pattern that peft finds in this module's name alone."""
+    r"""Return a pattern that peft finds in this module's name alone.
+
+    Example:
+        >>> _only("encoder.0")
+        '^encoder\\.0'
+    """
     return f"^{re.escape(name)}"
 
 
 def _exactly(model: nn.Module, names: list[str]) -> list[Json] | str:
-    """Return what peft is to look for: names, or a regular expression where names would match others' ends as well."""
+    """Return what peft is to look for: names, or a regular expression where names would match others' ends as well.
+
+    Example:
+        >>> model = nn.ModuleDict({"query": nn.Linear(2, 2), "block": nn.ModuleDict({"query": nn.Linear(2, 2)})})
+        >>> _exactly(model, ["query", "block.query"]), _exactly(model, ["block.query"])
+        (['query', 'block.query'], ['block.query'])
+        >>> _exactly(model, ["query"]), _exactly(model, ["query", "block"])
+        ('query', 'query|block')
+    """
     found = [name for name, _ in model.named_modules() if any(f".{name}".endswith(f".{each}") for each in names)]
     return [*names] if set(found) == set(names) else "|".join(map(re.escape, names))
 
@@ -253,59 +305,32 @@ def _exactly(model: nn.Module, names: list[str]) -> list[Json] | str:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def _sorted_out(
-    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, _Saved], dict[str, Tensor]]:
-    """Return the adapters by module, and the other tensors by their names in the model."""
-    pairs: dict[str, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
-    known = {name for name, _ in model.named_modules()}
-    for key, value in tensors.items():
-        if not key.startswith(_PREFIX):
-            raise CheckpointError(f"the adapter's tensor {key!r} does not begin with {_PREFIX!r}, as peft's do.")
-        name = _in_model(key.removeprefix(_PREFIX), known)
-        if name is None:
-            continue
-        if (match := _KEY.fullmatch(name)) is None:
-            rest[name] = value
-        else:
-            pairs.setdefault(match["module"] or "", {})[match["part"]] = value
-    found: dict[str, _Saved] = {}
-    for name, pair in pairs.items():
-        if name not in known:
-            raise CheckpointError(
-                f"the adapter is for a module {name!r}, which the model lacks. Nearest: {nearest(name, known)}."
-            )
-        if pair.keys() != {"A", "B"}:
-            raise CheckpointError(f"the adapter of {name!r} lacks one of lora_A and lora_B.")
-        alpha = by_pattern(config["alpha_pattern"], name, config["lora_alpha"])
-        down = _by_groups(model.get_submodule(name), pair["A"])
-        up = pair["B"] * _TWICE if _belongs_above(model, name) else pair["B"]
-        found[name] = _Saved(down, up, len(down), alpha)
-    if not found:
-        raise CheckpointError("the file holds no adapters.")
-    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
-    return {name: found[name] for name in sorted(found, key=order.__getitem__)}, rest
-
-
-def _in_model(key: str, known: set[str]) -> str | None:
-    """Return a tensor's name in the model; None for a second copy, which peft saves with ``bias="all"``.
-
-    peft puts the modules that it wraps under ``base_layer``; a model may have modules of that name as well.
-    """
-    name = ""
-    for part in key.split("."):
-        above = name
-        name = f"{name}.{part}".lstrip(".")
-        if name not in known and part == "base_layer":
-            name = above
-        elif name not in known and part in ("modules_to_save", "original_module"):
-            return None
-    return name
-
-
 def _targets(model: nn.Module, rest: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return what of the model the other tensors are for."""
+    """Return what of the model the other tensors are for, each with its tensor.
+
+    Raises:
+        CheckpointError: Tensors of another name or shape, or one value for a weight and another for what is tied to it.
+
+    Example:
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(3, 1), "norm": nn.BatchNorm1d(1), "head": nn.Linear(1, 3, bias=False)})
+        >>> ((own, value),) = _targets(model, {"norm.running_mean": torch.ones(1)})
+        >>> own is model["norm"].running_mean, value
+        (True, tensor([1.]))
+        >>> model["head"].weight, one = model["embed"].weight, torch.ones(3, 1)
+        >>> len(_targets(model, {"embed.weight": one, "head.weight": one}))
+        2
+        >>> for wrong in (
+        ...     {"heads.weight": one}, {"norm.weight": torch.ones(2)}, {"head.weight": one}, {"embed.weight": one, "head.weight": one + 1},
+        ... ):
+        ...     try:
+        ...         _targets(model, wrong)
+        ...     except CheckpointError as error:
+        ...         print(str(error).partition(" Untie them")[0])
+        the adapter's file holds 'heads.weight', which the model lacks. Nearest: 'head.weight', ...
+        'norm.weight' has shape (1,) and (2,) in the adapter's file.
+        the adapter's file holds other values for 'head.weight' than for 'embed.weight', which ...: peft trained a copy of the one.
+        the adapter's file holds other values for 'embed.weight' than for 'head.weight', which ...: peft trained a copy of the one.
+    """
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     names_of: dict[int, list[str]] = {}
     for name, each in own.items():
@@ -332,13 +357,25 @@ def _targets(model: nn.Module, rest: Mapping[str, Tensor]) -> list[tuple[Tensor,
 
 
 def _missing(
-    model: nn.Module, saved: Mapping[str, _Saved], config: Mapping[str, Any]
+    model: nn.Module, saved: Mapping[str, Saved], config: Mapping[str, Any]
 ) -> list[tuple[dict[str, Json], list[str]]]:
-    """Return what to attach where no adapter stands yet: the op's arguments, and the modules with these."""
+    """Return what to attach where no adapter stands yet: the op's arguments, and the modules with these.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.Conv1d(4, 2, 3), nn.Conv1d(4, 2, 3, groups=2), nn.MultiheadAttention(2, 1))
+        >>> linear = Saved(torch.ones(2, 4), torch.ones(2, 2), 2, 8.0)
+        >>> convolution = Saved(torch.ones(2, 4, 3), torch.ones(2, 2, 1), 2, 8.0)
+        >>> for each in _missing(model, {"0": linear, "1": convolution, "2": convolution}, {"lora_dropout": 0, "use_rslora": False}):
+        ...     print(each)
+        ({'rank': 2, 'alpha': 8.0, 'dropout': 0.0}, ['0', '1'])
+        ({'rank': 2, 'alpha': 8.0, 'dropout': 0.0, 'dense': True}, ['2'])
+        >>> _missing(model, {"0": linear, "3.out_proj": linear}, {"lora_dropout": 0.5, "use_rslora": True})  # that comes with "3"
+        [({'rank': 2, 'alpha': 8.0, 'dropout': 0.5, 'rslora': True}, ['0'])]
+    """
     groups: dict[str, tuple[dict[str, Json], list[str]]] = {}
     for name, each in saved.items():
         module = model.get_submodule(name)
-        if is_adapted(module) or _belongs_above(model, name):
+        if is_adapted(module) or belongs_above(model, name):
             continue
         arguments: dict[str, Json] = {"rank": each.rank, "alpha": each.alpha, "dropout": float(config["lora_dropout"])}
         if config["use_rslora"]:
@@ -349,29 +386,24 @@ def _missing(
     return list(groups.values())
 
 
-def _by_groups(module: nn.Module, down: Tensor) -> Tensor:
-    """Return the first convolution of a grouped one's adapter by groups, where it reads no other group's channels."""
-    if not isinstance(module, CONVOLUTIONS) or module.groups == 1 or down.dim() != module.weight.dim():
-        return down
-    groups, rank = module.groups, len(down)
-    if down.shape[1] != module.in_channels or rank % groups:
-        return down
-    blocks = torch.cat([part.chunk(groups, 1)[place] for place, part in enumerate(down.chunk(groups))])
-    return blocks if torch.equal(_dense(blocks, groups), down) else down
+def _check_shapes(model: nn.Module, saved: Mapping[str, Saved], config: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError where an adapter of the model is not one that the file's values fit.
 
-
-def _warn_of_convolutions(modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        if isinstance(module, CONVOLUTIONS) and (module.padding_mode != "zeros" or set(module.dilation) != {1}):
-            warnings.warn(
-                f"peft leaves dilation and padding_mode out of the adapter of a convolution, and {name!r} has "
-                f"dilation={module.dilation} and padding_mode={module.padding_mode!r}: there the two compute other things.",
-                ThawlineWarning,
-                stacklevel=3,
-            )
-
-
-def _check_shapes(model: nn.Module, saved: Mapping[str, _Saved], config: Mapping[str, Any]) -> None:
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), rank=4, alpha=8, rslora=True)
+        >>> _check_shapes(model, {"0": Saved(torch.ones(4, 4), torch.ones(6, 4), 4, 8.0)}, {"use_rslora": True})
+        >>> _check_shapes(model, {"0": Saved(torch.ones(4, 4), torch.ones(6, 4), 4, 8.0)}, {"use_rslora": False})
+        Traceback (most recent call last):
+        thawline.engine.errors.CheckpointError: '0' carries an adapter with alpha / rank 4 already; in the file it is 2.
+        >>> _check_shapes(model, {"0": Saved(torch.ones(4, 4), torch.ones(5, 4), 4, 8.0)}, {"use_rslora": True})
+        Traceback (most recent call last):
+        thawline.engine.errors.CheckpointError: lora_B of '0' has shape (6, 4) and (5, 4) in the adapter's file.
+        >>> _check_shapes(model, {"1": Saved(torch.ones(4, 6), torch.ones(2, 4), 4, 8.0)}, {"use_rslora": True})
+        Traceback (most recent call last):
+        thawline.engine.errors.CheckpointError: '1' has an adapter in the file and got none.
+    """
     for name, each in saved.items():
         module = cast("Any", model.get_submodule(name))
         if not is_adapted(module):
@@ -394,7 +426,17 @@ def _check_shapes(model: nn.Module, saved: Mapping[str, _Saved], config: Mapping
 
 
 def _whole(model: nn.Module, config: Mapping[str, Any]) -> Iterable[str]:
-    """Return the modules that the configuration names as trained as a whole, as peft finds them: by their ends."""
+    """Return the modules that the configuration names as trained as a whole, as peft finds them: by their ends.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2), "other": nn.ModuleDict({"head": nn.Linear(2, 2)})})
+        >>> _whole(model, {"modules_to_save": ["head"]}), _whole(model, {"modules_to_save": []})
+        (['head', 'other.head'], [])
+        >>> adapters = inject_lora(ParameterLedger(model, torch.optim.SGD), "head", rank=2, train_head=False)
+        >>> _whole(model, {"modules_to_save": ["head", "other"]})  # its adapter trained
+        ['other', 'other.head']
+    """
     ends = tuple(config["modules_to_save"])
     names = [name for name, _ in model.named_modules() if name.endswith(ends)]
     return [name for name in names if not any(is_adapted(each) for each in model.get_submodule(name).modules())]

@@ -275,6 +275,7 @@ class LayerThaw(Algorithm):
             >>> thawing = LayerThaw(lr_scale=2.0, warmup="2ep")
             >>> with warnings.catch_warnings(record=True) as said:
             ...     warnings.simplefilter("always")
+            ...     silent = LayerThaw(lr_scale=1.0)._hold(state), LayerThaw(lr_scale=2.0, order="bottom")._hold(state)
             ...     thawing.apply(Event.FIT_START, state)
             ...     thawing.apply(Event.EPOCH_START, state)
             >>> for each in said:
@@ -435,6 +436,9 @@ class LayerThaw(Algorithm):
             (None, "the fit ends after 2ep. Write a shorter interval, such as LayerThaw(every='0.2dur').")
             >>> LayerThaw()._why_idle(state, [])
             'there is no other layer. Write a smaller start=, or stem=True.'
+            >>> left = State(model, ParameterLedger(model, torch.optim.SGD(model[2].parameters())))
+            >>> LayerThaw()._why_idle(left, ["0.weight"])
+            'no group of the optimizer instance holds them. Pass a factory, ...'
             >>> state.ledger.freeze("0.*", owner="me")
             >>> LayerThaw()._why_idle(state, ["0.weight"])
             'all else is held by me as well. Write a larger start=, or leave one out.'

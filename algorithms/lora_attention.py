@@ -40,8 +40,10 @@ class LoRAMultiheadAttention(Adapted, nn.MultiheadAttention):
         ...         yield from layer(x, other, other, average_attn_weights=False)
         ...         yield layer(x[0], other[0], other[0].flip(0), need_weights=False)[0]
         ...         yield layer(x, x, x, attn_mask=causal, is_causal=True, need_weights=False)[0]
-        ...     learned, merged, removed = list(outputs()), merge_lora(layer), remove_lora(layer)  # now it is torch's own class
-        ...     all(torch.allclose(*each, atol=1e-5) for each in zip(learned, outputs(), strict=True))
+        ...         yield layer(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+        ...     learned, merged, standing = list(outputs()), merge_lora(layer), list(outputs())
+        ...     removed = remove_lora(layer)  # now it is torch's own class
+        ...     all(torch.allclose(each, own, atol=1e-5) for gave in (learned, standing) for each, own in zip(gave, outputs(), strict=True))
         True
         True
         True
@@ -75,6 +77,10 @@ class LoRAMultiheadAttention(Adapted, nn.MultiheadAttention):
             >>> LoRAMultiheadAttention(4, 2)(x, x, x, is_causal=True)
             Traceback (most recent call last):
             thawline.engine.errors.ArgumentError: LoRAMultiheadAttention(attn_mask=) takes a mask with is_causal, got None. ...
+            >>> nested = torch.nested.nested_tensor([torch.ones(1, 4)], layout=torch.jagged)
+            >>> LoRAMultiheadAttention(4, 2)(nested, nested, nested)
+            Traceback (most recent call last):
+            thawline.engine.errors.ArgumentError: LoRAMultiheadAttention(query=) takes padded ones, got 'a nested tensor'. ...
         """
         if query.is_nested or key.is_nested or value.is_nested:
             example = "torch.nested.to_padded_tensor(query, 0.0) and a key_padding_mask"

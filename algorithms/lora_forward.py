@@ -151,6 +151,9 @@ def working_dtype(x: Tensor) -> torch.dtype:
         >>> with torch.autocast("cpu", torch.bfloat16):
         ...     working_dtype(torch.ones(1)), working_dtype(torch.ones(1).double()), working_dtype(torch.ones(1).long())
         (torch.bfloat16, torch.float64, torch.int64)
+        >>> with torch.autocast("cpu", torch.bfloat16):  # a device of which autocast knows nothing
+        ...     working_dtype(torch.ones(1, device="meta"))
+        torch.float32
         >>> with torch.autocast("cpu", torch.bfloat16):  # the adapter's weights are cast as the layer's
         ...     lora_forward(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), torch.ones(1, 1), torch.ones(1, 1))
         tensor([[3.]], dtype=torch.bfloat16)
@@ -376,7 +379,14 @@ class LowRank(torch.autograd.Function):
     @classmethod
     @override
     def apply(cls, *args: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]  # no keywords
-        """Apply it, outside torch.func without torch's look at the signature, which takes as long as a small layer."""
+        """Apply it, outside torch.func without torch's look at the signature, which takes as long as a small layer.
+
+        Example:
+            >>> x, weight, down, up = torch.ones(4, 3), torch.ones(2, 3), torch.ones(1, 3), torch.ones(2, 1)
+            >>> torch.func.grad(lambda up: lora_forward(x, weight, None, down, up, scaling=0.5).sum())(up)
+            tensor([[6.],
+                    [6.]])
+        """
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]  # torch's
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]  # torch's

@@ -86,6 +86,22 @@ def unmerge_lora(model: nn.Module | ParameterLedger) -> tuple[str, ...]:
 
     Raises:
         SurgeryError: The model has no adapters.
+
+    Example:
+        >>> from thawline.algorithms import inject_lora
+        >>> ledger = ParameterLedger(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.optim.SGD)
+        >>> adapters = inject_lora(ledger, ["0", "1"], rank=2)
+        >>> layer, before = ledger.model[0], ledger.model[0].weight.detach().clone()
+        >>> learned, merged = nn.init.ones_(layer.lora_B), merge_lora(ledger)
+        >>> torch.equal(layer.weight, before), ledger.trainable
+        (False, frozenset())
+        >>> unmerge_lora(ledger), torch.equal(layer.weight, before), ledger.trainable == set(adapters), list(dict(layer.named_buffers()))
+        (('0', '1'), True, True, [])
+        >>> unmerge_lora(ledger.model), unmerge_lora(ledger)  # nothing is merged
+        ((), ())
+        >>> unmerge_lora(nn.Linear(2, 2))
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: unmerge_lora: the model has no adapters. Write ...
     """
     ledger = ledger_of(model, "unmerge_lora(model=)")
     check_adapted(ledger.model, "unmerge_lora")
@@ -170,7 +186,7 @@ def ledger_of(model: nn.Module | ParameterLedger, argument: str) -> ParameterLed
     """
     if isinstance(model, ParameterLedger):
         return model
-    _check_module(model, argument)
+    _check_module(model, argument, "a torch.nn.Module, or its ledger")
     return ParameterLedger(model, partial(torch.optim.SGD, lr=0.0))
 
 
@@ -182,18 +198,26 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, _Module]]:
 
 
 def check_adapted(model: nn.Module, function: str) -> None:
-    """Raise a SurgeryError where the model has no adapters, an ArgumentError where it is none."""
-    _check_module(model, f"{function}(model=)")
+    """Raise a SurgeryError where the model has no adapters, an ArgumentError where it is none.
+
+    Example:
+        >>> check_adapted(nn.Linear(2, 2), "save_adapter")
+        Traceback (most recent call last):
+        thawline.engine.errors.SurgeryError: save_adapter: the model has no adapters. Write ..., or inject_lora(ledger).
+        >>> check_adapted("model.pt", "save_adapter")
+        Traceback (most recent call last):
+        thawline.engine.errors.ArgumentError: save_adapter(model=) takes a torch.nn.Module, got 'model.pt'. Write: save_adapter(model)
+    """
+    _check_module(model, f"{function}(model=)", "a torch.nn.Module")
     if next(adapted(model), None) is None:
         raise SurgeryError(
             f"{function}: the model has no adapters. Write Trainer(algorithms=[LoRAInject()]), or inject_lora(ledger)."
         )
 
 
-def _check_module(model: object, argument: str) -> None:
+def _check_module(model: object, argument: str, takes: str) -> None:
     if not isinstance(model, nn.Module):
-        takes, example = "a torch.nn.Module, or its ledger", f"{argument.partition('(')[0]}(model)"
-        raise ArgumentError(argument, got=model, takes=takes, example=example)
+        raise ArgumentError(argument, got=model, takes=takes, example=f"{argument.partition('(')[0]}(model)")
 
 
 class _Module(Adapted, nn.Module):

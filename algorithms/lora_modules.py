@@ -142,6 +142,8 @@ class LoRAEmbedding(Adapted, nn.Embedding):
         >>> learned = layer(asked)
         >>> layer.lora_deltas()["weight"].tolist(), merge_lora(model), torch.allclose(layer(asked), learned, atol=1e-6)
         ([[2.0, 2.0], [4.0, 4.0], [6.0, 6.0]], ('0',), True)
+        >>> layer
+        LoRAEmbedding(3, 2, lora_rank=1, lora_scaling=2, lora_merged)
     """
 
     @override
@@ -177,6 +179,8 @@ class LoRAConvolution(Adapted, _ConvNd):
         >>> filled, weight = nn.init.ones_(layer.lora_B), layer.weight + layer.lora_deltas()["weight"]
         >>> torch.allclose(layer(x), F.conv1d(F.pad(x, (0, 1)), weight, layer.bias, groups=2), atol=1e-6)
         True
+        >>> layer
+        LoRAConv1d(2, 4, kernel_size=(2,), stride=(1,), padding=same, groups=2, lora_rank=1, lora_scaling=3)
         >>> layer, x = nn.Conv2d(1, 2, 3, padding=(1, 0), padding_mode="circular"), torch.rand(1, 4, 5)  # without a batch
         >>> adapters = inject_lora(ParameterLedger(layer, torch.optim.SGD), "*", rank=2, alpha=6)
         >>> before, filled, learned = layer(x), nn.init.ones_(layer.lora_B), layer(x)

@@ -80,6 +80,10 @@ def lora_targets(model: nn.Module, layers: LayerMap, target: Target = "auto") ->
         >>> lora_targets(model, LayerMap(model), "attention")
         Traceback (most recent call last):
         thawline.engine.errors.SelectorError: Sequential has no nn.MultiheadAttention and no linear layer with a usual name ...
+        >>> bert = nn.ModuleDict({"query": nn.Linear(4, 4), "other": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+        >>> bert.config = type("Config", (), {"model_type": "bert"})
+        >>> lora_targets(bert, LayerMap(bert))  # what is usual for its type
+        ('query',)
         >>> pixels = nn.Sequential(nn.Conv1d(1, 1, 1))
         >>> lora_targets(pixels, LayerMap(pixels))
         Traceback (most recent call last):

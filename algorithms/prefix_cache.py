@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,51 +23,17 @@ from ..engine import (
     targets_of,
 )
 from .arguments import one_of
-from .prefix_feed import Feed, loaded_part
+from .prefix_feed import Feed, fed_or_loaded, loaded_part
 from .prefix_frontier import Frontier, frozen_depth, label_of, replay_at
 from .prefix_pass import Forward, Pass
 from .prefix_replay import Replay, replaced
+from .prefix_room import bytes_of, folder_of
 from .prefix_store import RowStore
 from .prefix_trace import UnskippableError
 
 log = get_logger(__name__)
 # A name of the module is found in a fraction of the time that a member of an enum takes.
 EPOCH_START, BEFORE_FORWARD, AFTER_FORWARD = Event.EPOCH_START, Event.BEFORE_FORWARD, Event.AFTER_FORWARD
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_EXAMPLE = "PrefixCache(budget='4GB')"
-
-
-def _budget(value: object) -> int:
-    """Return a budget in bytes.
-
-    Example:
-        >>> [_budget(each) for each in (7, "500MB", "1.5 kB", "4GiB", "1KiB", "2b", "3TB")]
-        [7, 500000000, 1500, 4294967296, 1024, 2, 3000000000000]
-        >>> _budget("1.2.3MB")
-        Traceback (most recent call last):
-        thawline.engine.errors.ArgumentError: PrefixCache(budget=) takes a number of bytes above 0: a whole number, '500MB' or '4GB', got '1.2.3MB'. Write: PrefixCache(budget='4GB')
-    """
-    found = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b\s*", value.lower()) if isinstance(value, str) else None
-    if found is not None and found[1].count(".") < 2 and found[1] != ".":
-        factor = 1024 ** "kmgt".find(found[2]) * 1024 if found[3] and found[2] else _UNITS[found[2]]
-        value = int(float(found[1]) * factor)
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    takes = "a number of bytes above 0: a whole number, '500MB' or '4GB'"
-    raise ArgumentError("PrefixCache(budget=)", got=value, takes=takes, example=_EXAMPLE)
-
-
-def _folder(value: object) -> Path | None:
-    """Return a directory, or None for memory.
-
-    Example:
-        >>> _folder("cache").name, _folder(Path("cache")).name, _folder(None)
-        ('cache', 'cache', None)
-    """
-    if value is None or (isinstance(value, (str, Path)) and str(value)):
-        return None if value is None else Path(value)
-    example = "PrefixCache(folder='cache')"
-    raise ArgumentError("PrefixCache(folder=)", got=value, takes="a directory, or None for memory", example=example)
 
 
 @register
@@ -122,8 +87,8 @@ class PrefixCache(Algorithm):
         {Event.EPOCH_START, Event.BATCH_START, Event.BEFORE_FORWARD, Event.AFTER_FORWARD, Event.FIT_ABORT}
     )
 
-    budget: int = attrs.field(default=4 * 10**9, converter=_budget)
-    folder: Path | None = attrs.field(default=None, converter=_folder)
+    budget: int = attrs.field(default=4 * 10**9, converter=bytes_of)
+    folder: Path | None = attrs.field(default=None, converter=folder_of)
     dtype: Literal["fp32", "bf16"] = attrs.field(default="fp32", validator=one_of(("fp32", "bf16")))
 
     off: str | None = attrs.field(init=False, default=None)
@@ -213,7 +178,8 @@ class PrefixCache(Algorithm):
             if event is EPOCH_START:
                 self._begin_epoch(state)
             elif self._lazy:
-                self._fed = self._feed_or_load(state)
+                state.batch, self._unloaded = fed_or_loaded(state.batch, None if self._due else self._feed)
+                self._fed = bool(self._unloaded)
 
     @override
     def attach(self, state: State) -> None:
@@ -331,25 +297,32 @@ class PrefixCache(Algorithm):
         self._hits, self._feed, self._fed = self.hits, None, False
 
     def _thawed(self, state: State) -> bool:
-        """Return whether what is skipped trains: somebody whose turn at BATCH_START came later has let it."""
+        """Return whether what is skipped trains: somebody whose turn at BATCH_START came later has let it.
+
+        Example:
+            >>> import torch
+            >>> from thawline.algorithms import TrainOnly
+            >>> from thawline.engine import Trainer, on
+            >>> from thawline.engine.testing import tiny_loader, tiny_models
+            >>> @on(Event.BATCH_START)
+            ... def thaw_late(state):
+            ...     if (state.clock.epoch, state.clock.batch_in_epoch) == (2, 1):
+            ...         state.ledger.thaw("*", owner="TrainOnly")
+            >>> def trained(*algorithms, **options):
+            ...     torch.manual_seed(0)
+            ...     model, each = tiny_models()["mlp"](), [TrainOnly("head"), thaw_late(), *algorithms]
+            ...     trainer = Trainer(algorithms=each, loss_fn=nn.functional.cross_entropy, progress=False, **options)
+            ...     trainer.fit(model, tiny_loader(32), duration="3ep")
+            ...     return [*model.parameters()]
+            >>> for options in ({}, {"accumulate": 2}, {"microbatch_size": 4}):
+            ...     result, cache = trained(**options), PrefixCache()
+            ...     all(map(torch.equal, result, trained(cache, **options))), cache.hits, cache.misses
+            (True, 5, 4)
+            (True, 6, 4)
+            (True, 10, 8)
+        """
         assert self._at is not None, "what is fed is kept at a frontier"
         return frozen_depth(state.layers, state.ledger.trainable) < self._at.depth
-
-    def _feed_or_load(self, state: State) -> bool:
-        """Put what the head is given in the place of a batch that is not loaded, or load it; return whether it was fed."""
-        batch, feed = state.batch, None if self._due else self._feed
-        if type(batch) is Unloaded:
-            fed, self._unloaded = None if feed is None else feed.batch(batch), [batch]
-            state.batch = batch.load() if fed is None else fed
-            return fed is not None
-        if type(batch) is not list:
-            return False
-        made = [feed.batch(each) if feed is not None and type(each) is Unloaded else None for each in batch]
-        if all(each is not None for each in made):
-            state.batch, self._unloaded = made, batch
-            return True
-        state.batch = [each.load() if type(each) is Unloaded else each for each in batch]
-        return False
 
     # -- one microbatch ------------------------------------------------------------------------------------------
 
@@ -453,7 +426,24 @@ class PrefixCache(Algorithm):
             return one()
 
     def _complete(self, state: State, at: Frontier, one: Pass, *, places: Sequence[int]) -> list[Tensor] | None:
-        """Compute those samples of a batch that are not kept, alone; return None where there is no room for them."""
+        """Compute those samples of a batch that are not kept, alone; return None where there is no room for them.
+
+        Example:
+            >>> import torch
+            >>> from thawline.engine import ParameterLedger
+            >>> model, cache = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)), PrefixCache()
+            >>> x, state = torch.tensor([[1.0], [2.0]]), State(model, ParameterLedger(model, torch.optim.SGD))
+            >>> one, at = Pass(model.forward, (x,), {}, ids=(5, 9)), Frontier(1, RowStore(budget=10_000))
+            >>> at.replay = replay_at(state, 1, one)
+            >>> at.keep(one.part([0]), [model[:2](x[:1]).detach()]), at.rows(one)
+            (True, None)
+            >>> kept = cache._complete(state, at, one, places=[1])
+            >>> torch.allclose(kept[0], model[:2](x)), cache.misses, cache.computed, cache._mixed, cache._lacks
+            (True, 1, 1, 1, True)
+            >>> at.store.full, cache._lacks, other = True, False, Pass(model.forward, (x,), {}, ids=(5, 7))
+            >>> cache._complete(state, at, other, places=[1]), cache.computed, cache._lacks
+            (None, 2, True)
+        """
         assert at.replay is not None, "what is kept was computed somehow"
         part = one.part(places)
         self.misses += 1

@@ -99,6 +99,35 @@ class Feed:
                 return
 
 
+def fed_or_loaded(batch: Any, feed: Feed | None) -> tuple[Any, list[Unloaded]]:
+    """Return what stands for a batch that is not loaded, and what was not loaded of it; else the batch, loaded, and nothing.
+
+    Example:
+        >>> store, head = RowStore(budget=10_000), torch.nn.Linear(16, 1)
+        >>> store.add([3, 8], "a", [torch.ones(2, 16), torch.tensor([30, 80])])
+        True
+        >>> feed = Feed(store, Replay(head, None, {}, {}, (head,)), "")
+        >>> first, second, unseen = (Unloaded([(3,), (8,), (7,)], place, "abc".__getitem__) for place in range(3))
+        >>> (inputs, targets), spared = fed_or_loaded(first, feed)
+        >>> inputs.shape, targets, spared == [first]
+        (torch.Size([1, 16]), tensor([30]), True)
+        >>> fed_or_loaded(unseen, feed), fed_or_loaded(first, None), fed_or_loaded("loaded", feed)
+        (('c', []), ('a', []), ('loaded', []))
+        >>> several, spared = fed_or_loaded([first, second], feed)  # as they come with accumulate=2
+        >>> [targets for _, targets in several], spared == [first, second]
+        ([tensor([30]), tensor([80])], True)
+        >>> fed_or_loaded([first, unseen], feed), fed_or_loaded([first, "loaded"], feed), fed_or_loaded([first, second], None)
+        ((['a', 'c'], []), (['a', 'loaded'], []), (['a', 'b'], []))
+    """
+    parts = batch if type(batch) is list else [batch]
+    if feed is not None and all(type(each) is Unloaded for each in parts):
+        made = [feed.batch(each) for each in parts]
+        if all(each is not None for each in made):
+            return made if type(batch) is list else made[0], parts
+    loaded = [each.load() if type(each) is Unloaded else each for each in parts]
+    return loaded if type(batch) is list else loaded[0], []
+
+
 def loaded_part(batches: Sequence[Unloaded], ids: Sequence[int]) -> Any:
     """Load the one of the batches that holds the samples, and return their rows of it.
 

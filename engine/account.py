@@ -230,6 +230,16 @@ class Account(LedgerOracle):
             value *= min(1.0, max(0.0, passed / rise.span.value)) if rise.span.value else 1.0
         return max(value, self.min_lr)
 
+    def told(self, clock: Clock, layer_of: Callable[[str], str]) -> dict[str, float]:
+        """Return the highest rate of all that trains, and in each layer, by the names under which they are told."""
+        layers = [each.name for each in self.state.layers if each.parameters]
+        told = dict.fromkeys(["lr", *(f"lr/{each}" for each in layers)], 0.0)
+        for name in self.trainable():
+            rate = self.rate(name, clock)
+            for place in ("lr", f"lr/{layer_of(name)}"):
+                told[place] = max(rate, told[place])
+        return told
+
     def tracks(self, name: str) -> bool:
         """Return whether a frozen parameter's statistics go on: all who hold it ask for it."""
         modes = [self.modes[owner].get(name) for owner, mine in self.holds.items() if name in mine]

@@ -264,7 +264,9 @@ class Audit(Logbook):
     def _foresee(self, state: State) -> None:
         """Compute what torch's own optimizers make of the weights, gradients, options and states at hand."""
         ledger, account, clock = state.ledger, self.account, state.clock
-        self._seen["rates"] = self._rates(state)
+        self._seen["rates"] = account.told(
+            clock, layer_of if self.task.own else lambda name: state.layers.of(name).name
+        )
         if wrong := sorted(self.account.trainable() ^ {name for each in ledger.groups for name in each.parameters}):
             self.note(
                 "follows_from_its_calls",
@@ -300,15 +302,6 @@ class Audit(Logbook):
         self._seen["finite"] = all(bool(torch.as_tensor(each).isfinite().all()) for each in numbers)
         self._seen["steps"] = steps
         self._seen["stood"] = {name: ledger.parameters[name].detach().clone() for name in ledger.trainable}
-
-    def _rates(self, state: State) -> dict[str, float]:
-        """Return the highest rate of all that trains, and in each layer, by the names under which they are told."""
-        told = dict.fromkeys(["lr", *(f"lr/{each.name}" for each in state.layers if each.parameters)], 0.0)
-        for name in self.account.trainable():
-            rate = self.account.rate(name, state.clock)
-            for place in ("lr", f"lr/{layer_of(name) if self.task.own else state.layers.of(name).name}"):
-                told[place] = max(rate, told[place])
-        return told
 
     def _check_group(self, group: Any, entry: Mapping[str, Any], clock: Clock) -> None:
         for name in group.parameters:

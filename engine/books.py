@@ -19,7 +19,7 @@ from .footprint import Template, fault_on_shards, state_template, template_bytes
 from .grafts import record_of
 from .groups import Group, Origin, Slot, derive_groups, layers_of_groups, name_groups, view_groups
 from .holds import USER, Hold, Holds
-from .homes import OptimizerLike, fills_state, fresh_state, kept_aside, selectors_of, settle
+from .homes import Home, OptimizerLike, fills_state, fresh_state, kept_aside, selectors_of, settle
 from .layers import LayerMap, LayerSpec
 from .log import get_logger
 from .modes import ModeKeeper
@@ -71,6 +71,11 @@ class Books:
         self._home_list = sorted(
             {id(each): each for each in self._homes.values()}.values(), key=lambda home: home.index
         )
+        rates: dict[int, Home] = {}
+        for home in self._home_list:
+            lr = home.template.get("lr")
+            if isinstance(lr, Tensor) and rates.setdefault(id(lr), home) is not home:
+                home.template["lr"] = lr.clone()  # torch puts one and the same into all groups made without
         self._fills = tuple(fills_state(each) for each in self.optimizers)
         self._in_optimizer = {id(p) for each in self.optimizers for group in each.param_groups for p in group["params"]}
         self._holds = Holds()

@@ -24,6 +24,7 @@ from .checks import (
 )
 from .derivatives import has_true_gradients
 from .doubles import tiny_loader, tiny_models
+from .drawn_fits import holds_in_drawn_fits
 from .endings import (
     does_not_count_microbatches,
     leaves_nothing_behind,
@@ -35,10 +36,12 @@ from .endings import (
 from .errors import ArgumentError, nearest
 from .examples import does_as_its_examples_say
 from .graphs import computes_the_same_compiled
+from .other_forms import takes_batches_in_other_forms
 from .other_models import takes_other_models
 from .promises import Check, ConformanceError
 from .ranked import stays_equal_on_two_ranks
 from .records import is_recorded_as_it_happened, keeps_to_its_plan, puts_live_weights_back
+from .recovering import recovers_from_faults
 from .rehearsal import Rehearsal
 from .resuming import is_not_resumed_as_another, resumes
 from .shown import is_shown_as_it_happens
@@ -52,6 +55,7 @@ CHECKS: dict[str, Check] = {
         does_as_its_examples_say,
         works_with_other_arguments,
         takes_other_models,
+        takes_batches_in_other_forms,
         match_is_pure,
         keeps_the_ledger_whole,
         leaves_the_loop_alone,
@@ -65,7 +69,9 @@ CHECKS: dict[str, Check] = {
         has_true_gradients,
         steps_as_torch_does,
         keeps_true_records,
+        holds_in_drawn_fits,
         resumes,
+        recovers_from_faults,
         is_not_resumed_as_another,
         starts_afresh,
         keeps_instances_apart,

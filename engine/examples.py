@@ -11,6 +11,7 @@ from contextlib import chdir, redirect_stderr
 from types import ModuleType
 from typing import Any
 
+from .algorithm import Algorithm
 from .checkpoint import seed_everything
 from .promises import check, fail
 from .randomness import Randomness
@@ -20,7 +21,12 @@ from .specimens import Specimen
 
 @check
 def does_as_its_examples_say(rehearsal: Rehearsal) -> None:
-    """The examples in the docstrings of its module, and of what that imports from its package, give what they show."""
+    """The examples in docstrings give what they show: in its module, what that imports from its package, and what builds on it.
+
+    What builds on it is each module beside it, imported already, that imports it, or what of the package no other algorithm
+    imports, and imports no other algorithm: functions that save and load what it attaches, but not the presets. A list
+    of several algorithms leaves these to the checks of each.
+    """
     for documented in _documented(rehearsal):
         for examples in _examples(documented):
             printed: list[str] = []
@@ -54,6 +60,10 @@ def _documented(rehearsal: Rehearsal) -> list[Any]:
             found[each] = None
         else:
             _follow(sys.modules[each.__module__], found)
+    module = sys.modules.get(made[0].__module__)
+    if len(made) == 1 and module is not None and module in found:
+        for each in _built_upon(module):
+            _follow(each, found)
     return list(found)
 
 
@@ -81,3 +91,32 @@ def _follow(module: ModuleType, found: dict[Any, None]) -> None:
             and other not in found
         ):
             _follow(other, found)
+
+
+def _built_upon(module: ModuleType) -> list[ModuleType]:
+    """Return the modules beside an algorithm's that import it, or what it alone imports, and no other algorithm."""
+    beside = [
+        each
+        for name, each in list(sys.modules.items())
+        if isinstance(each, ModuleType) and name.rpartition(".")[0] == module.__package__ != ""
+    ]
+    imported: dict[ModuleType, dict[Any, None]] = {each: {} for each in [module, *beside]}
+    for each, found in imported.items():
+        _follow(each, found)
+    own = set(imported[module])
+    for each in filter(_has_algorithm, beside):
+        if module not in imported[each]:
+            own.difference_update(imported[each])
+    return [
+        each
+        for each in beside
+        if not own.isdisjoint(imported[each])
+        and not any(map(_has_algorithm, imported[each].keys() - imported[module].keys()))
+    ]
+
+
+def _has_algorithm(module: ModuleType) -> bool:
+    return any(
+        isinstance(each, type) and issubclass(each, Algorithm) and each.__module__ == module.__name__
+        for each in vars(module).values()
+    )

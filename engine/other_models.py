@@ -50,7 +50,7 @@ def _try_model(rehearsal: Rehearsal, name: str, build: Callable[[], nn.Module]) 
         except REFUSALS:
             return
         except Exception as error:
-            if _is_its_own(error, other.make()):
+            if is_its_own(error, other.make()):
                 return
             error.add_note(f"on tiny_models()[{name!r}]")
             raise
@@ -59,7 +59,7 @@ def _try_model(rehearsal: Rehearsal, name: str, build: Callable[[], nn.Module]) 
     keeps(other, other.duration, whole)
 
 
-def _is_its_own(error: Exception, algorithms: Sequence[Algorithm]) -> bool:
+def is_its_own(error: Exception, algorithms: Sequence[Algorithm]) -> bool:
     """Return whether an error comes of an algorithm's own code, not of what it called of the engine."""
     modules = {type(each).__module__ for each in algorithms}
     names = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]

@@ -66,14 +66,14 @@ def keeps_to_its_plan(rehearsal: Rehearsal) -> None:
         keeps(rehearsal, duration, fit)
 
 
-def keeps(rehearsal: Rehearsal, duration: str | int, fit: Outcome) -> None:
-    """Hold a plan against the fit that it foresees."""
+def keeps(rehearsal: Rehearsal, duration: str | int, fit: Outcome, *, counts: bool = True) -> None:
+    """Hold a plan against the fit that it foresees; ``counts`` the operations too, where all batches are alike."""
     algorithms, model = rehearsal.make(), rehearsal.model()
     before = {"weights": weights_of(model), "algorithms": [each.state_dict() for each in algorithms]}
     trainer = rehearsal.trainer(algorithms)
     try:
         with quiet():
-            plan = trainer.plan(model, rehearsal.loader, duration=duration)
+            plan = trainer.plan(model, rehearsal.loader, duration=duration, optimizer=rehearsal.optimizer(model))
     except ArgumentError as error:
         if error.argument.startswith("Trainer.plan("):  # this model cannot be copied, or this loader has no length
             return
@@ -92,7 +92,7 @@ def keeps(rehearsal: Rehearsal, duration: str | int, fit: Outcome) -> None:
         if (words := each.unplanned()) and not any(words in note for note in plan.notes):
             fail(f"{rehearsal.name}: the plan does not say that {each.owner} {words}, as its unplanned() does.")
     if not plan.notes:
-        if _is_countable(rehearsal, model) and not any(_COMPUTING & set(each.events) for each in algorithms):
+        if counts and _is_countable(rehearsal, model) and not any(_COMPUTING & set(each.events) for each in algorithms):
             _check_work(rehearsal, plan, duration)
         same(
             list(plan.spans), fit.result[BY_TURNS], "the spans",

@@ -155,6 +155,8 @@ class Rehearsal:
         partners: Builders of the algorithms to run beside it.
         accumulates: Whether the algorithm claims that cutting batches leaves its updates the same.
         own_task: Whether model and loader are the kit's own.
+        settings: Further arguments of the Trainer.
+        optimizer: Returns the optimizer for a model; None leaves it to the Trainer.
     """
 
     factory: Callable[[], Any]
@@ -167,6 +169,8 @@ class Rehearsal:
     partners: Sequence[Callable[[], Any]]
     accumulates: bool
     own_task: bool = False
+    settings: Mapping[str, Any] = field(factory=dict)
+    optimizer: Callable[[nn.Module], OptimizerLike | None] = lambda _: None
     audited: dict[str, str] | None = field(default=None, init=False)
     changed: list[str] = field(factory=list, init=False)
     name: str = field(init=False)
@@ -219,7 +223,7 @@ class Rehearsal:
             "distributed": False,
             "progress": False,
         }
-        return Trainer(algorithms=algorithms, **(given | settings))
+        return Trainer(algorithms=algorithms, **(given | dict(self.settings) | settings))
 
     def fit(
         self,
@@ -227,6 +231,7 @@ class Rehearsal:
         *,
         model: nn.Module | None = None,
         loader: Iterable[Any] | None = None,
+        eval_loader: Iterable[Any] | None = None,
         probe: Callable[[Event, State], object] | None = None,
         closing: Callable[[], object] = lambda: None,
         duration: Time | str | int | None = None,
@@ -258,10 +263,13 @@ class Rehearsal:
                 seen.update(snapshot(state, subjects))
                 journal.update(entry.module for entry in state.ledger.journal)
 
+        optimizer = self.optimizer(model) if optimizer is None else optimizer
         trainer = self.trainer([*subjects, Probe(watch, closing=closing)], trackers=[*trackers, tracker], **settings)
         span = self.duration if duration is None else duration
         with Randomness().kept(), settings_kept() as self.changed, heard() as said:
-            result = trainer.fit(model, loader, loader, duration=span, optimizer=optimizer, resume=resume)
+            result = trainer.fit(
+                model, loader, eval_loader or loader, duration=span, optimizer=optimizer, resume=resume
+            )
         after = {
             "weights after the fit": weights_of(model),
             "history": result.history,

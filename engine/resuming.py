@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from .algorithm import Algorithm
 from .errors import CheckpointError
 from .events import Event
 from .log import jsonable
@@ -52,10 +53,12 @@ FUNCTION = (
 )
 
 
-def goes_on(rehearsal: Rehearsal, whole: Outcome, path: Path) -> None:
+def goes_on(
+    rehearsal: Rehearsal, whole: Outcome, path: Path, algorithms: Sequence[Algorithm] | None = None, **settings: Any
+) -> None:
     """Resume from a checkpoint, and compare with the uninterrupted fit."""
     batch = step_of(path)
-    resumed = rehearsal.fit(resume=path)
+    resumed = rehearsal.fit(algorithms, resume=path, **settings)
     where = f"{rehearsal.name}, resumed at batch {batch},"
     same(
         whole.after(batch, resumed), resumed.after(batch, resumed), "the fit",

@@ -127,7 +127,7 @@ def unsized(rehearsal: Rehearsal) -> Iterator[Task]:
         if own
         else rehearsal.model,
         loader=Unsized(uneven_loader() if own else rehearsal.loader),
-        optimizer=_by_hand,
+        optimizer=by_hand,
         home_of=lambda each, beside: LEVEL if (each if beside is None else beside).ndim < 2 else DECAYED,
         factor=partial(_rise_rest_and_fall, rise),
         own=own,
@@ -160,7 +160,7 @@ def _rise_rest_and_fall(rise: float, progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (progress - 2 * rise) / (1.0 - 2 * rise)))
 
 
-def _by_hand(model: nn.Module) -> torch.optim.Optimizer:
+def by_hand(model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer over all but the first vector, which is to find its home beside the others of its kind."""
     vectors = [each for each in model.parameters() if each.ndim < 2]
     matrices = [each for each in model.parameters() if each.ndim >= 2]

@@ -499,6 +499,32 @@ class Steadying(Algorithm):
                 module.momentum = 1 / (1 + self.batches)
 
 
+@caught_by("recovers_from_faults")
+@attrs.define(slots=False, eq=False)
+class Sobering(Algorithm):
+    """Turns dropout off after the second batch, and not on again where the fit goes back to an earlier one."""
+
+    events = frozenset({Event.BATCH_END})
+    done: bool = attrs.field(default=False, init=False)
+    model: Any = attrs.field(default=None, init=False)
+
+    def attach(self, state: State) -> None:
+        self.model = state.model
+
+    def apply(self, event: Event, state: State) -> None:
+        if state.clock.batch == 2:
+            self.load_state_dict({"done": True})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.done = saved["done"]
+        for module in self.model.modules() if self.done else ():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+
 @caught_by("is_not_resumed_as_another")
 @attrs.define(slots=False, eq=False)
 class Vague(Algorithm):
@@ -550,6 +576,45 @@ class Tallying(Algorithm):
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen}
+
+
+@caught_by("takes_batches_in_other_forms")
+@attrs.define(slots=False, eq=False)
+class Measuring(Algorithm):
+    """Counts the samples it has seen: those of the first part of a batch, and where that is a mapping, its keys."""
+
+    events = frozenset({Event.BATCH_START})
+    stage: ClassVar[Stage] = Stage.OBSERVE
+    seen: int = attrs.field(default=0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        for batch in state.batch if state.accumulate > 1 else [state.batch]:
+            self.seen += state.world * len(batch[0] if isinstance(batch, (list, tuple)) else batch)
+        state.log({"seen": self.seen})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+
+@caught_by("holds_in_drawn_fits")
+@attrs.define(slots=False, eq=False)
+class Rewarming(Algorithm):
+    """Halves the head's rate at each warm restart, where the schedule rises after it fell, and does not save how often."""
+
+    events = frozenset({Event.BATCH_END})
+    last: float = attrs.field(default=0.0, init=False)
+    falls: bool = attrs.field(default=False, init=False)
+    restarts: int = attrs.field(default=0, init=False)
+
+    def apply(self, event: Event, state: State) -> None:
+        now = state.ledger.schedule(state.clock.progress)
+        if self.falls and now > self.last:
+            self.restarts += 1
+        self.falls, self.last = now < self.last, now
+        state.ledger.scale("head", 0.5**self.restarts, owner=self.owner)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last": self.last, "falls": self.falls}
 
 
 @caught_by("is_shown_as_it_happens")

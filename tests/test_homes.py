@@ -69,3 +69,16 @@ def test_an_optimizer_of_other_groups_is_not_the_saved_one() -> None:
     saved = ParameterLedger(net := mlp(), decay_groups(net)).state_dict()
     with pytest.raises(LedgerError, match="saved with 2 groups of its own and has 1 now. Build it as in the run"):
         ParameterLedger(mlp(), partial(torch.optim.AdamW, lr=0.02)).load_state_dict(saved)
+
+
+def test_a_rate_that_torch_shares_between_groups_is_each_groups_own() -> None:
+    """A tensor given for all groups is one tensor in all of them, and a factor on one must not reach the others."""
+    net = mlp()
+    parameters = list(net.parameters())
+    groups = [{"params": parameters[:-2]}, {"params": parameters[-2:], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=(rate := torch.tensor(0.5)), foreach=False)
+    assert all(each["lr"] is rate for each in optimizer.param_groups)
+    ledger = ParameterLedger(net, optimizer)
+    ledger.scale("head", 0.25, owner="test")
+    assert [float(each["lr"]) for each in optimizer.param_groups] == [0.5, 0.125]
+    assert optimizer.param_groups[0]["lr"] is rate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,7 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from broken_algorithms import Deaf, Leaking
 from thawline.algorithms import GradClip
-from thawline.engine import Algorithm, Event, ParameterLedger, State, on
+from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, State, on
+from thawline.engine.bearer import Bearer, of_every_type
 from thawline.engine.surroundings import Opened, settings_kept
 from thawline.engine.testing import ConformanceError, check_algorithm, tiny_models
 from thawline.engine.unaided import outputs_with
@@ -202,6 +204,63 @@ def test_the_examples_of_a_function_are_its_own(tmp_path: Path, monkeypatch: pyt
     assert "# doctest: +SKIP" in str(caught.value)
 
 
+PACKAGE = {
+    "shared": "def anyone():\n    pass",
+    "parts": "def built():\n    pass",
+    "mine": """
+        from thawline.engine import Algorithm
+        from .parts import built
+        from .shared import anyone
+
+        class Mine(Algorithm):
+            '''Does nothing.'''
+        """,
+    "other": """
+        from thawline.engine import Algorithm
+        from .shared import anyone
+
+        class Other(Algorithm):
+            '''Does nothing.'''
+        """,
+}
+
+
+@pytest.mark.parametrize(
+    ("imports", "is_run"),
+    [
+        ("from .mine import Mine", True),
+        ("from .parts import built", True),
+        ("from .shared import anyone", False),
+        ("from .mine import Mine; from .other import Other", False),
+        ("from thawline.algorithms import GradClip", False),
+    ],
+)
+def test_the_examples_of_what_builds_on_an_algorithm_are_run(
+    imports: str, is_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module beside it that imports it, or what it alone imports; not one of several algorithms, or of none."""
+    package = "kit_package"
+    (tmp_path / package).mkdir()
+    for name, text in PACKAGE.items():
+        (tmp_path / package / f"{name}.py").write_text(textwrap.dedent(text))
+    (tmp_path / package / "files.py").write_text(f"{imports}\n\ndef save():\n    '''\n    >>> 1 + 1\n    3\n    '''\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        mine, _ = (importlib.import_module(f"{package}.{name}").__dict__[name.title()] for name in ("mine", "other"))
+        check_algorithm(mine, checks=["does_as_its_examples_say"])
+        importlib.import_module(f"{package}.files")
+        if not is_run:
+            check_algorithm(mine, checks=["does_as_its_examples_say"])
+            return
+        with pytest.raises(ConformanceError, match=r"Mine: an example in the docstring of kit_package\.files\.save"):
+            check_algorithm(mine, checks=["does_as_its_examples_say"])
+        # A list of several leaves it to the check of each.
+        check_algorithm(lambda: [mine(), GradClip(1.0)], checks=["does_as_its_examples_say"])
+    finally:
+        for name in [each for each in sys.modules if each.partition(".")[0] == package]:
+            del sys.modules[name]
+
+
 def test_a_class_inside_a_function_is_documented_by_itself() -> None:
     """Its example knows its name, and one that is wrong is found."""
 
@@ -368,3 +427,52 @@ def test_an_algorithm_for_its_own_model_is_not_blamed_on_other_models(where: str
             state.log({"scale": float(state.model.blocks[0].norm.weight.mean())})
 
     check_algorithm(Particular, checks=["takes_other_models"])
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@on(Event.AFTER_LOSS, Event.BEFORE_STEP)
+def repair(state: State) -> None:
+    """Makes finite what is not, so that no step is left out and no fit goes back."""
+    state.loss = torch.nan_to_num(state.loss)
+    for each in state.ledger.trainable_parameters:
+        if each.grad is not None:
+            torch.nan_to_num_(each.grad, 0.0, 0.0, 0.0)
+
+
+@on(Event.FIT_START)
+def refuse_others(state: State) -> None:
+    """Takes one optimizer only, an AdamW of one group."""
+    (first, *others) = state.optimizers
+    if others or not isinstance(first, torch.optim.AdamW) or len(first.param_groups) > 1:
+        raise ArgumentError("refuse_others", got=state.optimizers, takes="AdamW", example="Trainer(optimizer=AdamW)")
+
+
+@pytest.mark.parametrize("kind", [repair, refuse_others])
+def test_an_algorithm_that_lets_no_fit_go_back_is_not_blamed(kind: type[Algorithm]) -> None:
+    """One that repairs what is not finite, and one that refuses other optimizers by a typed error."""
+    check_algorithm(kind, checks=["recovers_from_faults"], thorough=True)
+
+
+def test_steps_by_what_is_not_finite_are_found() -> None:
+    """Though the algorithm hides from the engine what it steps by."""
+
+    @on(Event.BEFORE_STEP)
+    def hide(state: State) -> None:
+        state.grad_norm = torch.tensor(1.0)
+
+    with pytest.raises(
+        ConformanceError, match=r"the optimizers have moved by gradients that are not finite, in batch \d"
+    ):
+        check_algorithm(hide, checks=["recovers_from_faults"])
+
+
+@pytest.mark.parametrize("place", ["float", "text", "keys", "views", "bits"])
+def test_state_that_comes_back_otherwise_is_found(place: str) -> None:
+    """By its type, its order or its bits."""
+    bearer = Bearer(opened=[0])
+    saved = bearer.state_dict()
+    with pytest.raises(AssertionError, match=f"another state.'{place}'"):
+        bearer.load_state_dict(saved | {"borne": of_every_type(0) | {place: of_every_type(1)["live"]}})
+    bearer.load_state_dict(saved)

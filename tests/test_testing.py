@@ -22,7 +22,9 @@ from broken_algorithms import BROKEN, Clinging, Forgetful, Sneaky
 from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, TrainOnly
 from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, State, Time, Trainer, linear, on
 from thawline.engine.doubles import mlp
+from thawline.engine.drawn_fits import checked, drawn
 from thawline.engine.rehearsal import Rehearsal
+from thawline.engine.schedules import FACTORIES
 from thawline.engine.testing import (
     CHECKS,
     AlgorithmContract,
@@ -61,6 +63,14 @@ def test_each_fault_is_found_by_the_check_meant_for_it(kind: type[Algorithm]) ->
     assert list(caught.value.failures) == [name]
     assert kind.__name__ in str(caught.value)
     assert len(caught.value.failures[name].split()) > 12
+
+
+def test_drawn_schedules_are_their_closed_forms() -> None:
+    """Of every kind, in every unit, also nested."""
+    fits = [drawn(seed, number, samples=8, own=True) for seed in range(60) for number in range(3)]
+    assert all(map(checked, fits))
+    assert {fit.duration.unit for fit in fits} == {"ep", "ba", "sp"}
+    assert {kind for kind in FACTORIES if kind not in str([fit.written for fit in fits])} == set()
 
 
 def test_nearly_every_check_has_a_fault() -> None:
