@@ -15,10 +15,10 @@ from attrs import define
 
 from .checkpointing import Checkpointing
 from .clock import Time
-from .drawn import is_drawn_as_it_was
 from .events import Event
 from .log import ROOT
 from .onlookers import FailingTracker, Terminal, json_log, standard_error, structured_log
+from .picture import is_drawn_as_it_was
 from .promises import check, fail, same, unless_alone
 from .rehearsal import Outcome, Rehearsal
 from .state import State

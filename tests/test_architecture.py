@@ -78,7 +78,7 @@ TIERS: tuple[frozenset[str], ...] = (
             "surroundings",
             "onlookers",
             "shown",
-            "drawn",
+            "picture",
             "graphs",
             "rehearsal",
             "promises",
