@@ -198,7 +198,12 @@ def note_hits() -> Hits:
     trees = {
         module: ast.fix_missing_locations(_Marker(found).visit(parsed(module))) for module, found in numbers.items()
     }
-    builtins.__hit__ = hits.add  # type: ignore[attr-defined]
+
+    def hit(place: int) -> None:
+        hits.add(place)
+
+    importlib.import_module("torch._dynamo.config").reorderable_logging_functions.add(hit)  # else no block compiles
+    builtins.__hit__ = hit  # type: ignore[attr-defined]
     compile_instead(trees)
     return hits
 

@@ -223,7 +223,8 @@ def _several(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 def _named(model: nn.Module) -> torch.optim.Optimizer:
     rate = torch.tensor(DECAYED["lr"], dtype=torch.float64)
-    return torch.optim.AdamW(model.named_parameters(), **{**DECAYED, "lr": rate}, foreach=False)
+    options: dict[str, Any] = {**DECAYED, "lr": rate, "foreach": False}
+    return torch.optim.AdamW(model.named_parameters(), **options)
 
 
 def _by_kind(vectors: Home, matrices: Home) -> Callable[[nn.Parameter, nn.Parameter | None], Home]:
