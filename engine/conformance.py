@@ -184,7 +184,7 @@ class AlgorithmContract:
 
     Example:
         >>> sorted(name for name in dir(AlgorithmContract) if name.startswith("test_"))[:2]
-        ['test_comes_back_from_its_description', 'test_does_as_its_examples_say']
+        ['test_comes_back_from_its_description', 'test_computes_the_same_compiled']
     """
 
     factory: Callable[[], Any]
