@@ -79,6 +79,20 @@ def test_order_is_by_stage_then_by_place_in_the_list() -> None:
     assert seen == ["first", "one", "two", "last", "close two", "close first", "close one", "close last"]
 
 
+def test_what_fails_while_closing_is_raised_or_noted() -> None:
+    """Alone it is the error; beside one of the block it is a note on that."""
+
+    class Stuck(Note):
+        def close(self) -> None:
+            raise OSError("stuck")
+
+    with pytest.raises(OSError, match="stuck"), Engine([Stuck("one", [])], state_of()):
+        pass
+    with pytest.raises(ValueError, match="first") as caught, Engine([Stuck("one", [])], state_of()):
+        raise ValueError("first")
+    assert caught.value.__notes__ == ["closing failed as well: OSError('stuck')"]
+
+
 def test_averaged_weights_are_in_place_for_everybody_during_an_evaluation_only() -> None:
     """At EVAL_START and EVAL_END the stage WEIGHTS acts before all others, SURGERY included."""
 

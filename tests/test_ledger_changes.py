@@ -11,12 +11,16 @@ import torch
 from helpers import group_rates, mlp, same_weights, weights  # registers the op "gain" as well
 from thawline.engine import (
     ArgumentError,
+    Attachment,
     Clock,
+    LedgerError,
     ParameterLedger,
     SelectorError,
+    Site,
     SurgeryError,
     cosine,
     linear,
+    surgery_op,
     warmup,
 )
 
@@ -103,6 +107,53 @@ def test_where_one_of_many_is_refused_nothing_is_attached() -> None:
         assert (ledger.journal, ledger.digest()) == ((), digest)
     ledger.attach("0", "gain", owner="me", size=3)
     ledger.verify()
+
+
+@surgery_op("foreign")
+def foreign(site: Site) -> list[Attachment]:
+    """Make the module what it is not."""
+    return [Attachment(site.name, new_class=torch.nn.Identity)]
+
+
+def test_a_class_that_is_no_subclass_is_refused() -> None:
+    """The module keeps its class, which isinstance checks go by."""
+    ledger = ledger_of()
+    with pytest.raises(SurgeryError, match="makes '0' a Identity, which is no subclass of its class Linear"):
+        ledger.attach("0", "foreign", owner="me")
+    assert (type(ledger.model.get_submodule("0")), ledger.journal) == (torch.nn.Linear, ())
+
+
+def test_who_set_a_value_first_is_named_with_what_to_write() -> None:
+    """Rates can be scaled by a second owner; other options cannot."""
+    for name, change, advice in (
+        (
+            "learning rate",
+            lambda ledger, value, owner: ledger.set_lr("head", value, owner=owner),
+            ", or write ledger.scale(",
+        ),
+        ("weight_decay", lambda ledger, value, owner: ledger.set_options("head", weight_decay=value, owner=owner), "."),
+    ):
+        ledger = ledger_of()
+        change(ledger, 0.1, "one")
+        with pytest.raises(LedgerError) as caught:
+            change(ledger, 0.2, "two")
+        first, _, last = str(caught.value).partition(" Let one of them choose other parameters")
+        assert (
+            first
+            == f"the {name} of '6.weight' was set to 0.1 by 'one', and 'two' sets it to 0.2: one owner a parameter."
+        )
+        assert last.startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("depth", "name"),
+    [(8, "blocks[0]+blocks[2]+blocks[4]+blocks[6]..head"), (10, "blocks[0]+blocks[2]+blocks[4]+2 more")],
+)
+def test_a_groups_name_lists_four_stretches_of_layers_at_most(depth: int, name: str) -> None:
+    """What follows is counted, so that it fits into a table."""
+    ledger = ledger_of(depth=depth)
+    ledger.freeze([f"blocks[{index}]" for index in range(1, depth - 2, 2)], owner="me")
+    assert [each.name for each in ledger.groups] == [name]
 
 
 # -- schedules of a selection's own ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import safetensors.torch
@@ -131,6 +131,26 @@ def damaged(path: Path) -> bool:
         with pytest.raises(CheckpointError):
             read(path)
     return True
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        [],
+        {"size": 2},
+        {"size": True, "sha256": "0" * 64},
+        {"size": -1, "sha256": "0" * 64},
+        {"size": 2, "sha256": "0"},
+    ],
+    ids=str,
+)
+def test_a_record_that_says_no_size_and_hash_is_refused(tmp_path: Path, record: Any) -> None:
+    """Also where the manifest fits its own hash."""
+    path = forge(tmp_path, "one", files={STATE: record})
+    with pytest.raises(CheckpointError, match=r"The manifest describes state\.json as"):
+        read_manifest(path)
+    assert damaged(path)
 
 
 @pytest.mark.parametrize("name", FILES)
