@@ -23,7 +23,7 @@ from .events import Event
 from .neighbor import Before, Neighbor
 from .promises import REFUSALS, check, fail, same
 from .randomness import Randomness, derive_seed
-from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, copied, difference, some, weights_of
+from .rehearsal import BY_TURNS, LIVE_EVENTS, Outcome, Rehearsal, copied, difference, weights_of
 from .resuming import FUNCTION, goes_on
 from .specimens import Nothing, Specimen
 from .state import State
@@ -118,7 +118,7 @@ def _refuses(build: type[Algorithm], arguments: Mapping[str, Any], name: str, wr
 def works_with_other_arguments(rehearsal: Rehearsal) -> None:
     """With other arguments, of its types and of its errors' corrected calls, it fits, describes itself and resumes as well."""
     calls = [(place, each) for place, algorithm in enumerate(rehearsal.make()) for each in _calls(rehearsal, algorithm)]
-    for place, call in calls if rehearsal.thorough else some(calls, 3, rehearsal.seed):
+    for place, call in rehearsal.some(calls, 3, rehearsal.seed):
         _try_call(rehearsal, place, call)
 
 
@@ -374,7 +374,7 @@ def does_not_depend_on_order(rehearsal: Rehearsal) -> None:
     """Beside each other algorithm, the result is the same whichever comes first in the list."""
     kinds = {type(each) for each in rehearsal.make()}
     others = [each for each in rehearsal.partners if kinds.isdisjoint({type(one) for one in rehearsal.make(each)})]
-    for other in others if rehearsal.thorough else some(others, 3, derive_seed(rehearsal.seed, rehearsal.name)):
+    for other in rehearsal.some(others, 3, derive_seed(rehearsal.seed, rehearsal.name)):
         first = _or_refusal(partial(rehearsal.fit, [*rehearsal.make(), *rehearsal.make(other)]))
         second = _or_refusal(partial(rehearsal.fit, [*rehearsal.make(other), *rehearsal.make()]))
         partner = ", ".join(type(each).__name__ for each in rehearsal.make(other))

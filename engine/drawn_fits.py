@@ -32,7 +32,7 @@ from .resuming import goes_on
 from .schedule import Schedule, as_schedule
 from .schedules import FACTORIES, schedule_from_description
 from .state import State
-from .tasks import DECAYED, LEVEL, PLAIN, by_hand
+from .tasks import DECAYED, LEVEL, PLAIN, by_hand, vectors_and_matrices
 
 _SAMPLES, _BATCH = 22, 8
 _STEPS = 3
@@ -203,20 +203,14 @@ def _arguments(
     }  # fmt: skip
 
 
-def _parts(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return vectors and matrices."""
-    listed = list(parameters)
-    return [each for each in listed if each.ndim < 2], [each for each in listed if each.ndim >= 2]
-
-
 def _in_groups(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    vectors, matrices = _parts(parameters)
+    vectors, matrices = vectors_and_matrices(parameters)
     groups = [{"params": matrices}, {"params": vectors, **LEVEL}]
     return torch.optim.SGD([each for each in groups if each["params"]], **PLAIN)
 
 
 def _several(model: nn.Module) -> list[torch.optim.Optimizer]:
-    vectors, matrices = _parts(model.parameters())
+    vectors, matrices = vectors_and_matrices(model.parameters())
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(vectors, **DECAYED)] if vectors else []
     return [*found, torch.optim.Adagrad(matrices, **LEVEL)] if matrices else found
 

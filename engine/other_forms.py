@@ -21,7 +21,7 @@ from .other_loaders import KINDS, PLAIN, UNCOUNTED, Kind, Read, all_samples, bat
 from .other_models import is_its_own
 from .promises import check, fail, same
 from .randomness import derive_seed
-from .rehearsal import Outcome, Rehearsal, some
+from .rehearsal import Outcome, Rehearsal
 from .resuming import goes_on
 from .state import State
 from .unaided import Right, share_right
@@ -54,9 +54,9 @@ def takes_batches_in_other_forms(rehearsal: Rehearsal) -> None:
 
 
 def _drawn(items: Sequence[_Each], rehearsal: Rehearsal, count: int) -> list[_Each]:
-    """Return all of them in a thorough check, else a few, drawn by the seed and by what the algorithm is."""
+    """Return some, drawn by what the algorithm is as well."""
     seed = derive_seed(rehearsal.seed, "the same in other forms", str([each.describe() for each in rehearsal.make()]))
-    return list(items) if rehearsal.thorough else some(list(items), count, seed)
+    return rehearsal.some(items, count, seed)
 
 
 def _compare(rehearsal: Rehearsal, name: str, whole: Outcome, fit: Outcome) -> None:

@@ -22,10 +22,11 @@ from .neighbor import Before
 from .nonfinite import MAX_ROLLBACKS, MAX_SKIPPED
 from .promises import REFUSALS, check, fail, same, unless_alone
 from .randomness import derive_seed
-from .rehearsal import Outcome, Rehearsal, some, written_in
+from .rehearsal import Outcome, Rehearsal, written_in
 from .snapshot import TEMPORARY
 from .state import State
 from .store import BAD, DISCARDED, checkpoints_in, read_checkpoint, step_of
+from .tasks import vectors_and_matrices
 from .weights import export, load_weights
 
 _EVERY = 5
@@ -44,8 +45,7 @@ def recovers_from_faults(rehearsal: Rehearsal) -> None:
 def _recover(rehearsal: Rehearsal) -> None:
     told = [each.describe() for each in rehearsal.make()]
     seed = derive_seed(rehearsal.seed, str(told))
-    forms = list(_OPTIMIZERS) if rehearsal.thorough else some(list(_OPTIMIZERS), 1, seed)
-    for number, form in enumerate(forms):
+    for number, form in enumerate(rehearsal.some(_OPTIMIZERS, 1, seed)):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 recovery = _Recovery(rehearsal, _OPTIMIZERS[form], Path(folder))
@@ -53,9 +53,8 @@ def _recover(rehearsal: Rehearsal) -> None:
             except REFUSALS:  # of such an optimizer
                 recovery = _Recovery(rehearsal, _OPTIMIZERS["AdamW"], Path(folder) / "plain")
                 goes_back = recovery.goes_back()
-            harms = list(_HARMS) if rehearsal.thorough else some(list(_HARMS), 1, seed + 1)
-            for harm in harms if goes_back and not number else ():
-                recovery.survives(_HARMS[harm])
+            for harm in rehearsal.some(_HARMS.values(), 1, seed + 1) if goes_back and not number else ():
+                recovery.survives(harm)
     for policy in ("rollback", "skip") if rehearsal.thorough else (("rollback",), ("skip",), (), ())[seed % 4]:
         _gives_up(rehearsal, policy)
 
@@ -63,23 +62,17 @@ def _recover(rehearsal: Rehearsal) -> None:
 # -- optimizers ---------------------------------------------------------------------------------------------------------
 
 
-def _kinds(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Return the vectors and the matrices of a model, each where there are any."""
-    floating = [each for each in model.parameters() if each.is_floating_point()]
-    kinds = [[each for each in floating if (each.ndim < 2) is flat] for flat in (True, False)]
-    return [each for each in kinds if each]
-
-
 def _in_groups(model: nn.Module) -> Any:
     """Return one with a rate that is a tensor, and options of its own in each group."""
     options: list[dict[str, Any]] = [{"weight_decay": 0.0}, {"betas": (0.8, 0.99), "amsgrad": True}]
-    groups = [{"params": part, **more} for part, more in zip(_kinds(model), options, strict=False)]
+    kinds = vectors_and_matrices(model.parameters())
+    groups = [{"params": kind, **more} for kind, more in zip(kinds, options, strict=True) if kind]
     return torch.optim.AdamW(groups, lr=torch.tensor(0.01), foreach=False)
 
 
 def _in_two(model: nn.Module) -> Any:
     """Return two optimizers, or one where there is nothing for the other."""
-    first, *rest = _kinds(model)
+    first, *rest = [kind for kind in vectors_and_matrices(model.parameters()) if kind]
     others = [torch.optim.AdamW(each, lr=0.01, foreach=True) for each in rest]
     return [torch.optim.SGD(first, lr=0.05, momentum=0.9), *others]
 

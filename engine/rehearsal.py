@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ LIVE_EVENTS = frozenset(Event) - {Event.EVAL_START, Event.EVAL_BATCH_START, Even
 # The one thing that goes by turns: of two who hold the same, the first to release it ends no span of the timeline.
 BY_TURNS = "timeline"
 LAST_LOSS = "loss of the last batch"
+
+_Each = TypeVar("_Each")
 
 
 class Probe(Algorithm):
@@ -210,6 +212,12 @@ class Rehearsal:
         """Return the same without the algorithm."""
         return evolve(self, factory=lambda: [Probe(lambda *_: None)])
 
+    def some(self, items: Iterable[_Each], count: int, seed: int) -> list[_Each]:
+        """Return all items in a thorough check, else a few, drawn by the seed, in their order."""
+        listed = list(items)
+        drawn = sorted(range(len(listed)), key=lambda index: derive_seed(seed, "conformance", index))[:count]
+        return listed if self.thorough else [listed[index] for index in sorted(drawn)]
+
     def trainer(self, algorithms: Sequence[Algorithm], **settings: Any) -> Trainer:
         """Return the Trainer of all fits."""
         given: dict[str, Any] = {
@@ -289,12 +297,6 @@ class Rehearsal:
         """Fit with checkpoints; return what it came to, and the checkpoints in order."""
         outcome = self.fit(run_dir=folder, checkpoint=Checkpointing(every=every, keep=10_000), **settings)
         return outcome, list(checkpoints_in(folder))
-
-
-def some(items: list[Any], count: int, seed: int) -> list[Any]:
-    """Return a few items, drawn by the seed, in their order."""
-    chosen = sorted(range(len(items)), key=lambda index: derive_seed(seed, "conformance", index))[:count]
-    return [items[index] for index in sorted(chosen)]
 
 
 def written_in(run: Path) -> list[tuple[int, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from .errors import CheckpointError
 from .events import Event
 from .log import jsonable
 from .promises import check, fail, same
-from .rehearsal import Outcome, Rehearsal, some, written_in
+from .rehearsal import Outcome, Rehearsal, written_in
 from .schedules import constant
 from .store import step_of
 from .variants import other_calls
@@ -39,7 +39,7 @@ def resumes(rehearsal: Rehearsal) -> None:
             f"{rehearsal.name}: saving checkpoints changes the fit. state_dict() only looks.",
         )
         _is_saved_at_each_batch(rehearsal, whole, run, paths)
-        for path in paths if rehearsal.thorough else some(paths, 3, rehearsal.seed):
+        for path in rehearsal.some(paths, 3, rehearsal.seed):
             goes_on(rehearsal, whole, path)
 
 

@@ -162,10 +162,20 @@ def _rise_rest_and_fall(rise: float, progress: float) -> float:
 
 def by_hand(model: nn.Module) -> torch.optim.Optimizer:
     """Return an optimizer over all but the first vector, which is to find its home beside the others of its kind."""
-    vectors = [each for each in model.parameters() if each.ndim < 2]
-    matrices = [each for each in model.parameters() if each.ndim >= 2]
+    vectors, matrices = vectors_and_matrices(model.parameters())
     groups = [{"params": vectors[1:] or vectors, **LEVEL}, {"params": matrices}]
     return torch.optim.AdamW([each for each in groups if each["params"]], **DECAYED)
+
+
+def vectors_and_matrices(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters of fewer than two dimensions, and the others; those of no floating point have no rate.
+
+    Example:
+        >>> [len(kind) for kind in vectors_and_matrices(nn.Linear(3, 2).parameters())]
+        [1, 1]
+    """
+    floating = [each for each in parameters if each.is_floating_point()]
+    return [each for each in floating if each.ndim < 2], [each for each in floating if each.ndim >= 2]
 
 
 def _made(rehearsal: Rehearsal, others: Sequence[Specimen | None]) -> list[Algorithm]:

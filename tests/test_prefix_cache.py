@@ -703,7 +703,9 @@ def test_gradients_of_variable_lengths(shuffle: bool) -> None:
     for plain, cached in zip(*seen, strict=True):
         assert plain.keys() == cached.keys()
         for name, each in plain.items():
-            assert (cached[name] - each).norm() <= (1e-6 if shuffle else 0) * each.norm(), name
+            # What is added to all scores leaves a softmax as it is: the gradient of the keys' bias is rounding alone.
+            size = plain[name.replace("key.bias", "key.weight")].norm()
+            assert (cached[name] - each).norm() <= (1e-6 if shuffle else 0) * size, name
 
 
 def test_a_model_without_a_mask_is_not_given_padded_rows() -> None:
