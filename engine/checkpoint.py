@@ -163,7 +163,6 @@ def restore(
             put(own, tree["loss"][name])
     if new:
         engine.begin(new)
-    state.ledger.apply_lr(state.clock)
     with well_formed():
         restore_rng(tree["rng"], state.model, loss if same_loss else None)
         return dict(tree["extra"])

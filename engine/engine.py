@@ -79,6 +79,7 @@ class Engine:
         self._listeners: dict[Event, Handler] = {}
         self.heard: frozenset[Event] = frozenset()
         self._authors: dict[Handler, Algorithm] = {}
+        self._left: tuple[Event, int, dict[str, Mapping[str, Any]]] | None = None
         self.compile()
 
     def compile(self) -> None:
@@ -95,7 +96,7 @@ class Engine:
             if event in self._listeners:
                 handlers.append(self._listeners[event])
             if self.debug and event is not Event.FIT_ABORT:
-                handlers.insert(0, self._look)
+                handlers = [self._look, *handlers, self._remember]
             self._handlers[event] = tuple(handlers)
         self.heard = frozenset(event for event, handlers in self._handlers.items() if handlers)
 
@@ -266,9 +267,17 @@ class Engine:
         """Find what was done behind the ledger since the last event, in nobody's turn."""
         try:
             self._ledger.verify()
+            if self._left is not None:
+                last, version, options = self._left
+                if last is not Event.BEFORE_STEP and self._ledger.version == version:  # a step may write to groups
+                    _check_options(options, _options(self._ledger))
         except LedgerError as error:
             error.add_note(f"found at {event.name}, before any algorithm's turn: a hook, the model or the loop did it")
             raise
+
+    def _remember(self, event: Event, _: State) -> None:
+        """Keep the options that everybody's turn has left."""
+        self._left = event, self._ledger.version, _options(self._ledger)
 
     def _note(self, error: BaseException, event: Event, handler: Handler | None) -> None:
         algorithm = None if handler is None else self._authors.get(handler)
@@ -352,9 +361,12 @@ def _check_options(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, 
         for key, value in options.items():
             was = before.get(name, {}).get(key, value)
             if was is not value and not isinstance(value, Tensor) and was != value:
+                mend = "Give it where the optimizer is made: Trainer(optimizer=[(select, factory), …])."
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    mend = f"Write ledger.set_options({name!r}, {key}={value}, owner=...)."
                 raise LedgerError(
-                    f"{key} of the group of {name!r} was changed from {was} to {value} in optimizer.param_groups, behind "
-                    "the ledger. Give options where the optimizer is made: Trainer(optimizer=[(select, factory), …])."
+                    f"{key} of the group of {name!r} was changed from {was} to {value} in optimizer.param_groups, behind the "
+                    f"ledger. {mend}"
                 )
 
 

@@ -33,11 +33,16 @@ def check_groups(
             moved = added or [
                 p for slot, group in live.items() if slot.home.optimizer == index for p in group["params"]
             ]
-            first = names.get(id(moved[0]), "a foreign parameter") if moved else "none"
+            first = names.get(id(moved[0])) if moved else "none"
+            what = f"optimizer {index} ({type(optimizer).__name__})"
+            if first is None:
+                raise LedgerError(
+                    f"{what} was given a parameter that the model does not have. Write ledger.attach(module, op, owner=...) for one "
+                    "that joins the model, and train others with an optimizer of their own."
+                )
             raise LedgerError(
-                f"the groups of optimizer {index} ({type(optimizer).__name__}) were changed behind the ledger, that of "
-                f"{first!r} among them. Write ledger.freeze, thaw, scale or set_lr({first!r}, …, owner=...) instead of "
-                "editing optimizer.param_groups."
+                f"the groups of {what} were changed behind the ledger, that of {first!r} among them. Write ledger.freeze, thaw, "
+                f"scale or set_lr({first!r}, …, owner=...) instead of editing optimizer.param_groups."
             )
         for group in optimizer.param_groups:
             if not group["params"]:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .clock import Time
+from .clock import Clock, Time
 from .errors import ArgumentError, LedgerError, SurgeryError, nearest
 from .grafts import Graft, build_grafts, keep_record, record_of, undo_graft
 from .groups import Origin, but_rate, options_of
@@ -327,6 +327,7 @@ class ParameterLedger(Rates):
                 {"home": slot.home.index, "parameters": self._members[slot], "options": but_rate(options_of(group))}
                 for slot, group in self._live.items()
             ],
+            "rated": [self._factor, self._rated.to_json()],
             "journal": journal_of(self.model),
             "optimizers": optimizers,
         }
@@ -360,6 +361,8 @@ class ParameterLedger(Rates):
         self._origins = {name: Origin(Time(time), start) for name, (time, start) in saved["origins"].items()}
         self._interned.clear()
         self._place(self._homes)
+        self._factor, rated = saved["rated"]
+        self.clock = Clock.from_json(rated)  # until it is set: the rates are those of before, until the next batch's
         self._regroup()
         self.changed_by = ()
         for (slot, group), entry in zip(self._live.items(), saved["groups"], strict=True):

@@ -304,6 +304,7 @@ class EngineMachine(RuleBasedStateMachine):
             "engine": copied(self.engine.state_dict()),
             "weights": weights_of(self.state.model),
             "clock": self.state.clock,
+            "rated": self.rated,
             "snapshot": snapshot(self.state, ()),
             "oracle": copy.deepcopy(self.oracle),
         }
@@ -320,8 +321,7 @@ class EngineMachine(RuleBasedStateMachine):
         state.model.load_state_dict(saved["weights"], strict=False)  # a tied weight has one of its names there
         self.engine.load_state_dict(copied(saved["engine"]))
         state.clock = ledger.clock = saved["clock"]
-        ledger.apply_lr(state.clock)
-        self.rated = state.clock.progress
+        self.rated = saved["rated"]
         self.oracle = copy.deepcopy(saved["oracle"])
         self._remember()
         assert sorted(ledger.trainable) == sorted(saved["ledger"]["trainable"])

@@ -162,6 +162,21 @@ def test_debug_finds_what_goes_on_behind_the_ledger() -> None:
     assert "Sneaky.apply at BATCH_END" in caught.value.__notes__[0]
 
 
+def test_debug_finds_what_the_loop_does_to_options_but_not_what_a_step_does() -> None:
+    """An edit in nobody's turn is found at the next event; a step may keep numbers of its own in the groups."""
+    state = state_of()
+    (group,) = state.optimizers[0].param_groups
+    engine = Engine([], state, debug=True)
+    engine.emit(Event.BATCH_START)
+    engine.emit(Event.BEFORE_STEP)
+    group["weight_decay"] = 0.25  # as a step that adapts it would
+    engine.emit(Event.BATCH_END)
+    group["weight_decay"] = 5.0
+    with pytest.raises(LedgerError, match=r"from 0\.25 to 5\.0 .*ledger\.set_options\(") as caught:
+        engine.emit(Event.BATCH_START)
+    assert "found at BATCH_START, before any algorithm's turn" in caught.value.__notes__[0]
+
+
 def test_the_ledger_is_closed_to_a_loss_function_as_well() -> None:
     """Whoever calls during the forward pass, algorithm or not, gets the typed error."""
     held: dict[str, State] = {}

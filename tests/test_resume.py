@@ -32,6 +32,7 @@ from thawline.engine import (
     warmup,
 )
 from thawline.engine.snapshot import read_checkpoint, write_checkpoint
+from thawline.engine.store import checkpoints_in
 
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 Trainer_ = partial(Trainer, loss_fn=cross_entropy, optimizer=SGD, progress=False)
@@ -49,6 +50,41 @@ def saved_run(folder: Path, **arguments: Any) -> nn.Module:
     model = mlp()
     Trainer_(run_dir=folder, **arguments).fit(model, loader(), duration="2ep")
     return model
+
+
+@pytest.mark.parametrize("every", ["1ba", "1ep"])
+def test_the_rates_at_every_event_are_those_of_the_uninterrupted_fit(tmp_path: Path, every: str) -> None:
+    """Before a batch begins they are those of the last one, resumed or not; an algorithm may go on from them."""
+
+    class Follows(Algorithm):
+        """Notes the rates at events at which the ledger is open, and sets one by another."""
+
+        events = frozenset(event for event in Event if event.opens_ledger)
+
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, Event, dict[str, float]]] = []
+
+        def apply(self, event: Event, state: State) -> None:
+            self.seen.append((state.clock.batch, event, state.ledger.rates))
+            if event in {Event.EPOCH_START, Event.BATCH_START}:
+                state.ledger.set_lr("head", 0.9 * state.ledger.rates["blocks[0]"], owner=self.owner)
+                state.ledger.set_schedule("blocks[1]", cosine(), span="3ba", owner=self.owner)
+
+    def run(resume: Path | bool = False) -> tuple[Follows, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        follows, model = Follows(), mlp()
+        trainer = Trainer_(
+            algorithms=[follows], schedule=warmup("2ba", cosine()), run_dir=tmp_path, log_every="1ba",
+            checkpoint=Checkpointing(every=every, keep=100),
+        )  # fmt: skip
+        trainer.fit(model, loader(), duration="2ep", resume=resume)
+        return follows, weights(model)
+
+    whole, last = run()
+    for path in checkpoints_in(tmp_path)[:-1]:
+        follows, ended = run(path)
+        assert follows.seen == whole.seen[-len(follows.seen) :]
+        assert same_weights(ended, last)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -97,13 +97,14 @@ def test_the_fault_by_hand_is_named_with_parameter_and_call() -> None:
     [
         (
             lambda group, _: group.update(weight_decay=0.5),
-            r"weight_decay of the group of '0\.weight'.*Trainer\(optimizer=",
+            r"weight_decay of the group of '0\.weight'.*ledger\.set_options\('0\.weight', weight_decay=0\.5",
         ),
+        (lambda group, _: group.update(nesterov=True), r"nesterov of the group of '0\.weight'.*Trainer\(optimizer="),
         (lambda group, _: group.update(lr=0.5), r"learning rate of the group of '0\.weight'.*ledger\.set_lr"),
         (lambda group, _: group["params"].pop(), r"'4\.bias' trains but is in no.*ledger\.freeze\('4\.bias'"),
         (
             lambda group, optimizer: optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
-            r"'a foreign parameter'.*ledger\.freeze",
+            r"optimizer 0 \(SGD\) was given a parameter that the model does not have.*ledger\.attach",
         ),
         (lambda group, optimizer: optimizer.param_groups.clear(), r"that of '0\.weight'.*ledger\.freeze"),
     ],
