@@ -383,8 +383,8 @@ def does_not_depend_on_order(rehearsal: Rehearsal) -> None:
         same(
             first, second, "the fit",
             f"{rehearsal.name} before and after {partner} gives two results.{said} Hold, scale and log under names of your own, set "
-            "the stage that says when in an event it acts, do not undo what others hold, and read what trains at a later event than "
-            "those at which it changes, such as BEFORE_STEP.",
+            "the stage that says when in an event it acts, take at FIT_START the holds to begin with, do not undo what others hold, "
+            "and read what trains at a later event than those at which it changes, such as BEFORE_STEP.",
         )  # fmt: skip
 
 

@@ -341,8 +341,9 @@ def _check_acts(algorithm: Algorithm) -> None:
 
 
 def _begin_batch(_: Event, state: State) -> None:
-    """What every loop needs before a batch: modes that follow the trainable set, and the step's learning rate."""
-    state.ledger.begin_batch(state.clock)
+    """What every loop needs before a batch, unless it was just called off: modes that follow the trainable set, and the rates."""
+    if state.stop_reason is None:
+        state.ledger.begin_batch(state.clock)
 
 
 def _is_same(algorithm: Algorithm, saved: Mapping[str, Any]) -> bool:

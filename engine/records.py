@@ -33,9 +33,8 @@ def is_recorded_as_it_happened(rehearsal: Rehearsal) -> None:
     )
     edges = [each.start.batch for each in spans] + [each.end.batch for each in spans[-1:]]
     steps = [each.batch for each in whole.steps]
-    if any(first.end != second.start for first, second in pairwise(spans)) or steps != list(
-        range(*edges[:1], *edges[-1:])
-    ):
+    must = list(range(edges[0], edges[-1])) if edges else []
+    if any(first.end != second.start for first, second in pairwise(spans)) or steps != must:
         fail(f"{rehearsal.name}: the timeline's spans begin at the batches {edges}, and the steps are {steps}. {mend}")
     samples = {each.batch: each.rates for each in whole.timeline.samples}
     for step in whole.steps:

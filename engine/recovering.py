@@ -20,6 +20,7 @@ from .events import Event
 from .log import jsonable
 from .neighbor import Before
 from .nonfinite import MAX_ROLLBACKS, MAX_SKIPPED
+from .other_models import is_its_own
 from .promises import REFUSALS, check, fail, same, unless_alone
 from .randomness import derive_seed
 from .rehearsal import Outcome, Rehearsal, written_in
@@ -186,8 +187,13 @@ class _Recovery:
         model, faults = self.rehearsal.model(), _Faults(set(_ONCE), {_ALWAYS})
         left_out, policy = _Faults(set(), {_ALWAYS}), Checkpointing(every="1000ba", frozen="fingerprint")
         run = self.folder / "skipped"
-        skipped = self.fit(left_out, model=model, on_nonfinite="skip", run_dir=run, checkpoint=policy)
-        self.rolled = rolled = self.go_back(faults)
+        try:
+            skipped = self.fit(left_out, model=model, on_nonfinite="skip", run_dir=run, checkpoint=policy)
+            self.rolled = rolled = self.go_back(faults)
+        except (FloatingPointError, NonFiniteError) as error:
+            if is_its_own(error, self.rehearsal.make()):  # an algorithm may end such a fit
+                return False
+            raise
         if faults.repaired or left_out.repaired:
             return False
         where = f"{self.rehearsal.name}: a fit that goes back to a checkpoint from steps that are not finite"
@@ -349,8 +355,8 @@ def _gives_up(rehearsal: Rehearsal, policy: str) -> None:
         settings: dict[str, Any] = {"run_dir": Path(folder), "checkpoint": Checkpointing(every="1000ba")}
         try:
             rehearsal.fit([faults.algorithm(), *rehearsal.make()], on_nonfinite=policy, **settings)
-        except NonFiniteError as error:
-            if len(faults.batches) == most:
+        except (FloatingPointError, NonFiniteError) as error:
+            if len(faults.batches) == most or is_its_own(error, rehearsal.make()):
                 return
             what = f"gives up too soon: {error}"
         else:

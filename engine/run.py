@@ -20,7 +20,7 @@ from .distributed import Team
 from .engine import Engine
 from .errors import NonFiniteError
 from .evaluation import evaluate
-from .events import Event
+from .events import LEDGER_EVENTS, Event
 from .forward import warn_of_late_parameters
 from .homes import OptimizerLike
 from .layering import find_layers
@@ -174,13 +174,15 @@ class Run:
             if not state.clock.batch_in_epoch:
                 self.engine.emit(Event.EPOCH_START)
             self._epoch_begun = True
+        open_later = LEDGER_EVENTS - {Event.FIT_START}
+        others_set_rates = not all(open_later.isdisjoint(each.events) for each in self.engine.algorithms)
         for fetched in () if self._finished() else self._steps():
             if self.folder.due:
                 self._save()
                 if self._signals.received is not None:
                     return
             before = state.clock
-            self._step.is_told = before.batch + 1 >= self._next_due
+            self._step.is_told = others_set_rates or before.batch + 1 >= self._next_due
             self._step.take(fetched)
             batch = state.clock.batch
             due = batch >= self._next_due

@@ -25,6 +25,7 @@ from .state import State
 from .store import checkpoints_in, step_of
 
 _MISSPELLED = "eval/los"
+_OWN_REASON = "of the kit's own making"
 _TRACKING = f"{ROOT}.engine.tracking"
 _PRINTS = (
     "Print nothing: numbers are for state.log({…}), words for get_logger(__name__).info(…), which the application may silence, and "
@@ -117,7 +118,7 @@ class _Show:
             )
         metrics = outcome.result["metrics"]
         glance = ", ".join([self._place(done), *_glance(metrics)])
-        if not re.fullmatch(rf"training +\S+ +{re.escape(glance)}(, \S+ batches/s)?", bars[-1]):
+        if done and not re.fullmatch(rf"training +\S+ +{re.escape(glance)}(, \S+ batches/s)?(, [^,]* left)?", bars[-1]):
             fail(f"{name}: the bar ends with {bars[-1]!r}, and the fit with {glance!r}. {_SAME}")
         begun = f"evaluating +\\S+ +{re.escape(_place(0, self.length))}"
         evaluated = sum(event is Event.EVAL_START for event, *_ in outcome.events)
@@ -204,8 +205,10 @@ class _Show:
         ends = [row["batch"] for row in outcome.result["history"]]
         done = sum(event is Event.BATCH_END for event, *_ in outcome.events)
         for batch in range(1, done + 1):
-            for at, told in outcome.told:
-                metrics.update(told if at == batch else {})
+            for told in (each for at, each in outcome.told if at == batch):
+                metrics.update(told)
+                if batch == done and "lr" in told:
+                    break  # the evaluation at the end of a fit that was stopped comes after the line
             due, at_end = batch >= following, bool(self.length) and (not batch % self.length or batch == self.total)
             following = self._next_line(batch) if due else following
             if due and not at_end:
@@ -257,12 +260,15 @@ class _Show:
 
         def stop(event: Event, state: State) -> None:
             if event is Event.BATCH_END:
-                state.stop("of the kit's own making")
+                state.stop(_OWN_REASON)
 
         with standard_error(stream), structured_log([]):
             outcome = self.rehearsal.fit(probe=stop, progress=True)
-        shown, must = _legible(stream.getvalue()), _stop(outcome)[0]
-        if not must.endswith("of the kit's own making") or shown[-1] != must:
+        reason = outcome.result["stop reason"]
+        if reason == self.rehearsal.whole.result["stop reason"] != "duration":  # the algorithm stops there itself
+            return
+        shown, must = _legible(stream.getvalue()), f"stopped: {_OWN_REASON}"
+        if reason != _OWN_REASON or shown[-1] != must:
             fail(
                 f"{self.rehearsal.name}: a fit that is stopped after its first batch says {shown[-1]!r}, not {must!r}. {_SAME}"
             )

@@ -46,7 +46,7 @@ class Step:
         accumulate: Loader batches of a step.
         device: Where the model lies.
         ranks: What several processes decide together; None for a process alone.
-        is_told: Whether something of the batch is to be told once it is done.
+        is_told: Whether something of the batch is to be told once it is done, or may be after others have set rates.
     """
 
     engine: Engine
