@@ -16,6 +16,7 @@ from .algorithm import Algorithm
 from .doubles import tiny_models
 from .events import Event
 from .promises import REFUSALS, check, same
+from .randomness import derive_seed
 from .records import keeps
 from .rehearsal import Rehearsal
 from .resuming import goes_on
@@ -36,7 +37,8 @@ _LAYERS: Mapping[str, Mapping[str, Sequence[str]]] = {
 @check
 def takes_other_models(rehearsal: Rehearsal) -> None:
     """On small models of other kinds it fits as planned and resumes as well, unless it says that they are not for it."""
-    for name in _LAYERS if rehearsal.own_task else ():
+    seed = derive_seed(rehearsal.seed, "other models", rehearsal.name)
+    for name in rehearsal.some(_LAYERS, 3, seed) if rehearsal.own_task else ():
         _try_model(rehearsal, name, tiny_models()[name])
 
 

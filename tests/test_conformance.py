@@ -119,7 +119,7 @@ def test_on_every_kind_of_model(name: str, model: str) -> None:
         check_algorithm(factory, model=build, partners=[])
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(algorithms(KINDS))
 def test_any_arguments_resume_and_come_back(algorithm: Algorithm) -> None:
     """Arguments drawn by type: described, rebuilt, pure, resumed."""
@@ -153,6 +153,7 @@ def test_every_check_says_what_it_promises(name: str) -> None:
     assert (CHECKS[name].__doc__ or "").rstrip().endswith(".")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ALL, ids=NAMES)
 def test_no_audit_is_passed_over(factory: Callable[[], Any]) -> None:
     """Each audit runs to its end with the arguments that it tries first: a refusal would hide what it looks for."""

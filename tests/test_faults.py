@@ -22,6 +22,7 @@ def injected(tmp_path: Path, *rows: str) -> dict[str, int]:
     return {each["fault"]: each["injected"] for each in counts}
 
 
+@pytest.mark.slow
 def test_a_run_is_cut_at_every_step(tmp_path: Path) -> None:
     """Adapters, thawing, freezing, average, accumulation, dropout, BatchNorm, augmentation: bit for bit the uncut run."""
     assert injected(tmp_path, "resume") == {
@@ -37,6 +38,7 @@ def test_kills_full_disks_and_second_writers_harm_nothing(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_failing_step_leaves_a_whole_one(tmp_path: Path) -> None:
     """Signals, NaN under each policy, memory that runs out, an exception at each event."""
     assert injected(tmp_path, "signals", "nan", "memory", "exceptions") == {
