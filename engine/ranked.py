@@ -48,6 +48,9 @@ def _train_two(rehearsal: Rehearsal) -> None:
     until = time.monotonic() + _PATIENCE
     pipes = [_forked(rehearsal, rank, port) for rank in range(_RANKS)]
     said = [_read(*each, until) for each in pipes]
+    if any(said):  # an error of a process alone is raised here as what it is
+        rehearsal.fit()
+        if_parts_add_up(rehearsal, _end_alone)
     for rank, text in enumerate(said):
         if text:
             fail(
@@ -126,10 +129,18 @@ def _train_in_shards(rehearsal: Rehearsal, team: Team) -> None:
 
 def _hold_against_one(rehearsal: Rehearsal) -> None:
     """Hold a fit of two ranks against one of a process alone."""
-    batches = [part for batch in rehearsal.batches() for part in cut(batch, 1)]
+    batches = _wholes(rehearsal)
     one, two = end_in_float64(rehearsal, batches), end_in_float64(rehearsal, batches, distributed=_TOGETHER)
     if found := difference(one, two, "the fit", tolerance=1e-7):
         raise DistributedError(f"the fit is not that of a process alone. First difference, of one and of two: {found}.")
+
+
+def _end_alone(rehearsal: Rehearsal) -> None:
+    end_in_float64(rehearsal, _wholes(rehearsal))
+
+
+def _wholes(rehearsal: Rehearsal) -> list[Any]:
+    return [part for batch in rehearsal.batches() for part in cut(batch, 1)]
 
 
 def _facts(value: Any, place: str = "") -> list[tuple[str, str]]:

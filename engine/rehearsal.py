@@ -188,12 +188,16 @@ class Rehearsal:
 
     def make(self, factory: Callable[[], Any] | None = None) -> list[Algorithm]:
         """Build the algorithms anew, as a list."""
-        made = (factory or self.factory)()
+        build = factory or self.factory
+        made = build()
         found = [made] if isinstance(made, Algorithm) else made
         if not isinstance(found, list) or not found or not all(isinstance(each, Algorithm) for each in found):
             takes = "a class of algorithms, or a function that returns one or a list of them"
+            argument, example = (
+                ("factory", "MyAlgorithm") if build is self.factory else ("partners=", "…, partners=[EMA]")
+            )
             raise ArgumentError(
-                "check_algorithm(factory)", got=made, takes=takes, example="check_algorithm(MyAlgorithm)"
+                f"check_algorithm({argument})", got=made, takes=takes, example=f"check_algorithm({example})"
             )
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import signal
 import sys
 import textwrap
@@ -20,7 +21,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, IterableDataset
 
 from broken_algorithms import Deaf, Leaking
-from thawline.algorithms import GradClip
+from thawline.algorithms import GradClip, TrainOnly
 from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, State, on
 from thawline.engine.bearer import Bearer, of_every_type
 from thawline.engine.surroundings import Opened, settings_kept
@@ -145,6 +146,26 @@ def test_a_model_a_loader_or_a_loss_is_no_fault_of_the_algorithm(given: dict[str
         "resumes",
     ]
     check_algorithm(partial(GradClip, 1.0), **(known | given), partners=[], checks=checks)
+
+
+WRONG: dict[str, list[dict[str, Any]]] = {
+    "@on(Event.BATCH_END) above def": [{"factory": lambda state: None}],
+    "@staticmethod above def": [{"factory": lambda self: repair()}],
+    "check_algorithm(lambda: GradClip(…))": [{"factory": GradClip(1.0)}, {"factory": partial(lambda made: made, GradClip(1.0))}],
+    "check_algorithm(lambda: TrainOnly(select=…))": [{"factory": TrainOnly}],
+    "GradClip(max_norm=1.0)": [{"factory": GradClip}],  # its own words
+    "model=lambda: ": [{"model": given} for given in (One(), nn.Linear, lambda: None, partial(lambda one: one, One()))],
+    "seed=1": [{"seed": "a"}, {"seed": -1}],
+    "partners=[": [{"partners": given} for given in (GradClip, [GradClip(1.0)], [None], [nn.Linear], [lambda: 3])],
+    "=True": [{"thorough": "no"}], "=False": [{"accumulates": 0}], "CrossEntropyLoss()": [{"loss_fn": nn.CrossEntropyLoss}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("write", "given"), [(write, each) for write, these in WRONG.items() for each in these])
+def test_a_wrong_argument_is_no_fault_of_the_algorithm(write: str, given: dict[str, Any]) -> None:
+    """It is refused before any check runs, with what to write instead."""
+    with pytest.raises(ArgumentError, match=f"Write: .*{re.escape(write)}"):
+        check_algorithm(**({"factory": partial(GradClip, 1.0)} | given))
 
 
 def test_a_second_pass_leaves_a_shared_module_with_its_own_tensors() -> None:

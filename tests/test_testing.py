@@ -84,6 +84,7 @@ def test_a_fault_is_found_in_the_middle_of_all_checks() -> None:
         check_algorithm(Clinging, partners=[])
     assert {"leaves_nothing_behind", "survives_an_exception"} <= set(caught.value.failures)
     assert "hooks of the model" in str(caught.value)
+    assert [str(each.path) for each in caught.traceback.filter(caught)] == [__file__]  # what pytest shows
 
 
 def test_the_fault_by_hand_is_named_with_parameter_and_call() -> None:
@@ -226,6 +227,26 @@ def test_what_builds_no_algorithm_is_refused(factory: Any) -> None:
     """An instance says to pass a function."""
     with pytest.raises(ArgumentError, match=r"check_algorithm\(factory\)"):
         check_algorithm(factory)
+
+
+@pytest.mark.parametrize(
+    "checks", ["resumes", 3, [], [None], [["resumes"]], [CHECKS["resumes"]], ["resumes", "resume"]]
+)
+def test_what_is_no_list_of_checks_is_refused_before_any_runs(checks: Any) -> None:
+    """Also where the first name is right."""
+    Moody.fits = 0
+    with pytest.raises(ArgumentError, match=r"Write: check_algorithm\(MyAlgorithm, checks=\['\w+'\]\)"):
+        check_algorithm(Moody, checks=checks)
+    assert Moody.fits == 0
+
+
+@pytest.mark.slow
+def test_an_error_of_a_process_alone_is_told_as_what_it_is() -> None:
+    """Not with what to do where two ranks differ."""
+    Moody.fits = 1
+    with pytest.raises(ConformanceError, match="ArithmeticError: in a bad mood") as caught:
+        check_algorithm(Moody, checks=["stays_equal_on_two_ranks"])
+    assert "Every rank" not in str(caught.value)
 
 
 def test_a_model_and_data_of_ones_own() -> None:
