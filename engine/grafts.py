@@ -131,7 +131,7 @@ def check_grafts(model: nn.Module, attachments: Sequence[Attachment], op: str) -
         if each.new_class is not None and not issubclass(each.new_class, type(module)):
             raise SurgeryError(
                 f"{op!r} makes {each.module!r} a {each.new_class.__name__}, which is no subclass of its class "
-                f"{type(module).__name__}: isinstance checks would break."
+                f"{type(module).__name__}. Leave this module out, or write class {each.new_class.__name__}({type(module).__name__})."
             )
 
 

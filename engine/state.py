@@ -28,7 +28,7 @@ class State:
         batch: The loader's batch on the device; a list of them where ``accumulate`` is above 1.
         microbatch: The part that goes through the model now.
         outputs: What the model returned for the microbatch.
-        loss: The microbatch's loss; from BEFORE_STEP on the whole batch's, whose graph backward has freed.
+        loss: The microbatch's loss; from BEFORE_STEP to BATCH_END the whole batch's, whose graph backward has freed. None after an evaluation.
         metrics: The latest value of everything logged, such as ``"eval/loss"``.
         grad_norm: Norm of all gradients before clipping, where an algorithm measured it.
         sample_ids: Index in the dataset of each sample of the batch, where the loader has them.
