@@ -9,6 +9,7 @@ from functools import partial
 from typing import TypeAlias, cast
 
 from attrs import field, frozen
+from typing_extensions import override
 
 from .clock import Time
 from .errors import ArgumentError
@@ -37,6 +38,8 @@ class Schedule:
     Example:
         >>> from thawline.engine import cosine
         >>> decay = cosine(end=0.1)
+        >>> decay
+        cosine(end=0.1, start=1.0)
         >>> decay(0.0), round(decay(0.5), 2), decay == cosine(end=0.1)
         (1.0, 0.55, True)
         >>> decay.describe()
@@ -45,8 +48,8 @@ class Schedule:
 
     name: str
     arguments: Mapping[str, Argument] = field(hash=False)
-    function: Callable[[float], float] = field(eq=False, repr=False)
-    binder: Callable[[Share], Schedule] | None = field(default=None, eq=False, repr=False)
+    function: Callable[[float], float] = field(eq=False)
+    binder: Callable[[Share], Schedule] | None = field(default=None, eq=False)
 
     def __call__(self, progress: float) -> float:
         """Return the factor at ``progress``.
@@ -66,6 +69,16 @@ class Schedule:
         except (TypeError, ValueError, OverflowError):  # text, a vector, a whole number beyond floats
             pass
         raise self._refused(progress, factor)
+
+    @override
+    def __repr__(self) -> str:
+        """Return the call that makes it; of a function of the user's the qualified name."""
+        arguments = [
+            f"{key}={list(value) if isinstance(value, tuple) else value!r}" for key, value in self.arguments.items()
+        ]
+        if "." not in self.name:
+            return f"{self.name}({', '.join(arguments)})"
+        return f"partial({', '.join([self.name, *arguments])})" if arguments else self.name
 
     def _refused(self, progress: float, got: object) -> ArgumentError:
         takes = f"a finite factor of at least 0 at every progress; {self.name} gave another at {progress:g}"

@@ -44,7 +44,7 @@ from thawline.engine import (
     warmup,
     wsd,
 )
-from thawline.engine.schedules import as_schedule, schedule_from_description
+from thawline.engine.schedules import FACTORIES, as_schedule, schedule_from_description
 from thawline.engine.settings import bound_schedule
 
 STEPS = 40
@@ -391,6 +391,19 @@ def test_a_description_rebuilds_the_schedule(schedule: Schedule, progress: float
     assert again == schedule
     assert hash(again) == hash(schedule)
     assert again.bind(share)(progress) == schedule.bind(share)(progress)
+
+
+@given(schedules)
+def test_a_schedule_is_shown_as_the_call_that_makes_it(schedule: Schedule) -> None:
+    """Its repr, with all that is nested in it, makes it again."""
+    assert eval(repr(schedule), dict(FACTORIES)) == schedule
+
+
+def test_a_function_is_shown_by_its_qualified_name() -> None:
+    """As a schedule, and inside another; a partial with its numbers."""
+    half = partial(scaled, factor=0.5)
+    shown = f"join(schedules=[{__name__}.square, partial({__name__}.scaled, factor=0.5)], boundaries=['3ba'])"
+    assert repr(join([square, half], ["3ba"])) == shown
 
 
 @given(schedules)

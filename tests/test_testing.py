@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 from torch import nn
@@ -24,7 +24,7 @@ from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, St
 from thawline.engine.doubles import mlp
 from thawline.engine.drawn_fits import checked, drawn
 from thawline.engine.rehearsal import Rehearsal
-from thawline.engine.schedules import FACTORIES
+from thawline.engine.schedules import FACTORIES, Schedule
 from thawline.engine.testing import (
     CHECKS,
     AlgorithmContract,
@@ -351,21 +351,43 @@ def test_drawing_a_model_leaves_the_global_generator_alone() -> None:
 
 
 def test_a_failing_example_shrinks_to_a_plain_one() -> None:
-    """The least algorithm and duration that fail are shown."""
+    """The least that fails is shown, as calls that make it."""
     found: list[Fit] = []
 
-    @settings(max_examples=20, database=None)
-    @given(fits(algorithms([LayerThaw])))
-    def fails(fit: Fit) -> None:
-        if fit.duration.unit == "ep":
+    @settings(max_examples=50, database=None, phases=[Phase.generate, Phase.shrink])
+    @given(fits(algorithms([LayerThaw])), schedules())
+    def fails(fit: Fit, schedule: Schedule) -> None:
+        if fit.duration.unit == "ep" and schedule.name == "join":
             found.append(fit)
             raise AssertionError
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError) as caught:
         fails()
     assert found[-1].algorithms[0].describe() == LayerThaw().describe()
-    assert found[-1].duration == Time("1ep")
-    assert "constant" in str(found[-1].schedule.describe())
+    for shown in (
+        "model=tiny_model('mlp', 0, depth=2),", " algorithms=LayerThaw(", "duration=Time('1ep'),", " schedule=constant(),",
+        "schedule=join((constant(), constant()), (0.5,)),",
+    ):  # fmt: skip
+        assert shown in caught.value.__notes__[0]
+
+
+@settings(max_examples=60)
+@given(fits())
+def test_a_drawn_fit_runs(fit: Fit) -> None:
+    """None that its algorithm refuses is drawn."""
+    assert fit.run().clock.batch > 0
+
+
+def test_a_refusal_by_ones_own_algorithm_is_a_failure() -> None:
+    """What the user gives is not passed over."""
+
+    @settings(max_examples=1, database=None, phases=[Phase.generate])
+    @given(fits(st.builds(LayerThaw, start=st.just(9))))
+    def fails(fit: Fit) -> None:
+        fit.run()
+
+    with pytest.raises(ArgumentError, match=r"LayerThaw\(start=\) takes at most"):
+        fails()
 
 
 # -- machine -----------------------------------------------------------------------------------------------------------
