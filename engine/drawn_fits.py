@@ -53,12 +53,13 @@ def _holds(rehearsal: Rehearsal, number: int) -> None:
     """Run a drawn fit, resumed as well, and hold its rates against the closed form of its schedule."""
     own, seed = rehearsal.own_task, derive_seed(rehearsal.seed, rehearsal.name)
     fit = drawn(seed, number, samples=_BATCH if own else batch_size_of(rehearsal.batches()[0]), own=own)
+    schedule = checked(fit)
     other = evolve(
         rehearsal,
         loader=tiny_loader(_SAMPLES, _BATCH // fit.accumulate) if own else rehearsal.loader,
         duration=str(fit.duration),
         settings={
-            "schedule": checked(fit),
+            "schedule": schedule,
             "accumulate": fit.accumulate,
             "min_lr": fit.min_lr,
             "eval_every": fit.every,
@@ -66,7 +67,7 @@ def _holds(rehearsal: Rehearsal, number: int) -> None:
         optimizer=_OPTIMIZERS[fit.optimizer][0],
     )
     other.name = (
-        f"{rehearsal.name}, in a fit of {fit.duration} with schedule={_as_call(fit.written)}, min_lr={fit.min_lr}, "
+        f"{rehearsal.name}, in a fit of {fit.duration} with schedule={schedule!r}, min_lr={fit.min_lr}, "
         f"accumulate={fit.accumulate} and {fit.optimizer} as optimizer"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -256,7 +257,8 @@ def _built(written: Mapping[str, Any]) -> Schedule:
 
 def checked(fit: Drawn) -> Schedule:
     """Return the schedule, read back from its description; a fault in it is no algorithm's."""
-    made, text = _built(fit.written), _as_call(fit.written)
+    made = _built(fit.written)
+    text = repr(made)
     assert made.describe() == fit.written, f"{text} is described as {made.describe()}"
     saved = json.dumps(made.describe())
     assert made.bound is not any(f'{unit}"' in saved for unit in ("ep", "ba", "sp")), f"{text}: bound is {made.bound}"
@@ -269,14 +271,6 @@ def checked(fit: Drawn) -> Schedule:
         now, must = bound(step / 24), fit.factor(step / 24)
         assert abs(now - must) < 1e-7, f"{text} gives {now} at {step}/24, and by its formula {must}"
     return made
-
-
-def _as_call(described: Any) -> str:
-    """Return a schedule's description as one would write it."""
-    if isinstance(described, Mapping):
-        arguments = ", ".join(f"{key}={_as_call(each)}" for key, each in described["arguments"].items())
-        return f"{described['name']}({arguments})"
-    return f"[{', '.join(map(_as_call, described))}]" if isinstance(described, list) else repr(described)
 
 
 @define(eq=False)

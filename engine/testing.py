@@ -21,7 +21,7 @@ from .machine import EngineMachine
 from .oracle import LedgerOracle
 from .promises import ConformanceError
 from .specimens import Specimen, installed, specimen
-from .strategies import Fit, algorithms, durations, fits, models, schedules, times
+from .strategies import Fit, algorithms, durations, fits, models, schedules, times, tiny_model
 from .trace import Trace
 from .tracking import MemoryTracker
 
@@ -45,5 +45,6 @@ __all__ = [
     "specimen",
     "times",
     "tiny_loader",
+    "tiny_model",
     "tiny_models",
 ]

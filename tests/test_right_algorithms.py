@@ -103,9 +103,9 @@ class SideLinear(nn.Linear):
     side_up: Tensor
     side_dropout: float
 
-    def forward(self, x: Tensor) -> Tensor:
-        side = linear(dropout(x, self.side_dropout, self.training), self.side_down)
-        return super().forward(x) + linear(side, self.side_up)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as nn.Linear has it
+        side = linear(dropout(input, self.side_dropout, self.training), self.side_down)
+        return super().forward(input) + linear(side, self.side_up)
 
 
 @surgery_op("tests/side")
