@@ -41,11 +41,18 @@ def tiny_model(name: str, seed: int, **arguments: Any) -> nn.Module:
         seed: Of its weights.
         **arguments: Such as ``depth``.
 
+    Raises:
+        ArgumentError: There is no model of this name.
+
     Example:
         >>> len(tiny_model("mlp", 0, depth=2)), tiny_model("bare", 0).scale.shape
         (3, torch.Size([4]))
     """
-    build: Callable[..., nn.Module] = tiny_models()[name]
+    kinds = tiny_models()
+    if name not in kinds:
+        takes = f"one of {', '.join(kinds)}"
+        raise ArgumentError("tiny_model(name)", got=name, takes=takes, example="tiny_model('mlp', 0)")
+    build: Callable[..., nn.Module] = kinds[name]
     with Randomness().kept():
         torch.manual_seed(seed)
         return build(**arguments)

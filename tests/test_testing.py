@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from broken_algorithms import BROKEN, Clinging, Forgetful, Sneaky
+from helpers import same_weights
 from thawline.algorithms import EMA, GradClip, LayerThaw, LoRAInject, TrainOnly
 from thawline.engine import Algorithm, ArgumentError, Event, ParameterLedger, State, Time, Trainer, linear, on
 from thawline.engine.doubles import mlp
@@ -44,6 +45,7 @@ from thawline.engine.testing import (
     specimen,
     times,
     tiny_loader,
+    tiny_model,
     tiny_models,
 )
 
@@ -371,7 +373,15 @@ def test_a_failing_example_shrinks_to_a_plain_one() -> None:
         assert shown in caught.value.__notes__[0]
 
 
-@settings(max_examples=60)
+def test_a_shown_model_is_built_again() -> None:
+    """The same numbers each time, and the names of all where there is none of that name."""
+    first, second = (tiny_model("tied", 3, depth=2).state_dict() for _ in range(2))
+    assert same_weights(first, second)
+    with pytest.raises(ArgumentError, match=r"tiny_model\(name\).*transformer.*tiny_model\('mlp', 0\)"):
+        tiny_model("gpt", 0)
+
+
+@settings(max_examples=25)
 @given(fits())
 def test_a_drawn_fit_runs(fit: Fit) -> None:
     """None that its algorithm refuses is drawn."""
