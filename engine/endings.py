@@ -245,7 +245,7 @@ def repeats_what_does_not_fit(rehearsal: Rehearsal) -> None:
 
 def _cramp(rehearsal: Rehearsal) -> None:
     """Hold a fit of batches that do not fit against one of those that do."""
-    batches = [part for batch in rehearsal.batches() for part in cut(batch, 1)]
+    batches = rehearsal.batches_in_float64()
     largest = max(map(batch_size_of, batches))
 
     def refuse(module: nn.Module, *given: Any) -> None:
@@ -281,7 +281,7 @@ def _draws_in_forward(rehearsal: Rehearsal) -> bool:
         elif event is Event.AFTER_FORWARD:
             drawn |= not torch.equal(before, torch.get_rng_state())
 
-    end_in_float64(rehearsal, [part for batch in rehearsal.batches() for part in cut(batch, 1)], probe=look)
+    end_in_float64(rehearsal, rehearsal.batches_in_float64(), probe=look)
     return drawn
 
 

@@ -11,7 +11,7 @@ from .errors import ArgumentError, RecompileError
 from .events import Event
 from .neighbor import Before
 from .promises import check, same, unless_alone
-from .rehearsal import Rehearsal, cut
+from .rehearsal import Rehearsal
 from .state import State
 from .unaided import is_hooked
 
@@ -27,7 +27,7 @@ def computes_the_same_compiled(rehearsal: Rehearsal) -> None:
 
 def _compile(rehearsal: Rehearsal) -> None:
     """Hold a fit in compiled blocks against one without, where somebody takes part in what blocks compute."""
-    batches = [part for batch in rehearsal.batches() for part in cut(batch, 1)]
+    batches = rehearsal.batches_in_float64()
     taking_part: set[str] = set()
 
     def look(event: Event, state: State) -> None:

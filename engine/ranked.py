@@ -21,7 +21,7 @@ from .distributed import FullyShard, Replicate, Team, can_fork, join
 from .endings import end_in_float64, if_parts_add_up
 from .errors import DistributedError, ThawlineError
 from .promises import check, fail, unless_alone
-from .rehearsal import Rehearsal, cut, difference
+from .rehearsal import Rehearsal, difference
 from .shards import unsharded
 
 _RANKS = 2
@@ -129,18 +129,14 @@ def _train_in_shards(rehearsal: Rehearsal, team: Team) -> None:
 
 def _hold_against_one(rehearsal: Rehearsal) -> None:
     """Hold a fit of two ranks against one of a process alone."""
-    batches = _wholes(rehearsal)
+    batches = rehearsal.batches_in_float64()
     one, two = end_in_float64(rehearsal, batches), end_in_float64(rehearsal, batches, distributed=_TOGETHER)
     if found := difference(one, two, "the fit", tolerance=1e-7):
         raise DistributedError(f"the fit is not that of a process alone. First difference, of one and of two: {found}.")
 
 
 def _end_alone(rehearsal: Rehearsal) -> None:
-    end_in_float64(rehearsal, _wholes(rehearsal))
-
-
-def _wholes(rehearsal: Rehearsal) -> list[Any]:
-    return [part for batch in rehearsal.batches() for part in cut(batch, 1)]
+    end_in_float64(rehearsal, rehearsal.batches_in_float64())
 
 
 def _facts(value: Any, place: str = "") -> list[tuple[str, str]]:

@@ -212,6 +212,10 @@ class Rehearsal:
         with Randomness().kept():
             return list(self.loader)
 
+    def batches_in_float64(self) -> list[Any]:
+        """Return the same, their floating-point tensors in float64."""
+        return [part for batch in self.batches() for part in cut(batch, 1)]
+
     def alone(self) -> Rehearsal:
         """Return the same without the algorithm."""
         return evolve(self, factory=lambda: [Probe(lambda *_: None)])
